@@ -1,0 +1,323 @@
+"""
+Settings: read from the environment once, and every fault in it reported at once.
+
+Names are `interface.md`'s. A secret may also be given as `NAME_FILE`, the path
+of a file that holds it. No secret is ever part of an error.
+"""
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+__all__ = ["ClientAuth", "Settings", "SettingsError", "ShaamMode", "SmtpTls", "load_settings"]
+
+SHAAM_HOST = "https://ita-api.taxes.gov.il"
+SECRETS = frozenset(
+    {
+        "DATABASE_URL",
+        "DATABASE_LISTEN_URL",
+        "METRICS_TOKEN",
+        "SMTP_PASSWORD",
+        "SHAAM_ENCRYPTION_KEY",
+        "SHAAM_CLIENT_ID",
+        "SHAAM_CLIENT_SECRET",
+    }
+)
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+KEY_LENGTH_HEX = 64
+
+
+class SettingsError(Exception):
+    """The environment is not usable; the message lists every fault."""
+
+
+class SmtpTls(StrEnum):
+    """How the connection to the SMTP server is protected."""
+
+    STARTTLS = "starttls"
+    IMPLICIT = "implicit"
+    NONE = "none"
+
+
+class ShaamMode(StrEnum):
+    """Which of the authority's systems is called; `mock` calls none."""
+
+    MOCK = "mock"
+    SANDBOX = "sandbox"
+    PRODUCTION = "production"
+
+
+class ClientAuth(StrEnum):
+    """Where the client's id and secret travel in a token request."""
+
+    BODY = "body"
+    BASIC = "basic"
+
+
+class LogFormat(StrEnum):
+    """How log lines are written."""
+
+    JSON = "json"
+    CONSOLE = "console"
+
+
+class LogLevel(StrEnum):
+    """The least severe event that is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def _zone(value: object) -> ZoneInfo:
+    if isinstance(value, ZoneInfo):
+        return value
+    try:
+        return ZoneInfo(str(value))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError('not a time zone; give an IANA name such as "Asia/Jerusalem"') from error
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+Zone = Annotated[ZoneInfo, BeforeValidator(_zone), PlainSerializer(str)]
+
+
+class Settings(BaseSettings):
+    """Everything the service can be told from outside, validated."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", arbitrary_types_allowed=True, env_ignore_empty=True
+    )
+
+    database_url: SecretStr
+    database_listen_url: SecretStr | None = None
+    database_pool_size: int = Field(10, ge=2, le=200)
+    bon_timezone: Zone = ZoneInfo("Asia/Jerusalem")
+    log_level: Annotated[LogLevel, BeforeValidator(_lower)] = LogLevel.INFO
+    log_format: LogFormat = LogFormat.JSON
+    health_host: str = "0.0.0.0"  # noqa: S104 - a container's probes come from outside it
+    health_port: int = Field(8080, ge=0, le=65535)
+    metrics_token: SecretStr | None = None
+    worker_concurrency: int = Field(20, ge=2, le=1000)
+    shutdown_seconds: float = Field(25, gt=0, le=3600)
+    lease_seconds: float = Field(15, ge=2, le=3600)
+
+    email_from: str = "noreply@bon.co.il"
+    email_language: Annotated[str, Field(pattern="^(he|en)$")] = "he"
+    app_origin: str | None = None
+    unsubscribe_url: str | None = None
+    smtp_host: str | None = None
+    smtp_port: int = Field(587, ge=1, le=65535)
+    smtp_username: str | None = None
+    smtp_password: SecretStr | None = None
+    smtp_tls: SmtpTls = SmtpTls.STARTTLS
+
+    shaam_mode: ShaamMode = ShaamMode.MOCK
+    shaam_encryption_key: SecretStr | None = None
+    shaam_client_id: SecretStr | None = None
+    shaam_client_secret: SecretStr | None = None
+    shaam_token_url: str | None = None
+    shaam_client_auth: ClientAuth = ClientAuth.BODY
+    shaam_concurrency: int = Field(50, ge=1, le=1000)
+    shaam_timeout_seconds: float = Field(20, gt=0, le=300)
+
+    schedules: Mapping[str, str] = Field(default_factory=dict, exclude=True)
+    """Cron expressions by job name, from `SCHEDULE_<JOB_NAME>`; empty means no schedule."""
+
+    @field_validator("database_url", "database_listen_url")
+    @classmethod
+    def _is_postgres(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("must begin with postgresql:// (for example postgresql://user@host:5432/bon)")
+        return value
+
+    @field_validator("app_origin", "unsubscribe_url")
+    @classmethod
+    def _is_web_address(cls, value: str | None) -> str | None:
+        if value is not None and (
+            urlsplit(value).scheme not in {"http", "https"} or not urlsplit(value).netloc
+        ):
+            raise ValueError("must be an http(s) address such as https://app.example.com")
+        return value.rstrip("/")
+
+    @field_validator("email_from")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        local, _, domain = value.rpartition("@")
+        if not local or not domain or any(c.isspace() for c in value):
+            raise ValueError("must be one e-mail address such as noreply@bon.co.il")
+        return value
+
+    @field_validator("shaam_encryption_key")
+    @classmethod
+    def _is_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            text = value.get_secret_value()
+            if len(text) != KEY_LENGTH_HEX or not all(c in "0123456789abcdefABCDEF" for c in text):
+                raise ValueError(f"must be 64 hexadecimal characters (32 bytes), has {len(text)} characters")
+        return value
+
+    @field_validator("shaam_token_url")
+    @classmethod
+    def _is_safe_token_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme == "https" and parts.netloc:
+            return value
+        if parts.scheme == "http" and parts.hostname in LOOPBACK_HOSTS:
+            return value
+        raise ValueError("must be https:// (plain http only to this machine's loopback address)")
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> "Settings":
+        if self.shaam_mode is not ShaamMode.MOCK:
+            needed = ("shaam_encryption_key", "shaam_client_id", "shaam_client_secret")
+            if missing := [name.upper() for name in needed if getattr(self, name) is None]:
+                raise ValueError(f"SHAAM_MODE={self.shaam_mode} needs {', '.join(missing)} as well")
+        if (self.smtp_username is None) != (self.smtp_password is None):
+            raise ValueError("SMTP_USERNAME and SMTP_PASSWORD go together; only one is set")
+        if (
+            self.smtp_username is not None
+            and self.smtp_tls is SmtpTls.NONE
+            and self.smtp_host not in LOOPBACK_HOSTS
+        ):
+            raise ValueError("SMTP_TLS=none would send SMTP_PASSWORD in the clear; use starttls or implicit")
+        return self
+
+    @property
+    def listen_url(self) -> str:
+        """Where LISTEN works: `DATABASE_LISTEN_URL`, else `DATABASE_URL`."""
+        return (self.database_listen_url or self.database_url).get_secret_value()
+
+    @property
+    def token_url(self) -> str:
+        """The authority's token endpoint."""
+        system = "production" if self.shaam_mode is ShaamMode.PRODUCTION else "tsandbox"
+        return self.shaam_token_url or f"{SHAAM_HOST}/shaam/{system}/longtimetoken/oauth2/token"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - pydantic-settings names the parameters
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read only what `load_settings` passes: it names every fault, also of `NAME_FILE`."""
+        return (init_settings,)
+
+
+@dataclass(frozen=True, slots=True)
+class _Faults:
+    """Collects one line for each thing that is wrong."""
+
+    lines: list[str]
+
+    def add(self, name: str, what: str) -> None:
+        self.lines.append(f"{name}: {what}" if name else what)
+
+
+def _read_values(environ: Mapping[str, str], faults: _Faults) -> dict[str, str]:
+    values = {}
+    for field in Settings.model_fields:
+        name = field.upper()
+        if environ.get(name, "") != "":
+            values[field] = environ[name]
+        if name in SECRETS and environ.get(f"{name}_FILE"):
+            if field in values:
+                faults.add(name, f"is set twice, as {name} and as {name}_FILE; keep one")
+                continue
+            path = Path(environ[f"{name}_FILE"])
+            try:
+                values[field] = path.read_text().rstrip("\r\n")
+            except OSError as error:
+                faults.add(f"{name}_FILE", f'cannot read "{path}" ({error.strerror})')
+                values[field] = ""
+    return values
+
+
+def _read_schedules(
+    environ: Mapping[str, str],
+    jobs: Collection[str],
+    check_cron: Callable[[str], str | None],
+    faults: _Faults,
+) -> dict[str, str]:
+    by_variable = {f"SCHEDULE_{name.replace('-', '_').upper()}": name for name in jobs}
+    schedules = {}
+    for variable, expression in environ.items():
+        if not variable.startswith("SCHEDULE_"):
+            continue
+        if variable not in by_variable:
+            faults.add(variable, f"no such job; the schedules are {', '.join(sorted(by_variable))}")
+            continue
+        text = expression.strip()
+        if text and (what := check_cron(text)):
+            faults.add(variable, f'"{text}" {what}')
+        schedules[by_variable[variable]] = text
+    return schedules
+
+
+def load_settings(
+    environ: Mapping[str, str] | None = None,
+    *,
+    jobs: Collection[str] = (),
+    check_cron: Callable[[str], str | None] = lambda _: None,
+) -> Settings:
+    """
+    Read settings from `environ` (the process's own by default).
+
+    `jobs` are the names a `SCHEDULE_<JOB_NAME>` may override; `check_cron` says what is wrong
+    with an expression, or None. Raises SettingsError naming every fault, not only the first.
+    """
+    environ = os.environ if environ is None else environ
+    faults = _Faults([])
+    values: dict[str, Any] = dict(_read_values(environ, faults))
+    values["schedules"] = _read_schedules(environ, jobs, check_cron, faults)
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            name = str(item["loc"][0]).upper() if item["loc"] else ""
+            if f"{name}_FILE:" in "\n".join(faults.lines):
+                continue
+            faults.add(name, _explain(name, item["type"], item["msg"], item.get("input")))
+        raise SettingsError(_message(faults)) from None
+    if faults.lines:
+        raise SettingsError(_message(faults))
+    return settings
+
+
+def _explain(name: str, kind: str, message: str, value: object) -> str:
+    if kind == "missing":
+        return "is not set"
+    text = message.removeprefix("Value error, ")
+    text = text[:1].lower() + text[1:] if text.startswith("Input") else text
+    return text if not name or name in SECRETS else f'{text} (it is "{value}")'
+
+
+def _message(faults: _Faults) -> str:
+    count = len(faults.lines)
+    head = "One setting is wrong" if count == 1 else f"{count} settings are wrong"
+    return "\n".join([f"{head}:", *(f"  - {line}" for line in faults.lines)])

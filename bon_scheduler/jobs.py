@@ -1,0 +1,269 @@
+"""
+What a job is: its declaration, its typed payload, and what its handler is given.
+
+A handler is an `async def` of a `JobContext` and a `Payload` that returns counts.
+`@job` turns it into a `Job`; `handlers.JOBS` lists them. There is no registry
+and no discovery, and this module imports nothing of ours.
+"""
+
+import random
+import typing
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from enum import StrEnum
+from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
+from uuid import UUID
+
+import asyncpg
+from asyncpg.pool import PoolConnectionProxy
+from pydantic import BaseModel, ConfigDict
+
+__all__ = [
+    "BusinessOutcome",
+    "CatchUp",
+    "Connection",
+    "Counts",
+    "Cron",
+    "Job",
+    "JobContext",
+    "LostRunError",
+    "NeverRetryError",
+    "NoPayload",
+    "Payload",
+    "Retry",
+    "RetryLaterError",
+    "job",
+]
+
+Counts: TypeAlias = Mapping[str, int]
+"""What an attempt did, as integers: the names are `interface.md`'s."""
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
+"""An asyncpg connection, from the pool or not."""
+
+T = TypeVar("T")
+_DEFAULT_RANDOM = random.Random()  # noqa: S311 - jitter, not a secret
+
+
+class Payload(BaseModel):
+    """Typed arguments of a run: frozen, and a field nobody declared is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NoPayload(Payload):
+    """The payload of a job that takes no arguments."""
+
+
+P = TypeVar("P", bound=Payload)
+P_contra = TypeVar("P_contra", bound=Payload, contravariant=True)
+
+
+class CatchUp(StrEnum):
+    """Which of several fire times that nobody was awake for are still run."""
+
+    SKIP = "skip"
+    """None: each is recorded as missed."""
+    LATEST = "latest"
+    """The latest that is within its grace; the earlier ones are recorded as missed."""
+    ALL = "all"
+    """Each that is within its grace, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cron:
+    """
+    When a job runs by itself.
+
+    `expression` has five fields, or six with seconds first, and is read in
+    `BON_TIMEZONE`. `grace` is the lateness after which a fire time is not run
+    but recorded as missed.
+    """
+
+    expression: str
+    catch_up: CatchUp = CatchUp.LATEST
+    grace: timedelta = timedelta(hours=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """
+    How often a run is tried, and how long it waits in between.
+
+    The wait before attempt n + 1 is drawn between half of and the whole of
+    `delay * factor ** (n - 1)`, at most `longest`, so that runs which failed
+    together do not come back together.
+    """
+
+    attempts: int = 5
+    delay: timedelta = timedelta(seconds=10)
+    factor: float = 2.0
+    longest: timedelta = timedelta(minutes=15)
+
+    def wait(self, attempt: int, source: random.Random = _DEFAULT_RANDOM) -> timedelta:
+        """Draw the wait after `attempt` (from 1) has failed."""
+        # The exponent is bounded, otherwise a long-lived run would overflow the float.
+        whole = min(self.delay * self.factor ** min(attempt - 1, 64), self.longest)
+        return whole * source.uniform(0.5, 1.0)
+
+
+class NeverRetryError(Exception):
+    """Raised by a handler whose failure another attempt cannot mend: the run ends `dead`."""
+
+
+class RetryLaterError(Exception):
+    """Raised by a handler that knows when to try again; still counts as an attempt."""
+
+    def __init__(self, message: str, *, after: timedelta) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class LostRunError(Exception):
+    """The attempt no longer owns its run: what it was about to commit is rolled back."""
+
+
+@dataclass(frozen=True, slots=True)
+class BusinessOutcome:
+    """What a run changed, or failed to do, for one business; never written for "nothing to do"."""
+
+    business_id: UUID
+    outcome: Literal["done", "kept", "failed"] = "done"
+    counts: Counts = field(default_factory=dict)
+    error: str | None = None
+
+
+class JobContext(Protocol):
+    """
+    What a handler may know and do. It never reads a clock: the instants are here.
+
+    Every effect on BON's tables goes through `transaction`, whose commit is
+    refused (`LostRunError`) once another attempt owns the run.
+    """
+
+    @property
+    def run_id(self) -> UUID:
+        """The run this attempt belongs to."""
+        ...
+
+    @property
+    def attempt(self) -> int:
+        """Which execution of the run this is, from 1."""
+        ...
+
+    @property
+    def fire_time(self) -> datetime:
+        """The instant the schedule or a person named, else when the run was asked for (UTC, aware)."""
+        ...
+
+    @property
+    def business_date(self) -> date:
+        """The Israeli calendar date of `fire_time`."""
+        ...
+
+    @property
+    def now(self) -> datetime:
+        """When this attempt started (UTC, aware)."""
+        ...
+
+    @property
+    def today(self) -> date:
+        """The Israeli calendar date of `now`."""
+        ...
+
+    @property
+    def next_fire_time(self) -> datetime | None:
+        """When the job's schedule fires next after `now` (UTC, aware); None without a schedule."""
+        ...
+
+    @property
+    def replay(self) -> bool:
+        """Whether a person asked for this run with a fire time of their own."""
+        ...
+
+    def get(self, kind: type[T]) -> T:
+        """Return the service's one object of that type (`Settings`, `Mailer`, `Shaam`)."""
+        ...
+
+    def transaction(self) -> AbstractAsyncContextManager[Connection]:
+        """Open a transaction that commits only while this attempt owns its run."""
+        ...
+
+    def connection(self) -> AbstractAsyncContextManager[Connection]:
+        """
+        Borrow a connection without a fence: for reading, and for recording what the outside
+        world has already done (a reply from an SMTP server, a rotated token).
+        """
+        ...
+
+    async def enqueue(
+        self, job: "Job[P]", payload: P, *, on: Connection, dedupe_key: str | None = None
+    ) -> UUID | None:
+        """Ask for a run caused by this one, in the same transaction; None when the key is taken."""
+        ...
+
+    async def enqueue_many(self, job: "Job[P]", requests: Iterable[tuple[P, str]], *, on: Connection) -> int:
+        """Ask for a run for each (payload, dedupe key); return how many keys were new."""
+        ...
+
+    async def record(self, outcomes: Iterable[BusinessOutcome], *, on: Connection) -> None:
+        """Record outcomes per business. Counts add up when a run reports a business twice."""
+        ...
+
+    async def finish(self, counts: Counts, *, on: Connection) -> Counts:
+        """
+        End the run in the handler's last transaction, so that its success and its last effect
+        commit together; return the counts. A handler whose effects are elsewhere need not call it.
+        """
+        ...
+
+
+class Handler(Protocol[P_contra]):
+    """The coroutine function a job runs."""
+
+    def __call__(self, ctx: JobContext, payload: P_contra, /) -> Awaitable[Counts]:
+        """Run one attempt; return its counts."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Generic[P]):
+    """A named declaration: what runs, with which arguments, when, and how failure is met."""
+
+    name: str
+    handler: Handler[P]
+    payload: type[P]
+    schedule: Cron | None
+    retry: Retry
+    timeout: timedelta
+    """How long one attempt may take before it is cancelled."""
+    summary: str
+    """The first line of the handler's docstring."""
+
+
+AnyJob: TypeAlias = "Job[typing.Any]"
+
+
+def job(
+    name: str,
+    *,
+    schedule: Cron | None = None,
+    retry: Retry | None = None,
+    timeout: timedelta = timedelta(minutes=10),
+) -> Callable[[Handler[P]], Job[P]]:
+    """
+    Declare a handler as the job `name` (lower-case words joined by hyphens).
+
+    The payload's type is read from the handler's second parameter.
+    """
+
+    def declare(handler: Handler[P]) -> Job[P]:
+        hints = typing.get_type_hints(handler)
+        hints.pop("return", None)
+        payload = list(hints.values())[-1]
+        summary = (handler.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        return Job(name, handler, payload, schedule, retry or Retry(), timeout, summary)
+
+    return declare

@@ -1,0 +1,88 @@
+"""
+Structured logs on standard error: JSON for machines, colours for people.
+
+The runner binds `job, run_id, attempt, fire_time` once and every line of an
+attempt carries them. Fields that could hold a secret, an address or a person's
+name are blanked whatever a caller passes, and addresses inside texts are masked.
+"""
+
+import logging
+import re
+import sys
+from typing import Any
+
+import orjson
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+from bon_scheduler.config import LogFormat, LogLevel
+
+__all__ = ["configure_logging", "mask"]
+
+_SENSITIVE = re.compile(
+    r"token|secret|password|authorization|email|recipient|address|customer|url|dsn", re.IGNORECASE
+)
+    r"(token|secret|password|authorization|email|recipient|address|customer|url|dsn)", re.I
+)
+_ADDRESS = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
+_LEVELS = {
+    LogLevel.DEBUG: logging.DEBUG,
+    LogLevel.INFO: logging.INFO,
+    LogLevel.WARNING: logging.WARNING,
+    LogLevel.ERROR: logging.ERROR,
+}
+
+
+def mask(text: str) -> str:
+    """Blank e-mail addresses and the credentials of URLs inside a text."""
+    return _ADDRESS.sub("[address]", _CREDENTIALS.sub("[credentials]@", text))
+
+
+def _redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    for key, value in event.items():
+        if _SENSITIVE.search(key):
+            event[key] = "[redacted]"
+        elif isinstance(value, str):
+            event[key] = mask(value)
+    return event
+
+
+def _to_json(event: Any, **_: Any) -> str:  # noqa: ANN401 - structlog's serializer protocol
+    return orjson.dumps(event, default=str).decode()
+
+
+def configure_logging(level: LogLevel, style: LogFormat) -> None:
+    """Send structlog and the standard library's loggers to standard error, redacted."""
+    renderer: structlog.typing.Processor
+    if style is LogFormat.JSON:
+        renderer = structlog.processors.JSONRenderer(serializer=_to_json)
+    else:
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+        structlog.processors.format_exc_info,
+        _redact,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(_LEVELS[level])
+    # Libraries that log every request or every retry of their own: the ledger says it once.
+    for name in ("aiohttp.access", "aiosmtplib", "asyncio", "pgqueuer", "mail.log"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, _LEVELS[level]))
