@@ -21,7 +21,6 @@ from pydantic import (
     SecretStr,
     ValidationError,
     field_validator,
-    model_validator,
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -105,9 +104,7 @@ Zone = Annotated[ZoneInfo, BeforeValidator(_zone), PlainSerializer(str)]
 class Settings(BaseSettings):
     """Everything the service can be told from outside, validated."""
 
-    model_config = SettingsConfigDict(
-        frozen=True, extra="ignore", arbitrary_types_allowed=True, env_ignore_empty=True
-    )
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", arbitrary_types_allowed=True, env_ignore_empty=True)
 
     database_url: SecretStr
     database_listen_url: SecretStr | None = None
@@ -154,9 +151,10 @@ class Settings(BaseSettings):
     @field_validator("app_origin", "unsubscribe_url")
     @classmethod
     def _is_web_address(cls, value: str | None) -> str | None:
-        if value is not None and (
-            urlsplit(value).scheme not in {"http", "https"} or not urlsplit(value).netloc
-        ):
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in {"http", "https"} or not parts.netloc:
             raise ValueError("must be an http(s) address such as https://app.example.com")
         return value.rstrip("/")
 
@@ -188,22 +186,6 @@ class Settings(BaseSettings):
         if parts.scheme == "http" and parts.hostname in LOOPBACK_HOSTS:
             return value
         raise ValueError("must be https:// (plain http only to this machine's loopback address)")
-
-    @model_validator(mode="after")
-    def _belong_together(self) -> "Settings":
-        if self.shaam_mode is not ShaamMode.MOCK:
-            needed = ("shaam_encryption_key", "shaam_client_id", "shaam_client_secret")
-            if missing := [name.upper() for name in needed if getattr(self, name) is None]:
-                raise ValueError(f"SHAAM_MODE={self.shaam_mode} needs {', '.join(missing)} as well")
-        if (self.smtp_username is None) != (self.smtp_password is None):
-            raise ValueError("SMTP_USERNAME and SMTP_PASSWORD go together; only one is set")
-        if (
-            self.smtp_username is not None
-            and self.smtp_tls is SmtpTls.NONE
-            and self.smtp_host not in LOOPBACK_HOSTS
-        ):
-            raise ValueError("SMTP_TLS=none would send SMTP_PASSWORD in the clear; use starttls or implicit")
-        return self
 
     @property
     def listen_url(self) -> str:
@@ -258,6 +240,21 @@ def _read_values(environ: Mapping[str, str], faults: _Faults) -> dict[str, str]:
     return values
 
 
+def _check_together(values: Mapping[str, str], faults: _Faults) -> None:
+    """Check what no field can know alone. On the raw values, so that it is said beside the fields' own faults."""
+    mode = values.get("shaam_mode", ShaamMode.MOCK)
+    if mode in {ShaamMode.SANDBOX, ShaamMode.PRODUCTION}:
+        for name in ("shaam_encryption_key", "shaam_client_id", "shaam_client_secret"):
+            if name not in values:
+                faults.add(name.upper(), f"is not set; SHAAM_MODE={mode} needs it")
+    if ("smtp_username" in values) != ("smtp_password" in values):
+        missing = "SMTP_PASSWORD" if "smtp_username" in values else "SMTP_USERNAME"
+        faults.add(missing, "is not set; SMTP_USERNAME and SMTP_PASSWORD go together")
+    in_the_clear = values.get("smtp_tls") == SmtpTls.NONE and values.get("smtp_host") not in LOOPBACK_HOSTS
+    if "smtp_username" in values and in_the_clear:
+        faults.add("SMTP_TLS", "none would send SMTP_PASSWORD in the clear; use starttls or implicit")
+
+
 def _read_schedules(
     environ: Mapping[str, str],
     jobs: Collection[str],
@@ -294,6 +291,7 @@ def load_settings(
     environ = os.environ if environ is None else environ
     faults = _Faults([])
     values: dict[str, Any] = dict(_read_values(environ, faults))
+    _check_together(values, faults)
     values["schedules"] = _read_schedules(environ, jobs, check_cron, faults)
     try:
         settings = Settings(**values)

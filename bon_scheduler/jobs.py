@@ -198,9 +198,7 @@ class JobContext(Protocol):
         """
         ...
 
-    async def enqueue(
-        self, job: "Job[P]", payload: P, *, on: Connection, dedupe_key: str | None = None
-    ) -> UUID | None:
+    async def enqueue(self, job: "Job[P]", payload: P, *, on: Connection, dedupe_key: str | None = None) -> UUID | None:
         """Ask for a run caused by this one, in the same transaction; None when the key is taken."""
         ...
 

@@ -9,6 +9,7 @@ name are blanked whatever a caller passes, and addresses inside texts are masked
 import logging
 import re
 import sys
+import traceback
 from typing import Any
 
 import orjson
@@ -17,13 +18,9 @@ from structlog.typing import EventDict, WrappedLogger
 
 from bon_scheduler.config import LogFormat, LogLevel
 
-__all__ = ["configure_logging", "mask"]
+__all__ = ["configure_logging", "describe_error", "mask", "where"]
 
-_SENSITIVE = re.compile(
-    r"token|secret|password|authorization|email|recipient|address|customer|url|dsn", re.IGNORECASE
-)
-    r"(token|secret|password|authorization|email|recipient|address|customer|url|dsn)", re.I
-)
+_SENSITIVE = re.compile(r"token|secret|password|authorization|email|recipient|address|customer|url|dsn", re.IGNORECASE)
 _ADDRESS = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 _LEVELS = {
@@ -86,3 +83,21 @@ def configure_logging(level: LogLevel, style: LogFormat) -> None:
     # Libraries that log every request or every retry of their own: the ledger says it once.
     for name in ("aiohttp.access", "aiosmtplib", "asyncio", "pgqueuer", "mail.log"):
         logging.getLogger(name).setLevel(max(logging.WARNING, _LEVELS[level]))
+
+
+def describe_error(error: BaseException) -> str:
+    """
+    Return an exception's type and first line, masked.
+
+    PostgreSQL's DETAIL is left out: it quotes whole rows, names and addresses included.
+    """
+    first = str(error.args[0] if error.args else error).strip().partition("\n")[0]
+    name = type(error).__name__
+    return mask(f"{name}: {first}" if first else name)[:500]
+
+
+def where(error: BaseException) -> list[str]:
+    """Return the frames an exception came through, innermost last, without any values."""
+    return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)][
+        -12:
+    ]

@@ -43,12 +43,13 @@ create table runs (
     asked_by    text,
     reason      text,                  -- why it was missed, cancelled, held or paused
     state       run_state not null default 'queued',
-    attempt     integer not null default 0,
+    attempt     integer not null default 0,    -- taken when a worker starts; also the fence
+    given_back  integer not null default 0,    -- attempts that a stopping worker gave back: they do not count
     worker      uuid,
     enqueued_at timestamptz not null default now(),
     started_at  timestamptz,           -- of the first attempt
     finished_at timestamptz,
-    counts      jsonb not null default '{}',
+    counts      json not null default '{}',     -- in the order the handler gave them
     error       text,
     caused_by   uuid references runs (id)
 );
@@ -170,3 +171,85 @@ $$;
 
 comment on function enqueue is
     'Ask for a run. select bon_scheduler.enqueue(''generate-pdf'', ''{"invoice_id": "…"}'', dedupe_key => ''pdf:…'')';
+
+
+-- A run that a living worker holds is nobody else's. "Living" is a heartbeat younger than the lease.
+create function is_alive(worker uuid, lease interval) returns boolean
+language sql stable
+set search_path = bon_scheduler, pg_temp
+as $$
+    select exists (select from workers w where w.id = $1 and w.seen_at > clock_timestamp() - $2);
+$$;
+
+
+-- Takes a run for a worker: attempt + 1, from the moment it starts, so that a run which kills its worker
+-- runs out of attempts. With `exclusive`, no two runs of the job are ever claimed at once.
+--
+-- verdict: claimed · ended (nothing to do) · held (a living worker has it) · busy (a living worker runs
+-- another run of this exclusive job) · exhausted (its last attempt died with its worker: now dead).
+create function claim(
+    run_id    uuid,
+    by_worker uuid,
+    by_host   text,
+    lease     interval,
+    allowed   integer,
+    exclusive boolean,
+    out verdict text, out attempt integer, out holder_host text, out holder_since timestamptz
+)
+language plpgsql
+set search_path = bon_scheduler, pg_temp
+as $$
+declare
+    run   runs%rowtype;
+    other runs%rowtype;
+begin
+    if exclusive then
+        -- BEFORE the run's own row, otherwise two claims of one job could both see nobody running.
+        perform from jobs j where j.name = (select r.job from runs r where r.id = run_id) for no key update;
+    end if;
+    select * into run from runs r where r.id = run_id for update;
+    if not found or run.state not in ('queued', 'retrying', 'running') then
+        verdict := 'ended';
+        return;
+    end if;
+    if run.state = 'running' then
+        if is_alive(run.worker, lease) then
+            verdict := 'held';
+            select a.host, a.started_at into holder_host, holder_since
+              from attempts a where a.run_id = run.id and a.attempt = run.attempt;
+            return;
+        end if;
+        update attempts a
+           set ended_at = clock_timestamp(), outcome = 'lost', error = 'its worker stopped without a word'
+         where a.run_id = run.id and a.attempt = run.attempt and a.ended_at is null;
+        if run.attempt - run.given_back >= allowed then
+            update runs r
+               set state = 'dead', finished_at = clock_timestamp(),
+                   error = format('its worker stopped without a word in each of %s attempts, the last on %s',
+                                  allowed, (select a.host from attempts a
+                                             where a.run_id = run.id and a.attempt = run.attempt))
+             where r.id = run.id;
+            verdict := 'exhausted';
+            return;
+        end if;
+    end if;
+    if exclusive then
+        select * into other from runs r
+         where r.job = run.job and r.state = 'running' and r.id <> run.id and is_alive(r.worker, lease)
+         limit 1;
+        if found then
+            verdict := 'busy';
+            select a.host, a.started_at into holder_host, holder_since
+              from attempts a where a.run_id = other.id and a.attempt = other.attempt;
+            return;
+        end if;
+    end if;
+    attempt := run.attempt + 1;
+    update runs r
+       set state = 'running', attempt = claim.attempt, worker = by_worker,
+           started_at = coalesce(r.started_at, clock_timestamp())
+     where r.id = run.id;
+    insert into attempts (run_id, attempt, worker, host) values (run.id, claim.attempt, by_worker, by_host);
+    verdict := 'claimed';
+end;
+$$;

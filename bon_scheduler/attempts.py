@@ -1,0 +1,246 @@
+"""
+One attempt's hold on its run: claim, fence, finish, fail, give back.
+
+It must survive a worker that dies, freezes or is presumed dead at any statement. So a run is
+changed only by the attempt that owns it (`id`, `attempt`, `worker` and `running` must still
+match), and an attempt that finds no such row has lost it and changes nothing.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+from bon_scheduler.jobs import BusinessOutcome, Connection, Counts, LostRunError
+from bon_scheduler.ledger import BULK, CALL_TIMEOUT_SECONDS, Origin, redeliver
+
+__all__ = [
+    "Claim",
+    "RunRef",
+    "Verdict",
+    "attempt_lost",
+    "claim",
+    "fail",
+    "fence",
+    "finish",
+    "give_back",
+    "record_outcomes",
+]
+
+# $1 run, $2 worker, $3 host, $4 lease: interval, $5 attempts allowed: int, $6 exclusive: boolean.
+CLAIM = """
+    select c.verdict, c.attempt, c.holder_host, c.holder_since,
+           r.job, r.fire_time, r.enqueued_at, r.payload, r.origin, r.given_back
+      from bon_scheduler.claim($1, $2, $3, $4, $5, $6) c
+      left join bon_scheduler.runs r on r.id = $1
+"""
+# $1 run, $2 attempt, $3 worker. Locks `for share`: claims lock `for update`, so the two exclude each other
+# while the fences of one run's transactions do not.
+FENCE = """
+    select true
+      from bon_scheduler.runs
+     where id = $1 and attempt = $2 and worker = $3 and state = 'running'
+       for share
+"""
+# $1 run, $2 attempt, $3 worker, $4 counts: jsonb. `partial` when the handler reported a failed business.
+FINISH = """
+    with finished as (
+        update bon_scheduler.runs r
+           set counts = $4, error = null, finished_at = clock_timestamp(),
+               state = case when exists (select from bon_scheduler.business_outcomes o
+                                          where o.run_id = r.id and o.outcome = 'failed')
+                            then 'partial' else 'succeeded' end::bon_scheduler.run_state
+         where id = $1 and attempt = $2 and worker = $3 and state = 'running'
+        returning id, attempt, state
+    ), ended as (
+        update bon_scheduler.attempts a
+           set ended_at = clock_timestamp(), outcome = f.state::text
+          from finished f
+         where a.run_id = f.id and a.attempt = f.attempt
+    )
+    select state::text from finished
+"""
+# $1 run, $2 attempt, $3 worker, $4 outcome of the attempt, $5 error, $6 wait before the next: interval,
+# null when there is none.
+FAIL = """
+    with failed as (
+        update bon_scheduler.runs
+           set error = $5,
+               state = case when $6::interval is null
+                            then 'dead' else 'retrying' end::bon_scheduler.run_state,
+               run_at = case when $6::interval is null then run_at else clock_timestamp() + $6 end,
+               finished_at = case when $6::interval is null then clock_timestamp() end
+         where id = $1 and attempt = $2 and worker = $3 and state = 'running'
+        returning id, attempt, state
+    ), ended as (
+        update bon_scheduler.attempts a
+           set ended_at = clock_timestamp(), outcome = $4, error = $5
+          from failed f
+         where a.run_id = f.id and a.attempt = f.attempt
+    )
+    select state::text from failed
+"""
+# $1 run, $2 attempt, $3 worker.
+GIVE_BACK = """
+    with returned as (
+        update bon_scheduler.runs
+           set state = 'queued', given_back = given_back + 1, worker = null
+         where id = $1 and attempt = $2 and worker = $3 and state = 'running'
+        returning id, attempt
+    ), ended as (
+        update bon_scheduler.attempts a
+           set ended_at = clock_timestamp(), outcome = 'given_back'
+          from returned f
+         where a.run_id = f.id and a.attempt = f.attempt
+    )
+    select id from returned
+"""
+# $1 run, $2 attempt: closes the book on an attempt that lost its run.
+ATTEMPT_LOST = """
+    update bon_scheduler.attempts
+       set ended_at = clock_timestamp(), outcome = 'lost', error = $3
+     where run_id = $1 and attempt = $2 and ended_at is null
+"""
+# $1 run, $2 businesses: uuid[], $3 outcomes: text[], $4 counts: jsonb[], $5 errors: text[].
+RECORD_OUTCOMES = """
+    insert into bon_scheduler.business_outcomes as o (run_id, business_id, outcome, counts, error)
+    select $1, business_id, outcome, counts, error
+      from unnest($2::uuid[], $3::text[], $4::jsonb[], $5::text[]) as t (business_id, outcome, counts, error)
+    on conflict (run_id, business_id) do update
+       set outcome = excluded.outcome,
+           error = excluded.error,
+           counts = (select coalesce(jsonb_object_agg(key, total), '{}')
+                       from (select key, sum(value::bigint) as total
+                               from (select * from jsonb_each_text(o.counts)
+                                     union all
+                                     select * from jsonb_each_text(excluded.counts)) as both_counts
+                              group by key) as added)
+"""
+
+
+class Verdict(StrEnum):
+    """What became of a claim; see the SQL function `claim`."""
+
+    CLAIMED = "claimed"
+    ENDED = "ended"
+    HELD = "held"
+    BUSY = "busy"
+    EXHAUSTED = "exhausted"
+
+
+@dataclass(frozen=True, slots=True)
+class RunRef:
+    """One attempt of one run by one worker: what every change must still match."""
+
+    run_id: UUID
+    attempt: int
+    worker: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The answer to a claim. Fields after `verdict` are set as far as they apply."""
+
+    verdict: Verdict
+    ref: RunRef | None
+    job: str | None
+    fire_time: datetime | None
+    enqueued_at: datetime | None
+    payload: Mapping[str, Any]
+    origin: Origin | None
+    given_back: int
+    holder_host: str | None
+    holder_since: datetime | None
+
+
+async def claim(
+    connection: Connection,
+    run_id: UUID,
+    *,
+    worker: UUID,
+    host: str,
+    lease: timedelta,
+    allowed: int,
+    exclusive: bool,
+) -> Claim:
+    """Take a run for a worker, counting the attempt from now."""
+    row = await connection.fetchrow(
+        CLAIM, run_id, worker, host, lease, allowed, exclusive, timeout=CALL_TIMEOUT_SECONDS
+    )
+    if row is None:  # the function always returns one row
+        raise LostRunError(f"run {run_id} could not be claimed")
+    verdict = Verdict(row["verdict"])
+    return Claim(
+        verdict,
+        RunRef(run_id, row["attempt"], worker) if verdict is Verdict.CLAIMED else None,
+        row["job"],
+        row["fire_time"],
+        row["enqueued_at"],
+        row["payload"] or {},
+        Origin(row["origin"]) if row["origin"] else None,
+        row["given_back"] or 0,
+        row["holder_host"],
+        row["holder_since"],
+    )
+
+
+async def fence(connection: Connection, ref: RunRef) -> None:
+    """Refuse, with LostRunError, to go on to the commit unless this attempt still owns its run."""
+    if not await connection.fetchval(FENCE, ref.run_id, ref.attempt, ref.worker, timeout=CALL_TIMEOUT_SECONDS):
+        raise LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
+
+
+async def finish(connection: Connection, ref: RunRef, counts: Counts) -> str:
+    """End the run as `succeeded` or `partial`; return which. Raises LostRunError."""
+    state: str | None = await connection.fetchval(
+        FINISH, ref.run_id, ref.attempt, ref.worker, dict(counts), timeout=CALL_TIMEOUT_SECONDS
+    )
+    if state is None:
+        raise LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
+    return state
+
+
+async def fail(connection: Connection, ref: RunRef, *, outcome: str, error: str, wait: timedelta | None) -> str:
+    """End the attempt; the run is `retrying` after `wait`, or `dead` without one. Raises LostRunError."""
+    async with connection.transaction():
+        state: str | None = await connection.fetchval(
+            FAIL, ref.run_id, ref.attempt, ref.worker, outcome, error, wait, timeout=CALL_TIMEOUT_SECONDS
+        )
+        if state is None:
+            raise LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
+        if wait is not None:
+            await redeliver(connection, ref.run_id)
+    return state
+
+
+async def give_back(connection: Connection, ref: RunRef) -> bool:
+    """Return a run to the queue at shutdown, at no cost in attempts; False when it was lost."""
+    async with connection.transaction():
+        returned = await connection.fetchval(
+            GIVE_BACK, ref.run_id, ref.attempt, ref.worker, timeout=CALL_TIMEOUT_SECONDS
+        )
+        if returned is not None:
+            await redeliver(connection, ref.run_id)
+    return returned is not None
+
+
+async def attempt_lost(connection: Connection, ref: RunRef, error: str) -> None:
+    """Note that an attempt lost its run."""
+    await connection.execute(ATTEMPT_LOST, ref.run_id, ref.attempt, error, timeout=CALL_TIMEOUT_SECONDS)
+
+
+async def record_outcomes(connection: Connection, run_id: UUID, outcomes: Iterable[BusinessOutcome]) -> None:
+    """Record what the run did for each business; counts of a repeated business add up."""
+    ordered = sorted(outcomes, key=lambda outcome: outcome.business_id)
+    for start in range(0, len(ordered), BULK):
+        part = ordered[start : start + BULK]
+        await connection.execute(
+            RECORD_OUTCOMES,
+            run_id,
+            [outcome.business_id for outcome in part],
+            [outcome.outcome for outcome in part],
+            [dict(outcome.counts) for outcome in part],
+            [outcome.error for outcome in part],
+        )

@@ -1,0 +1,184 @@
+"""
+Is this deployment sound? One finding a line: ok, warning or failure, and the remedy.
+
+Reads only. BON's tables and columns are what `bon-contract` says the jobs touch.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+
+from bon_scheduler import db
+from bon_scheduler.clock import Clock
+from bon_scheduler.config import Settings
+from bon_scheduler.db import DatabaseUnavailableError, SchemaBehindError
+from bon_scheduler.jobs import Connection
+
+__all__ = ["Finding", "Level", "check_deployment"]
+
+SUPPORTED_VERSIONS = range(15, 19)
+CLOCK_TOLERANCE = timedelta(seconds=5)
+
+BON_COLUMNS: dict[str, tuple[str, ...]] = {
+    "users": ("id", "email"),
+    "sessions": ("id", "expires_at"),
+    "businesses": ("id", "name", "email", "is_active", "deleted_at"),
+    "user_businesses": ("user_id", "business_id", "role"),
+    "customers": ("id", "name"),
+    "invoices": (
+        "id",
+        "business_id",
+        "customer_id",
+        "customer_name",
+        "document_type",
+        "status",
+        "is_overdue",
+        "document_number",
+        "credited_invoice_id",
+        "due_date",
+        "currency",
+        "total_incl_vat_minor_units",
+        "updated_at",
+    ),
+    "invoice_items": ("invoice_id",),
+    "invoice_payments": ("invoice_id", "amount_minor_units"),
+    "business_shaam_credentials": (
+        "business_id",
+        "encrypted_access_token",
+        "encrypted_refresh_token",
+        "token_expires_at",
+        "scope",
+        "needs_reauth",
+        "updated_at",
+    ),
+    "shaam_audit_log": ("invoice_id",),
+    "emergency_allocation_numbers": ("used_for_invoice_id",),
+}
+
+# $1 tables: text[], $2 columns: text[] beside them. What is not where unqualified names would find it.
+MISSING_COLUMNS = """
+    select wanted.tab as table_name, wanted.col as column_name, to_regclass(wanted.tab) is null as no_table
+      from unnest($1::text[], $2::text[]) as wanted (tab, col)
+     where not exists (select from pg_attribute a
+                        where a.attrelid = to_regclass(wanted.tab)
+                          and a.attname = wanted.col
+                          and a.attnum > 0
+                          and not a.attisdropped)
+     order by 1, 2
+"""
+# $1 table: text, $2 column: text. Whether some index begins with the column.
+HAS_INDEX_ON = """
+    select exists (select from pg_index i
+                     join pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
+                    where i.indrelid = to_regclass($1) and a.attname = $2 and i.indisvalid)
+"""
+RECOMMENDED_INDEXES = (
+    ("invoices", "credited_invoice_id"),
+    ("emergency_allocation_numbers", "used_for_invoice_id"),
+)
+
+
+class Level(StrEnum):
+    """How a finding is to be taken."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILURE = "failure"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at, and the remedy where it is not as it should be."""
+
+    name: str
+    level: Level
+    what: str
+    remedy: str | None = None
+
+
+async def check_deployment(settings: Settings, clock: Clock) -> list[Finding]:
+    """Look at everything; an unreachable database ends the look early."""
+    try:
+        async with db.connect(settings.database_url.get_secret_value()) as connection:
+            return [
+                Finding("settings", Level.OK, "every setting is usable"),
+                await _check_server(connection),
+                await _check_clock(connection, clock),
+                *await _check_columns(connection),
+                *await _check_indexes(connection),
+                await _check_schema(connection),
+            ]
+    except DatabaseUnavailableError as error:
+        return [
+            Finding("settings", Level.OK, "every setting is usable"),
+            Finding("database", Level.FAILURE, str(error), "Start PostgreSQL, or correct DATABASE_URL."),
+        ]
+
+
+async def _check_server(connection: Connection) -> Finding:
+    number = int(await connection.fetchval("select current_setting('server_version_num')")) // 10000
+    if number in SUPPORTED_VERSIONS:
+        return Finding("database", Level.OK, f"PostgreSQL {number} answers")
+    return Finding(
+        "database",
+        Level.WARNING,
+        f"PostgreSQL {number} is not one this version was tried on",
+        "Use 15 to 18.",
+    )
+
+
+async def _check_clock(connection: Connection, clock: Clock) -> Finding:
+    before = clock.now()
+    theirs = await connection.fetchval("select clock_timestamp()")
+    apart = abs(theirs - (before + (clock.now() - before) / 2))
+    what = f"this clock and the database's are {apart.total_seconds():.3f} s apart"
+    if apart <= CLOCK_TOLERANCE:
+        return Finding("clock", Level.OK, what)
+    return Finding("clock", Level.WARNING, what, "Synchronise both machines (NTP); schedules depend on it.")
+
+
+async def _check_columns(connection: Connection) -> list[Finding]:
+    wanted = [(table, column) for table, columns in BON_COLUMNS.items() for column in columns]
+    missing = await connection.fetch(MISSING_COLUMNS, [t for t, _ in wanted], [c for _, c in wanted])
+    if not missing:
+        return [Finding("BON's tables", Level.OK, f"{len(BON_COLUMNS)} tables, {len(wanted)} columns as expected")]
+    absent = sorted({row["table_name"] for row in missing if row["no_table"]})
+    findings = [Finding("BON's tables", Level.FAILURE, f"table {table} is missing", _BON_REMEDY) for table in absent]
+    findings += [
+        Finding(
+            "BON's tables",
+            Level.FAILURE,
+            f"column {row['table_name']}.{row['column_name']} is missing",
+            _BON_REMEDY,
+        )
+        for row in missing
+        if not row["no_table"]
+    ]
+    return findings
+
+
+_BON_REMEDY = "Run BON's own migrations on this database, or point DATABASE_URL at BON's."
+
+
+async def _check_indexes(connection: Connection) -> list[Finding]:
+    findings = []
+    for table, column in RECOMMENDED_INDEXES:
+        if not await connection.fetchval(HAS_INDEX_ON, table, column):
+            statement = f"CREATE INDEX CONCURRENTLY ON {table} ({column}) WHERE {column} IS NOT NULL"
+            findings.append(
+                Finding(
+                    "indexes",
+                    Level.WARNING,
+                    f"no index on {table}.{column}: each deleted draft scans the table",
+                    f"Have BON run: {statement}",
+                )
+            )
+    return findings or [Finding("indexes", Level.OK, "the recommended ones exist")]
+
+
+async def _check_schema(connection: Connection) -> Finding:
+    try:
+        version = await db.require_schema(connection)
+    except SchemaBehindError as error:
+        return Finding("schema", Level.FAILURE, str(error), "Run: python -m bon_scheduler migrate")
+    return Finding("schema", Level.OK, f"bon_scheduler is at version {version}")

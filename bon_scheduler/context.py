@@ -1,0 +1,113 @@
+"""What a handler is given: its instants, its fenced transactions, and the way to ask for more runs."""
+
+import typing
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from typing import TypeVar
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+from bon_scheduler import attempts, ledger
+from bon_scheduler.attempts import RunRef
+from bon_scheduler.db import Pool
+from bon_scheduler.jobs import BusinessOutcome, Connection, Counts, Job, P
+from bon_scheduler.ledger import Origin, Request
+
+__all__ = ["AttemptContext"]
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class AttemptContext:
+    """One attempt's `JobContext`. `ended` is the run's state once a handler's `finish` has committed."""
+
+    ref: RunRef
+    job_name: str
+    fire_time: datetime
+    now: datetime
+    next_fire_time: datetime | None
+    replay: bool
+    zone: ZoneInfo
+    pool: Pool
+    resources: Mapping[type, object]
+    ended: str | None = None
+    counts: Counts = field(default_factory=dict)
+    _finishing: str | None = None
+
+    @property
+    def run_id(self) -> UUID:
+        """The run this attempt belongs to."""
+        return self.ref.run_id
+
+    @property
+    def attempt(self) -> int:
+        """Which execution of the run this is, from 1."""
+        return self.ref.attempt
+
+    @property
+    def business_date(self) -> date:
+        """The Israeli calendar date of `fire_time`."""
+        return self.fire_time.astimezone(self.zone).date()
+
+    @property
+    def today(self) -> date:
+        """The Israeli calendar date of `now`."""
+        return self.now.astimezone(self.zone).date()
+
+    def get(self, kind: type[T]) -> T:
+        """Return the service's one object of that type."""
+        if kind not in self.resources:
+            raise LookupError(f"no {kind.__name__} in this process; service.py provides what handlers get")
+        return typing.cast("T", self.resources[kind])
+
+    def connection(self) -> AbstractAsyncContextManager[Connection]:
+        """Borrow a connection without a fence."""
+        return self.pool.acquire()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """Open a transaction whose commit is refused once another attempt owns the run."""
+        async with self.pool.acquire() as connection:
+            async with connection.transaction():
+                yield connection
+                if self._finishing is None:
+                    # Last, just before the commit: a claim waits for this lock, never for the handler's work.
+                    await attempts.fence(connection, self.ref)
+            self.ended = self._finishing
+
+    async def enqueue(self, job: Job[P], payload: P, *, on: Connection, dedupe_key: str | None = None) -> UUID | None:
+        """Ask for a run caused by this one; None when the key is taken."""
+        return await ledger.enqueue(
+            on,
+            Request(
+                job.name,
+                payload.model_dump(mode="json"),
+                dedupe_key,
+                origin=Origin.RUN,
+                asked_by=self.job_name,
+                caused_by=self.run_id,
+            ),
+        )
+
+    async def enqueue_many(self, job: Job[P], requests: Iterable[tuple[P, str]], *, on: Connection) -> int:
+        """Ask for a run for each (payload, dedupe key); return how many keys were new."""
+        return await ledger.enqueue_many(
+            on,
+            job.name,
+            [(payload.model_dump(mode="json"), key) for payload, key in requests],
+            asked_by=self.job_name,
+            caused_by=self.run_id,
+        )
+
+    async def record(self, outcomes: Iterable[BusinessOutcome], *, on: Connection) -> None:
+        """Record outcomes per business."""
+        await attempts.record_outcomes(on, self.run_id, outcomes)
+
+    async def finish(self, counts: Counts, *, on: Connection) -> Counts:
+        """End the run in the handler's last transaction; return the counts."""
+        self._finishing = await attempts.finish(on, self.ref, counts)
+        self.counts = counts
+        return counts

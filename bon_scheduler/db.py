@@ -1,0 +1,236 @@
+"""
+The database: connections, their codecs and time-outs, and the migrations of schema `bon_scheduler`.
+
+Everything of ours and of PgQueuer's lives in that schema; nothing is ever created in `public`.
+"""
+
+import hashlib
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, TypeAlias
+from urllib.parse import urlsplit
+
+import asyncpg
+import orjson
+
+from bon_scheduler.config import Settings
+from bon_scheduler.jobs import Connection
+
+# BEFORE PgQueuer is imported, otherwise it settles on the connection's search path.
+os.environ["PGQUEUER_SCHEMA"] = "bon_scheduler"
+
+from pgqueuer.adapters.persistence.qb import QueryBuilderEnvironment
+from pgqueuer.adapters.persistence.queries import Queries
+
+__all__ = [
+    "TRANSIENT_ERRORS",
+    "DatabaseUnavailableError",
+    "Pool",
+    "SchemaBehindError",
+    "connect",
+    "explain_unavailable",
+    "migrating",
+    "migration_sql",
+    "open_pool",
+    "require_schema",
+]
+
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
+
+CONNECT_TIMEOUT_SECONDS = 10
+COMMAND_TIMEOUT_SECONDS = 900
+"""Longer than any job's own deadline; calls of the ledger give a shorter one each."""
+MIGRATION_LOCK = int.from_bytes(hashlib.sha256(b"bon_scheduler").digest()[:8], "big", signed=True)
+
+CREATE_HISTORY = """
+    create schema if not exists bon_scheduler;
+    create table if not exists bon_scheduler.migrations (
+        version    integer primary key,
+        name       text not null,
+        applied_at timestamptz not null default now()
+    );
+"""
+APPLIED_VERSIONS = "select version from bon_scheduler.migrations"
+# $1 version: int, $2 name: text.
+RECORD_MIGRATION = "insert into bon_scheduler.migrations (version, name) values ($1, $2)"
+HAS_HISTORY = "select to_regclass('bon_scheduler.migrations') is not null"
+NEWEST_VERSION = "select coalesce(max(version), 0) from bon_scheduler.migrations"
+TRANSIENT_ERRORS = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+)
+"""What a database that is restarting, away or full raises: worth the same call again."""
+IN_OUR_SCHEMA = "set local search_path = bon_scheduler, pg_temp;\n"
+
+
+class DatabaseUnavailableError(Exception):
+    """The database cannot be reached or refuses us; the message says where and what to do."""
+
+
+class SchemaBehindError(Exception):
+    """Schema `bon_scheduler` is missing or older than this version needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One numbered file of `migrations/`."""
+
+    version: int
+    name: str
+    sql: str
+
+
+def _migrations() -> list[Migration]:
+    files = resources.files("bon_scheduler").joinpath("migrations").iterdir()
+    return sorted(
+        (
+            Migration(int(file.name[:4]), file.name.removesuffix(".sql")[5:], file.read_text("utf-8"))
+            for file in files
+            if file.name.endswith(".sql")
+        ),
+        key=lambda migration: migration.version,
+    )
+
+
+def _target(url: str) -> str:
+    parts = urlsplit(url)
+    host = f"{parts.hostname or 'the local socket'}{f':{parts.port}' if parts.port else ''}"
+    return f"the database {parts.path.lstrip('/') or '(default)'} at {host}"
+
+
+@contextmanager
+def explain_unavailable(url: str) -> Iterator[None]:
+    """Turn what asyncpg raises while connecting into DatabaseUnavailableError, without credentials."""
+    try:
+        yield
+    except asyncpg.InvalidPasswordError as error:
+        raise DatabaseUnavailableError(
+            f"{_target(url)} refuses the user or password of DATABASE_URL. Check both."
+        ) from error
+    except asyncpg.InvalidCatalogNameError as error:
+        raise DatabaseUnavailableError(f"{_target(url)} does not exist. Create it, or correct DATABASE_URL.") from error
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        what = type(error).__name__ if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+        raise DatabaseUnavailableError(
+            f"Cannot connect to {_target(url)}: {what.splitlines()[0]}. "
+            "Is PostgreSQL running there, and does DATABASE_URL name it?"
+        ) from error
+
+
+async def _set_codecs(connection: Connection) -> None:
+    for name in ("json", "jsonb"):
+        await connection.set_type_codec(
+            name, schema="pg_catalog", encoder=lambda v: orjson.dumps(v).decode(), decoder=orjson.loads
+        )
+
+
+def _options(lease_seconds: float | None) -> dict[str, Any]:
+    server_settings = {"application_name": "bon_scheduler", "TimeZone": "UTC"}
+    if lease_seconds is not None:
+        # Shorter than the lease: a frozen worker must neither block its successor nor hold BON's rows.
+        server_settings["idle_in_transaction_session_timeout"] = str(int(lease_seconds * 1000 * 2 / 3))
+    return {
+        "timeout": CONNECT_TIMEOUT_SECONDS,
+        "command_timeout": COMMAND_TIMEOUT_SECONDS,
+        "server_settings": server_settings,
+    }
+
+
+@asynccontextmanager
+async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
+    """Open the pool handlers and the ledger share; raises DatabaseUnavailableError."""
+    url = settings.database_url.get_secret_value()
+    with explain_unavailable(url):
+        pool = await asyncpg.create_pool(
+            url,
+            min_size=1,
+            max_size=settings.database_pool_size,
+            init=_set_codecs,
+            **_options(settings.lease_seconds),
+        )
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+@asynccontextmanager
+async def connect(url: str, *, codecs: bool = True) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    """
+    Open one connection of its own; raises DatabaseUnavailableError.
+
+    `codecs=False` leaves JSON as text, as PgQueuer expects it.
+    """
+    with explain_unavailable(url):
+        connection = await asyncpg.connect(url, **_options(None))
+    try:
+        if codecs:
+            await _set_codecs(connection)
+        yield connection
+    finally:
+        await connection.close(timeout=CONNECT_TIMEOUT_SECONDS)
+
+
+@asynccontextmanager
+async def migrating(url: str) -> AsyncIterator[tuple[Connection, list[str]]]:
+    """
+    Create or upgrade the schema, then yield the connection and the names of what was applied.
+
+    One advisory lock is held until the block ends, so that several replicas may do this at once.
+    """
+    async with connect(url) as connection:
+        await connection.execute("select pg_advisory_lock($1)", MIGRATION_LOCK)
+        try:
+            await connection.execute(CREATE_HISTORY)
+            await _install_queue(connection)
+            yield connection, await _apply_migrations(connection)
+        finally:
+            await connection.execute("select pg_advisory_unlock($1)", MIGRATION_LOCK)
+
+
+async def _install_queue(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    queries = Queries.from_asyncpg_connection(connection)
+    if await queries.schema_is_installed():
+        await queries.upgrade()
+    else:
+        await queries.install(create_schema=False)
+
+
+async def _apply_migrations(connection: Connection) -> list[str]:
+    applied = {row["version"] for row in await connection.fetch(APPLIED_VERSIONS)}
+    pending = [migration for migration in _migrations() if migration.version not in applied]
+    for migration in pending:
+        async with connection.transaction():
+            await connection.execute(IN_OUR_SCHEMA + migration.sql)
+            await connection.execute(RECORD_MIGRATION, migration.version, migration.name)
+    return [f"{migration.version:04} {migration.name}" for migration in pending]
+
+
+def migration_sql() -> str:
+    """Return what a first `migrate` would execute, for people who apply SQL by hand."""
+    parts = [CREATE_HISTORY, QueryBuilderEnvironment().build_install_query(create_schema=False)]
+    for migration in _migrations():
+        parts.append(f"-- migration {migration.version:04} {migration.name}\nbegin;\n{IN_OUR_SCHEMA}")
+        parts.append(migration.sql)
+        record = RECORD_MIGRATION.replace("$1", str(migration.version)).replace("$2", f"'{migration.name}'")
+        parts.append(f"{record};\ncommit;\n")
+    return "\n".join(parts)
+
+
+async def require_schema(connection: Connection) -> int:
+    """Return the schema's version; raise SchemaBehindError when it is less than this version needs."""
+    needed = _migrations()[-1].version
+    version = await connection.fetchval(NEWEST_VERSION) if await connection.fetchval(HAS_HISTORY) else 0
+    if version < needed:
+        state = "is missing" if not version else f"is at version {version}"
+        raise SchemaBehindError(
+            f"Schema bon_scheduler {state}; this version needs {needed}. Run: python -m bon_scheduler migrate"
+        )
+    return int(version)

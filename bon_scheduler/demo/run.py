@@ -1,0 +1,287 @@
+"""
+The demo: the real service on one machine, with a database, BON's tables, mail and SHAAM of its own.
+
+The jobs are asked for and worked on by the service itself while its schedules are off, so that no
+tick comes between and what must happen is known beforehand. Then, unless `--once`, the service
+goes on with its schedules until Ctrl-C. The environment is not read, so that no setting of a
+real deployment can reach it, and nothing outside this process tree is left behind.
+"""
+
+import asyncio
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+from uuid import UUID
+
+from bon_scheduler import db, history, ledger, service
+from bon_scheduler.config import Settings
+from bon_scheduler.demo.postgres import PostgresUnavailableError, find_binaries, running_postgres
+from bon_scheduler.demo.sample import SampleFacts, create_tables, load_sample
+from bon_scheduler.demo.shaam_simulator import Misbehaviour, ShaamSimulator, shaam_simulator
+from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
+from bon_scheduler.history import OPEN_STATES, Row
+from bon_scheduler.jobs import Connection, Counts
+from bon_scheduler.ledger import Origin, Request
+from bon_scheduler.report import Report, format_counts
+from bon_scheduler.service import Serving
+from bon_scheduler.shaam import TokenCipher
+
+__all__ = ["run_demo"]
+
+JOBS = ("overdue-detection", "draft-cleanup", "session-cleanup", "shaam-token-refresh")
+KEY = "00112233445566778899aabbccddeeff" * 2
+CLIENT = {"SHAAM_CLIENT_ID": "demo-client", "SHAAM_CLIENT_SECRET": "demo-secret"}
+LOOK_AGAIN_SECONDS = 0.05
+LONGEST_SECONDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A job and all its runs that the demo caused: the worst state, summed counts, and time taken."""
+
+    job: str
+    state: str
+    runs: int
+    counts: Counts
+    took_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What stands in for the outside, and what the jobs must make of it."""
+
+    facts: SampleFacts
+    settings: Mapping[str, str]
+    sink: SmtpSink
+
+
+def run_demo(*, port: int, keep: Path | None, once: bool, report: Report) -> int:
+    """Show every job on sample data; return 0 if each ended as the data says it must."""
+    try:
+        with _home(keep) as home, running_postgres(find_binaries(), directory=keep) as url:
+            return asyncio.run(_demonstrate(url, home, port, once=once, report=report))
+    except PostgresUnavailableError as error:
+        report.say(str(error))
+        return 1
+
+
+@contextmanager
+def _home(keep: Path | None) -> Iterator[Path]:
+    """Give a directory for the digests, which goes with the demo unless it is to be kept."""
+    if keep is not None:
+        shutil.rmtree(keep / "digests", ignore_errors=True)
+        yield keep
+        return
+    with tempfile.TemporaryDirectory(prefix="bon-demo-") as name:
+        yield Path(name)
+
+
+async def _demonstrate(url: str, home: Path, port: int, *, once: bool, report: Report) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    async with _world(url, home, port) as world:
+        without_schedules = {f"SCHEDULE_{job.name.replace('-', '_').upper()}": "" for job in service.JOBS}
+        settings = service.read_settings({**world.settings, **without_schedules})
+        await service.prepare(settings)
+        async with service.serving(settings) as serving:
+            ended = await _run_jobs(serving, world.facts, stop, report)
+        faults = _compare(ended, world)
+        _tell(report, ended, faults, world)
+        if not once and not stop.is_set():
+            async with service.serving(service.read_settings(world.settings)) as serving:
+                _say_where_to_look(report, serving, world, home)
+                await stop.wait()
+    return 1 if faults else 0
+
+
+@asynccontextmanager
+async def _world(url: str, home: Path, port: int) -> AsyncIterator[World]:
+    """Build BON's database with sample data, a mail server and the authority's simulator."""
+    async with AsyncExitStack() as stack:
+        sink = await stack.enter_async_context(smtp_sink(home / "digests"))
+        simulator = await stack.enter_async_context(
+            shaam_simulator(client_id=CLIENT["SHAAM_CLIENT_ID"], client_secret=CLIENT["SHAAM_CLIENT_SECRET"])
+        )
+        settings = {
+            "DATABASE_URL": await _new_database(url),
+            "HEALTH_HOST": "127.0.0.1",
+            "HEALTH_PORT": str(port),
+            "SHUTDOWN_SECONDS": "5",
+            "APP_ORIGIN": "https://app.bon.example",
+            "SMTP_HOST": sink.host,
+            "SMTP_PORT": str(sink.port),
+            "SMTP_TLS": "none",
+            "SHAAM_MODE": "sandbox",
+            "SHAAM_TOKEN_URL": simulator.token_url,
+            "SHAAM_ENCRYPTION_KEY": KEY,
+            **CLIENT,
+        }
+        facts = await _load(service.read_settings(settings), simulator)
+        yield World(facts, settings, sink)
+
+
+async def _new_database(url: str) -> str:
+    """Make the database `bon` anew; return its address."""
+    async with db.connect(url) as connection:
+        await connection.execute("drop database if exists bon with (force)")
+        await connection.execute("create database bon")
+    return urlunsplit(urlsplit(url)._replace(path="/bon"))
+
+
+async def _load(settings: Settings, simulator: ShaamSimulator) -> SampleFacts:
+    async with db.connect(settings.database_url.get_secret_value()) as connection:
+        await create_tables(connection)
+        facts = await load_sample(
+            connection,
+            now=datetime.now(UTC),
+            zone=settings.bon_timezone,
+            encrypt=TokenCipher(KEY).encrypt,
+            refresh_tokens=lambda business: simulator.issue(str(business)),
+        )
+    simulator.spoil.update({str(business): Misbehaviour(spoil) for business, spoil in facts.spoiled.items()})
+    return facts
+
+
+async def _run_jobs(serving: Serving, facts: SampleFacts, stop: asyncio.Event, report: Report) -> list[Ended]:
+    ended: list[Ended] = []
+    async with serving.machinery.pool.acquire() as connection:
+        for job in JOBS:
+            if stop.is_set():
+                break
+            with report.progress(f"{job} …"):
+                run_id = await _ask(connection, job, facts.now)
+                family = await _until_ended(connection, run_id)
+            ended += _sum_up(family)
+    return ended
+
+
+async def _ask(connection: Connection, job: str, fire_time: datetime) -> UUID:
+    request = Request(job, {}, fire_time=fire_time, origin=Origin.PERSON, asked_by="demo")
+    run_id = await ledger.enqueue(connection, request)
+    if run_id is None:
+        raise LookupError(f"the ledger gave no run for {job}")
+    return run_id
+
+
+async def _until_ended(connection: Connection, run_id: UUID) -> list[Row]:
+    """Wait for the run and all it causes; return them."""
+    async with asyncio.timeout(LONGEST_SECONDS):
+        while True:
+            root = await history.find_run(connection, run_id)
+            family = [root] if root else []
+            for run in await history.descendants(connection, run_id):
+                found = await history.find_run(connection, run["run_id"])
+                family += [found] if found else []
+            if all(run["state"] not in OPEN_STATES for run in family):
+                return family
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+
+
+def _sum_up(family: Iterable[Row]) -> list[Ended]:
+    """Sum the runs up by job, in the order they were asked for."""
+    by_job: dict[str, Ended] = {}
+    for run in family:
+        took = round((run["finished_at"] - run["started_at"]).total_seconds() * 1000)
+        so_far = by_job.get(run["job"], Ended(run["job"], "succeeded", 0, {}, 0))
+        by_job[run["job"]] = replace(
+            so_far,
+            state=run["state"] if run["state"] != "succeeded" else so_far.state,
+            runs=so_far.runs + 1,
+            counts={name: so_far.counts.get(name, 0) + count for name, count in run["counts"].items()},
+            took_ms=so_far.took_ms + took,
+        )
+    return list(by_job.values())
+
+
+def _expected(facts: SampleFacts) -> dict[str, tuple[str, Counts]]:
+    """Return, by job, the state and counts that the sample data demands."""
+    recipients = [len(addresses) for addresses in facts.digest_recipients.values()]
+    spoiled = len(facts.spoiled)
+    kinds = list(facts.spoiled.values())
+    return {
+        "overdue-detection": ("succeeded", {"marked": facts.marked, "cleared": facts.cleared}),
+        "overdue-digest": (
+            "succeeded",
+            {
+                "businesses": len(recipients),
+                "invoices": facts.digest_invoices,
+                "deliveries": sum(recipients),
+            },
+        ),
+        "send-overdue-digest": ("succeeded", {"sent": sum(recipients), "no_recipient": recipients.count(0)}),
+        "draft-cleanup": (
+            "succeeded",
+            {"deleted": facts.drafts_deleted, "items": facts.draft_items, "kept": facts.drafts_kept},
+        ),
+        "session-cleanup": ("succeeded", {"deleted": facts.sessions_expired}),
+        "shaam-token-refresh": (
+            "partial",
+            {
+                "due": len(facts.shaam_due),
+                "refreshed": len(facts.shaam_due) - spoiled,
+                "needs_reauth": kinds.count("invalid_grant"),
+                "deferred": kinds.count("unavailable"),
+                "failed": kinds.count("garbage"),
+            },
+        ),
+    }
+
+
+def _compare(ended: list[Ended], world: World) -> list[str]:
+    """Say what is not as the sample data demands."""
+    found = {job.job: job for job in ended}
+    faults = []
+    for name, (state, counts) in _expected(world.facts).items():
+        job = found.get(name)
+        if job is None:
+            faults.append(f"{name} did not run")
+        elif job.state != state or any(job.counts.get(key) != count for key, count in counts.items()):
+            faults.append(
+                f"{name} ended {job.state} with {format_counts(job.counts)}; the sample data demands "
+                f"{state} with {format_counts(counts)}"
+            )
+    if (kept := len(world.sink.messages)) != sum(map(len, world.facts.digest_recipients.values())):
+        faults.append(f"the mail server received {kept} digests")
+    return faults
+
+
+def _tell(report: Report, ended: list[Ended], faults: list[str], world: World) -> None:
+    if report.as_json:
+        report.document(
+            {
+                "jobs": [
+                    {"job": e.job, "state": e.state, "runs": e.runs, "counts": e.counts, "took_ms": e.took_ms}
+                    for e in ended
+                ],
+                "digests": len(world.sink.messages),
+                "faults": faults,
+            }
+        )
+        return
+    report.table(
+        ["job", "outcome", "runs", "took", "counts"],
+        [(e.job, e.state, e.runs, f"{e.took_ms} ms", format_counts(e.counts)) for e in ended],
+    )
+    for fault in faults:
+        report.say(f"Not as it must be: {fault}")
+    if not faults:
+        report.say(
+            f"\nAs the sample data demands: {len(world.sink.messages)} digests sent, and SHAAM refused "
+            f"exactly the {len(world.facts.spoiled)} businesses its simulator spoils on purpose."
+        )
+
+
+def _say_where_to_look(report: Report, serving: Serving, world: World, home: Path) -> None:
+    address = f"http://127.0.0.1:{serving.port}"
+    report.say(f"\nDigests as HTML files:  {home / 'digests'}")
+    report.say(f"Probes and metrics:     {address}/readyz  {address}/metrics")
+    report.say(f"Its database:           DATABASE_URL={world.settings['DATABASE_URL']}")
+    report.say("Serving, with its schedules, until Ctrl-C.")

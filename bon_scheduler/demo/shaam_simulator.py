@@ -1,0 +1,205 @@
+"""
+A stand-in for the authority's token endpoint: a real HTTP server on loopback, for the demo and the tests.
+
+It keeps the one rule that matters, as the authority does: a refresh token works once. A success
+returns its successor; a token that was used before is refused, and everything that was ever
+rotated from it is revoked. `Misbehaviour` makes it fail for one business in the ways seen in life.
+"""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from urllib.parse import unquote_plus
+
+from aiohttp import web
+
+__all__ = ["Misbehaviour", "ShaamSimulator", "shaam_simulator"]
+
+HOST = "127.0.0.1"
+PATH = "/shaam/tsandbox/longtimetoken/oauth2/token"
+EXPIRES_IN_SECONDS = 601
+REFRESH_TOKEN_EXPIRES_IN_SECONDS = 7_776_000
+RETRY_AFTER_SECONDS = 120
+USED_OR_REVOKED = "The refresh token was used before or revoked"
+
+
+class Misbehaviour(StrEnum):
+    """What goes wrong for one business."""
+
+    INVALID_GRANT = "invalid_grant"
+    """Its owner has withdrawn consent."""
+    UNAVAILABLE = "unavailable"
+    """503."""
+    GARBAGE = "garbage"
+    """200, but a page in HTML."""
+    SLOW = "slow"
+    """No answer until the server stops; nothing is rotated."""
+    GATEWAY_401 = "gateway_401"
+    """The gateway's own error format: "Invalid client id or secret"."""
+    INVALID_CLIENT = "invalid_client"
+    """The same in OAuth's format."""
+    FORBIDDEN = "forbidden"
+    """A 403 that says nothing, as to a foreign address."""
+    DROP = "drop"
+    """Rotates the token, then closes the connection without an answer."""
+    TOO_MANY = "too_many"
+    """429 with `Retry-After`."""
+
+
+@dataclass(slots=True)
+class _Consent:
+    """One owner's consent, and the refresh tokens that came from it, one after the other."""
+
+    subject: str
+    number: int
+    generation: int = 0
+    revoked: bool = False
+
+
+@dataclass(slots=True)
+class ShaamSimulator:
+    """The running server: where it is, what it was asked, and what it holds valid."""
+
+    client_id: str
+    client_secret: str = field(repr=False)
+    spoil: dict[str, Misbehaviour]
+    """What goes wrong, by subject; may be changed while it runs."""
+    seed: str = "bon"
+    token_url: str = ""
+    requests: int = 0
+    """How many token requests came, whatever became of them."""
+    reuses: list[str] = field(default_factory=list)
+    """The subjects whose spent tokens were sent again, in order."""
+    _closing: asyncio.Event = field(default_factory=asyncio.Event)
+    _consents: dict[str, list[_Consent]] = field(default_factory=dict)
+    _issued: dict[str, tuple[_Consent, int]] = field(default_factory=dict)
+
+    def issue(self, subject: str) -> str:
+        """Give a business its first refresh token, as consent would; asked again, a new consent."""
+        consents = self._consents.setdefault(subject, [])
+        consents.append(_Consent(subject, len(consents)))
+        return self._refresh_token(consents[-1])
+
+    def current(self, subject: str) -> str:
+        """Return the latest consent's unspent refresh token. Raises KeyError if none was issued."""
+        return self._refresh_token(self._consents[subject][-1])
+
+    def _token(self, kind: str, consent: _Consent) -> str:
+        text = f"{self.seed}/{kind}/{consent.subject}/{consent.number}/{consent.generation}"
+        digest = hashlib.blake2b(text.encode(), digest_size=48).digest()
+        return f"AA{base64.urlsafe_b64encode(digest).decode()}"
+
+    def _refresh_token(self, consent: _Consent) -> str:
+        token = self._token("refresh", consent)
+        self._issued[token] = (consent, consent.generation)
+        return token
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        self.requests += 1
+        form = {name: value for name, value in (await request.post()).items() if isinstance(value, str)}
+        if not self._is_the_client(request, form):
+            return _refusal("invalid_client", f"client {self.client_id} is not who it says", status=401)
+        if form.get("grant_type") != "refresh_token":
+            return _refusal("unsupported_grant_type", "only refresh_token and authorization_code")
+        consent, generation = self._issued.get(form.get("refresh_token", ""), (None, 0))
+        if consent is None:
+            return _refusal("invalid_grant", USED_OR_REVOKED)
+        if fault := self.spoil.get(consent.subject):
+            return await self._misbehave(fault, request, consent)
+        if generation != consent.generation:
+            self.reuses.append(consent.subject)
+            consent.revoked = True
+        if consent.revoked:
+            return _refusal("invalid_grant", USED_OR_REVOKED)
+        return self._rotate(consent)
+
+    def _is_the_client(self, request: web.Request, form: Mapping[str, str]) -> bool:
+        given = form.get("client_id", ""), form.get("client_secret", "")
+        scheme, _, encoded = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "basic":
+            try:
+                pair = base64.b64decode(encoded, validate=True).decode()
+            except ValueError:
+                return False
+            name, _, secret = pair.partition(":")
+            given = unquote_plus(name), unquote_plus(secret)
+        expected = self.client_id, self.client_secret
+        return all(hmac.compare_digest(a.encode(), b.encode()) for a, b in zip(given, expected, strict=True))
+
+    def _rotate(self, consent: _Consent) -> web.Response:
+        consent.generation += 1
+        return web.json_response(
+            {
+                "token_type": "Bearer",
+                "access_token": self._token("access", consent),
+                "scope": "scope",
+                "expires_in": EXPIRES_IN_SECONDS,
+                "consented_on": int(datetime.now(UTC).timestamp()),
+                "refresh_token": self._refresh_token(consent),
+                "refresh_token_expires_in": REFRESH_TOKEN_EXPIRES_IN_SECONDS,
+            }
+        )
+
+    async def _misbehave(
+        self, fault: Misbehaviour, request: web.Request, consent: _Consent
+    ) -> web.StreamResponse:
+        match fault:
+            case Misbehaviour.DROP:
+                self._rotate(consent)
+                if request.transport is not None:
+                    request.transport.abort()
+            case Misbehaviour.SLOW:
+                await self._closing.wait()
+        return _fault_answers(self.client_id)[fault]
+
+
+def _fault_answers(client_id: str) -> dict[Misbehaviour, web.Response]:
+    gateway = {"httpCode": "401", "httpMessage": "Unauthorized"}
+    credentials = {"moreInformation": "Invalid client id or secret."}
+    return {
+        Misbehaviour.INVALID_GRANT: _refusal("invalid_grant", USED_OR_REVOKED),
+        Misbehaviour.UNAVAILABLE: web.Response(status=503, text="Service Unavailable"),
+        Misbehaviour.GARBAGE: web.Response(
+            text="<html><body>Welcome</body></html>", content_type="text/html"
+        ),
+        Misbehaviour.SLOW: web.Response(status=503),
+        Misbehaviour.GATEWAY_401: web.json_response(gateway | credentials, status=401),
+        Misbehaviour.INVALID_CLIENT: _refusal("invalid_client", f"client {client_id} is unknown", status=401),
+        Misbehaviour.FORBIDDEN: web.Response(status=403),
+        Misbehaviour.DROP: web.Response(status=503),
+        Misbehaviour.TOO_MANY: web.Response(status=429, headers={"Retry-After": str(RETRY_AFTER_SECONDS)}),
+    }
+
+
+def _refusal(error: str, description: str, *, status: int = 400) -> web.Response:
+    return web.json_response({"error": error, "error_description": description}, status=status)
+
+
+@asynccontextmanager
+async def shaam_simulator(
+    *, client_id: str, client_secret: str, spoil: Mapping[str, Misbehaviour] | None = None
+) -> AsyncIterator[ShaamSimulator]:
+    """
+    Serve the token endpoint on a free port of 127.0.0.1 until the block ends.
+
+    The same subjects get the same tokens in every process; `spoil` says what goes wrong for whom.
+    """
+    simulator = ShaamSimulator(client_id, client_secret, dict(spoil or {}))
+    app = web.Application()
+    app.router.add_post(PATH, simulator._answer)  # noqa: SLF001 - the route is this module's own
+    # A client that gave up must not keep its handler, and with it the server's end, waiting.
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, HOST, 0).start()
+        simulator.token_url = f"http://{HOST}:{runner.addresses[0][1]}{PATH}"
+        yield simulator
+    finally:
+        simulator._closing.set()  # noqa: SLF001 - as above
+        await runner.cleanup()

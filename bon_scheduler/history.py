@@ -1,0 +1,191 @@
+"""
+Reading the ledger: what ran, what it caused, what waits. Changes nothing.
+
+Shapes are plain dictionaries, ready for JSON: the names are `interface.md`'s, instants are
+UTC and aware, identifiers are UUIDs.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, TypeAlias
+from uuid import UUID
+
+from bon_scheduler.jobs import Connection
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
+
+__all__ = [
+    "OPEN_STATES",
+    "Row",
+    "attempts_of",
+    "businesses_of",
+    "caused_by",
+    "descendants",
+    "find_run",
+    "holder_of_key",
+    "job_overview",
+    "list_runs",
+    "outcome_totals",
+    "queue_ages",
+    "queue_depths",
+]
+
+Row: TypeAlias = dict[str, Any]
+OPEN_STATES = frozenset({"queued", "running", "retrying"})
+
+# $1 job or null, $2 state or null, $3 since: timestamptz or null, $4 limit: int. Index: runs_newest.
+LIST_RUNS = """
+    select id as run_id, job, fire_time, state::text as state, attempt, origin, enqueued_at, started_at,
+           finished_at, counts, error
+      from bon_scheduler.runs
+     where ($1::text is null or job = $1)
+       and ($2::text is null or state = $2::bon_scheduler.run_state)
+       and ($3::timestamptz is null or enqueued_at >= $3)
+     order by enqueued_at desc, id
+     limit $4
+"""
+# $1 run. Index: runs_pkey.
+FIND_RUN = """
+    select id as run_id, job, fire_time, state::text as state, attempt, origin, asked_by, reason, payload,
+           dedupe_key, run_at, enqueued_at, started_at, finished_at, counts, error, caused_by
+      from bon_scheduler.runs
+     where id = $1
+"""
+# $1 run. Index: attempts_pkey.
+ATTEMPTS_OF = """
+    select attempt, host, started_at, ended_at, outcome, error
+      from bon_scheduler.attempts
+     where run_id = $1
+     order by attempt
+"""
+# $1 run. Index: business_outcomes_pkey.
+BUSINESSES_OF = """
+    select business_id, outcome, counts, error
+      from bon_scheduler.business_outcomes
+     where run_id = $1
+     order by outcome = 'failed' desc, business_id
+"""
+# $1 run. Index: business_outcomes_pkey.
+OUTCOME_TOTALS = """
+    select count(*) as touched, count(*) filter (where outcome = 'failed') as failed
+      from bon_scheduler.business_outcomes
+     where run_id = $1
+"""
+# $1 run. Index: runs_caused_by.
+CAUSED_BY = """
+    select id as run_id, job, state::text as state, counts
+      from bon_scheduler.runs
+     where caused_by = $1
+     order by enqueued_at, id
+"""
+# $1 run. Index: runs_caused_by.
+DESCENDANTS = """
+    with recursive family as (
+        select id from bon_scheduler.runs where caused_by = $1
+        union all
+        select r.id from bon_scheduler.runs r join family f on r.caused_by = f.id
+    )
+    select r.id as run_id, r.job, r.state::text as state, r.counts, r.error,
+           greatest(extract(epoch from r.run_at - clock_timestamp()), 0)::float8 as wait_seconds
+      from family f
+      join bon_scheduler.runs r on r.id = f.id
+     order by r.enqueued_at, r.id
+"""
+# $1 job, $2 dedupe key. Index: runs_dedupe_key.
+HOLDER_OF_KEY = """
+    select id as run_id, state::text as state
+      from bon_scheduler.runs
+     where job = $1 and dedupe_key = $2
+"""
+# No parameters. Indexes: runs_by_job, runs_unfinished, runs_for_a_person.
+JOB_OVERVIEW = """
+    select j.name, j.scheduled, j.last_tick,
+           (select count(*) from bon_scheduler.runs r
+             where r.job = j.name and r.state in ('queued', 'running', 'retrying')) as waiting,
+           (select count(*) from bon_scheduler.runs r where r.job = j.name and r.state = 'dead') as dead,
+           last.state::text as last_state, last.finished_at as last_finished_at, last.id as last_run_id
+      from bon_scheduler.jobs j
+      left join lateral (
+               select r.id, r.state, r.finished_at
+                 from bon_scheduler.runs r
+                where r.job = j.name and r.attempt > 0
+                order by r.enqueued_at desc
+                limit 1) last on true
+     order by j.name
+"""
+# No parameters. Indexes: runs_unfinished, runs_for_a_person.
+QUEUE_DEPTHS = """
+    select job, state::text as state, count(*) as runs
+      from bon_scheduler.runs
+     where state in ('queued', 'running', 'retrying') or state in ('dead', 'held')
+     group by job, state
+"""
+# No parameters. Index: runs_unfinished.
+QUEUE_AGES = """
+    select job, extract(epoch from clock_timestamp() - min(run_at))::float8 as seconds
+      from bon_scheduler.runs
+     where state in ('queued', 'retrying') and run_at <= clock_timestamp()
+     group by job
+"""
+
+
+async def _rows(connection: Connection, query: str, *arguments: object) -> list[Row]:
+    return [dict(row) for row in await connection.fetch(query, *arguments, timeout=CALL_TIMEOUT_SECONDS)]
+
+
+async def list_runs(
+    connection: Connection, *, job: str | None, state: str | None, since: datetime | None, limit: int
+) -> list[Row]:
+    """Return runs, newest first."""
+    return await _rows(connection, LIST_RUNS, job, state, since, limit)
+
+
+async def find_run(connection: Connection, run_id: UUID) -> Row | None:
+    """Return one run with all that is known of it, or None."""
+    found = await _rows(connection, FIND_RUN, run_id)
+    return found[0] if found else None
+
+
+async def attempts_of(connection: Connection, run_id: UUID) -> list[Row]:
+    """Return the run's attempts, first to last."""
+    return await _rows(connection, ATTEMPTS_OF, run_id)
+
+
+async def businesses_of(connection: Connection, run_id: UUID) -> list[Row]:
+    """Return what the run did for each business, failures first."""
+    return await _rows(connection, BUSINESSES_OF, run_id)
+
+
+async def outcome_totals(connection: Connection, run_id: UUID) -> Row:
+    """Return how many businesses the run touched, and how many of them failed."""
+    return (await _rows(connection, OUTCOME_TOTALS, run_id))[0]
+
+
+async def caused_by(connection: Connection, run_id: UUID) -> list[Row]:
+    """Return the runs this run asked for."""
+    return await _rows(connection, CAUSED_BY, run_id)
+
+
+async def descendants(connection: Connection, run_id: UUID) -> list[Row]:
+    """Return the runs this run caused, and theirs, with the seconds until each is due."""
+    return await _rows(connection, DESCENDANTS, run_id)
+
+
+async def holder_of_key(connection: Connection, job: str, dedupe_key: str) -> Row | None:
+    """Return the run that holds a dedupe key, or None."""
+    found = await _rows(connection, HOLDER_OF_KEY, job, dedupe_key)
+    return found[0] if found else None
+
+
+async def job_overview(connection: Connection) -> list[Row]:
+    """Return each known job with its last run, and how many runs wait or are dead."""
+    return await _rows(connection, JOB_OVERVIEW)
+
+
+async def queue_depths(connection: Connection) -> Mapping[tuple[str, str], int]:
+    """Return how many runs there are by (job, state), of those that have not ended or wait for a person."""
+    return {(row["job"], row["state"]): row["runs"] for row in await _rows(connection, QUEUE_DEPTHS)}
+
+
+async def queue_ages(connection: Connection) -> Mapping[str, float]:
+    """Return, by job, for how many seconds the run that waits longest has been due."""
+    return {row["job"]: row["seconds"] for row in await _rows(connection, QUEUE_AGES)}

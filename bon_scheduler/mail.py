@@ -1,0 +1,453 @@
+"""
+Send e-mail over SMTP, each letter at most once, and remember what became of it.
+
+A letter's key is (kind, business, day, recipient). Its row in `deliveries` is
+committed as `intended` BEFORE the server hears of it, and settled by the
+server's answer; whoever finds the row later never sends again:
+
+- the server accepted it: `sent`; refused it for good: `refused`;
+- it certainly never was accepted: the row is deleted, another attempt may send;
+- no answer after DATA had begun, or a worker that died in between: `unknown`.
+  Only a person can decide that such a letter is sent again.
+
+An answer is recorded on a plain connection, not through a run's fence, and
+outlives the cancellation of the handler: it tells what the world already did.
+Nothing logged or raised here holds an address, a name, a subject or an amount.
+"""
+
+import asyncio
+import hashlib
+import re
+import ssl
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from email.headerregistry import Address, BaseHeader, HeaderRegistry, UnstructuredHeader
+from email.message import EmailMessage
+from email.policy import SMTP, EmailPolicy, Policy
+from enum import StrEnum
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+import aiosmtplib
+import asyncpg
+import structlog
+
+from bon_scheduler.clock import Clock, SystemClock
+from bon_scheduler.config import Settings, SmtpTls
+from bon_scheduler.jobs import Retry, RetryLaterError
+from bon_scheduler.log import mask
+
+__all__ = ["Delivery", "Letter", "MailUnavailableError", "Mailer", "compose", "message_id", "recipient_hash"]
+
+log = structlog.get_logger()
+
+SMTP_TIMEOUT = timedelta(seconds=30)
+"""For connecting and for each answer of the server."""
+QUIT_TIMEOUT = timedelta(seconds=5)
+CANCEL_PATIENCE = timedelta(seconds=3)
+"""How long a cancelled attempt waits for an answer that is already under way."""
+OTHER_RUN_WAIT = timedelta(minutes=1)
+RETRY = Retry(delay=timedelta(seconds=30), longest=timedelta(minutes=30))
+"""The wait that a MailUnavailableError asks for, by attempt."""
+RECORDING_PAUSES_SECONDS = (0.2, 1.0, 3.0)
+"""Between the tries to record an answer while the database does not answer."""
+REPLY_LENGTH = 200
+ABOUT_OUR_LOGIN = frozenset({530, 534, 535, 538})
+"""RFC 4954 §6: these speak about our authentication, whatever command they answer."""
+
+# $1 kind: text, $2 business: uuid, $3 day: date, $4 recipient: text (hash), $5 message id: text,
+# $6 run: uuid, $7 attempt: int. Index: deliveries_kind_business_id_as_of_recipient_hash_key.
+INTEND = """
+    insert into bon_scheduler.deliveries
+           (kind, business_id, as_of, recipient_hash, state, message_id, run_id, attempt)
+    values ($1, $2, $3, $4, 'intended', $5, $6, $7)
+        on conflict (kind, business_id, as_of, recipient_hash) do nothing
+ returning id
+"""
+
+# An intention whose attempt is over, of an earlier attempt of this run or of a run that no longer
+# runs, can no longer be answered. One statement: whoever settles the row first has decided.
+# $1 kind: text, $2 business: uuid, $3 day: date, $4 recipient: text (hash), $5 run: uuid,
+# $6 attempt: int. Index: deliveries_kind_business_id_as_of_recipient_hash_key.
+GIVE_UP = """
+    update bon_scheduler.deliveries d
+       set state = 'unknown', reply = 'the attempt ended before the answer was recorded', settled_at = now()
+     where d.kind = $1
+       and d.business_id = $2
+       and d.as_of = $3
+       and d.recipient_hash = $4
+       and d.state = 'intended'
+       and (   (d.run_id = $5 and d.attempt < $6)
+            or not exists (select from bon_scheduler.runs r where r.id = d.run_id and r.state = 'running'))
+ returning d.id
+"""
+
+# $1 kind: text, $2 business: uuid, $3 day: date, $4 recipient: text (hash).
+# Index: deliveries_kind_business_id_as_of_recipient_hash_key.
+FIND_STATE = """
+    select state
+      from bon_scheduler.deliveries
+     where kind = $1
+       and business_id = $2
+       and as_of = $3
+       and recipient_hash = $4
+"""
+
+# `unknown` is settled too: someone gave up on an attempt that was only slow, and this is its answer.
+# $1 delivery: uuid, $2 run: uuid, $3 attempt: int, $4 state: text (one of ours, so not a literal),
+# $5 reply: text. Index: deliveries_pkey.
+SETTLE = """
+    update bon_scheduler.deliveries
+       set state = $4, reply = $5, settled_at = now()
+     where id = $1
+       and run_id = $2
+       and attempt = $3
+       and state in ('intended', 'unknown')
+"""
+
+# Nothing was sent, so the intention never was. `unknown` as in SETTLE.
+# $1 delivery: uuid, $2 run: uuid, $3 attempt: int. Index: deliveries_pkey.
+WITHDRAW = """
+    delete from bon_scheduler.deliveries
+     where id = $1
+       and run_id = $2
+       and attempt = $3
+       and state in ('intended', 'unknown')
+"""
+
+_MAILBOX = re.compile(r"""[^\s@<>()\[\]\\,;:"\x00-\x20\x7f]{1,64}@[^\s@<>()\[\]\\,;:"\x00-\x20\x7f]{1,255}""")
+
+
+class Delivery(StrEnum):
+    """What became of a letter; the values are the names of `send-overdue-digest`'s counts."""
+
+    SENT = "sent"
+    LOGGED = "logged"
+    """No SMTP server is configured; the day's delivery is not used up."""
+    REFUSED = "refused"
+    UNKNOWN = "unknown"
+    ALREADY_SENT = "already_sent"
+
+
+class MailUnavailableError(RetryLaterError):
+    """The server cannot be reached, or does not take letters just now; nothing was sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """One e-mail to one recipient. (kind, business, day, recipient) is sent once."""
+
+    kind: str
+    business_id: UUID
+    as_of: date
+    recipient: str = field(repr=False)
+    subject: str = field(repr=False)
+    text: str = field(repr=False)
+    html: str = field(repr=False)
+    language: str
+
+
+@dataclass(slots=True)
+class _Intention:
+    """A row of `deliveries` that this attempt owns."""
+
+    id: UUID
+    run_id: UUID
+    attempt: int
+    data_begun: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What the conversation came to; `delivery` None: nothing was sent, and another attempt may."""
+
+    delivery: Delivery | None
+    reply: str
+
+
+class _UnfoldedHeader(UnstructuredHeader, BaseHeader):
+    """A header on one line: Python would encode a URL longer than 78 characters (RFC 2369 forbids it)."""
+
+    def fold(self, *, policy: "Policy[Any]") -> str:
+        return f"{self.name}: {self}{policy.linesep}"
+
+
+def _policy() -> "EmailPolicy[EmailMessage]":
+    registry = HeaderRegistry()
+    registry.map_to_type("list-unsubscribe", _UnfoldedHeader)
+    return SMTP.clone(header_factory=registry)
+
+
+_POLICY = _policy()
+
+
+def recipient_hash(business_id: UUID, address: str) -> str:
+    """Return what stands for an address in the ledger (SHA-256, hex); upper and lower case are one."""
+    return hashlib.sha256(f"{business_id}:{address.strip().lower()}".encode()).hexdigest()
+
+
+def message_id(letter: Letter, email_from: str) -> str:
+    """Return the Message-ID of a letter: the same for the same kind, business, day and recipient."""
+    key = f"{letter.kind}:{letter.as_of.isoformat()}:{recipient_hash(letter.business_id, letter.recipient)}"
+    return f"<{hashlib.sha256(key.encode()).hexdigest()[:32]}@{email_from.rpartition('@')[2]}>"
+
+
+def compose(letter: Letter, settings: Settings, *, now: datetime) -> EmailMessage:
+    """
+    Build the message: plain text and HTML, both UTF-8, with the headers of automatic mail.
+
+    `now` (aware) is its Date. Raises ValueError for a recipient that is not an address,
+    without naming it.
+    """
+    if not _is_mailbox(letter.recipient):
+        raise ValueError("The recipient is not an e-mail address; correct it in BON.")
+    message = EmailMessage(policy=_POLICY)
+    message["Date"] = now
+    message["Message-ID"] = message_id(letter, settings.email_from)
+    message["From"] = Address("BON", addr_spec=settings.email_from)
+    # Not addr_spec: it refuses what an e-mail parser would read differently, and names it in the error.
+    local, _, domain = letter.recipient.strip().rpartition("@")
+    message["To"] = Address(username=local, domain=domain)
+    # Names come from people: a line break would begin a header of its own.
+    message["Subject"] = " ".join(_printable(letter.subject).split())
+    message["Auto-Submitted"] = "auto-generated"
+    message["Content-Language"] = letter.language
+    if settings.unsubscribe_url is not None:
+        message["List-Unsubscribe"] = f"<{settings.unsubscribe_url}>"
+        message["List-Unsubscribe-Post"] = "List-Unsubscribe=One-Click"
+    # base64, not 8bit: no server's 8BITMIME is needed, and no line gets too long.
+    message.set_content(letter.text, charset="utf-8", cte="base64")
+    message.add_alternative(letter.html, subtype="html", charset="utf-8", cte="base64")
+    return message
+
+
+def _is_mailbox(address: str) -> bool:
+    return _MAILBOX.fullmatch(address.strip()) is not None
+
+
+def _printable(text: str) -> str:
+    """Blank control characters and what UTF-8 cannot hold."""
+    whole = text.encode("utf-8", "replace").decode("utf-8")
+    return "".join(" " if ord(c) < 0x20 or 0x7F <= ord(c) <= 0x9F else c for c in whole)  # noqa: PLR2004 - C0, DEL, C1
+
+
+def _clean_reply(code: int, text: str, recipient: str) -> str:
+    """Return a server's answer without addresses, at most 200 characters."""
+    address = recipient.strip()
+    for needle in (address, address.rpartition("@")[0]):
+        text = re.sub(rf"(?<!\w){re.escape(needle)}(?!\w)", "[address]", text, flags=re.IGNORECASE)
+    return " ".join(f"{code} {mask(_printable(text))}".split())[:REPLY_LENGTH]
+
+
+def _judge(stage: str, code: int, reply: str) -> _Answer:
+    """Classify an answer that was not the expected one (RFC 5321 §4.2.1)."""
+    if stage not in {"RCPT", "DATA"} or code in ABOUT_OUR_LOGIN or code // 100 == 4:  # noqa: PLR2004 - 4yz: not now
+        return _Answer(None, f"{reply} (at {stage})")
+    if code // 100 == 5:  # noqa: PLR2004 - 5yz: never
+        return _Answer(Delivery.REFUSED, reply)
+    if stage == "RCPT":
+        return _Answer(None, f"{reply} (at {stage})")
+    # A 2yz other than 250 still accepts; anything else after DATA is no answer at all.
+    return _Answer(Delivery.SENT if code // 100 == 2 else Delivery.UNKNOWN, reply)  # noqa: PLR2004
+
+
+class Mailer:
+    """
+    Delivers letters; one for the whole service, safe to use from many runs at once.
+
+    Each letter has a connection of its own. `close` (or leaving `async with`) waits for
+    answers that are still under way; the pool must outlive it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        pool: "asyncpg.Pool[asyncpg.Record]",
+        *,
+        tls_context: ssl.SSLContext | None = None,
+        timeout: timedelta = SMTP_TIMEOUT,
+        clock: Clock | None = None,
+    ) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._timeout_seconds = timeout.total_seconds()
+        self._clock = clock or SystemClock()
+        self._tls_context = tls_context
+        # The loop keeps only weak references to tasks; these must end whoever is cancelled.
+        self._sending: set[asyncio.Task[_Answer]] = set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Wait until every answer that is under way has been recorded; bounded by the SMTP time-outs."""
+        while self._sending:
+            await asyncio.wait(self._sending)
+
+    async def deliver(self, letter: Letter, *, run_id: UUID, attempt: int) -> Delivery:
+        """
+        Send a letter unless its key was used before; return what became of it.
+
+        Raises MailUnavailableError (a RetryLaterError) when nothing was sent and another attempt
+        may; RetryLaterError while another run is sending the same letter.
+        """
+        events = log.bind(kind=letter.kind, business_id=str(letter.business_id))
+        if self._settings.smtp_host is None:
+            events.info("delivery.logged", as_of=letter.as_of.isoformat())
+            return Delivery.LOGGED
+        claim = await self._claim(letter, run_id, attempt)
+        if isinstance(claim, Delivery):
+            return claim
+        answer = await self._send_whole(letter, claim)
+        events = events.bind(delivery_id=str(claim.id), reply=answer.reply)
+        if answer.delivery is None:
+            events.info("delivery.deferred")
+            raise MailUnavailableError(
+                f"The mail server did not take a letter: {answer.reply}. Nothing was sent; "
+                "it is tried again. If this lasts, check SMTP_* with: python -m bon_scheduler check",
+                after=RETRY.wait(attempt),
+            )
+        if answer.delivery is Delivery.SENT:
+            events.info("delivery.sent")
+        else:
+            events.warning("delivery.refused" if answer.delivery is Delivery.REFUSED else "delivery.unknown")
+        return answer.delivery
+
+    async def _claim(self, letter: Letter, run_id: UUID, attempt: int) -> _Intention | Delivery:
+        """Commit the intention to send, or find out what became of an earlier one."""
+        who = recipient_hash(letter.business_id, letter.recipient)
+        key = (letter.kind, letter.business_id, letter.as_of, who)
+        message = message_id(letter, self._settings.email_from)
+        async with self._pool.acquire() as connection:
+            if claimed := await connection.fetchval(INTEND, *key, message, run_id, attempt):
+                return _Intention(claimed, run_id, attempt)
+            if given_up := await connection.fetchval(GIVE_UP, *key, run_id, attempt):
+                log.warning(
+                    "delivery.unknown",
+                    kind=letter.kind,
+                    business_id=str(letter.business_id),
+                    delivery_id=str(given_up),
+                )
+                return Delivery.UNKNOWN
+            state = await connection.fetchval(FIND_STATE, *key)
+        if state == "sent":
+            return Delivery.ALREADY_SENT
+        if state in {"refused", "unknown"}:
+            return Delivery(state)
+        # Intended by a run that lives, or just withdrawn by it.
+        raise RetryLaterError("Another run is sending the same letter just now.", after=OTHER_RUN_WAIT)
+
+    async def _send_whole(self, letter: Letter, claim: _Intention) -> _Answer:
+        """Converse and record in a task of its own, so that being cancelled loses no answer."""
+        task = asyncio.create_task(self._send(letter, claim), name=f"delivery {claim.id}")
+        self._sending.add(task)
+        task.add_done_callback(self._forget)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # Before DATA nothing was accepted: stop and withdraw. After it, let the answer be recorded.
+            if not claim.data_begun:
+                task.cancel()
+            await asyncio.wait({task}, timeout=CANCEL_PATIENCE.total_seconds())
+            raise
+
+    def _forget(self, task: "asyncio.Task[_Answer]") -> None:
+        self._sending.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # The caller sees it as well, unless it was cancelled.
+            log.error("delivery.unrecorded", error=type(error).__name__)
+
+    async def _send(self, letter: Letter, claim: _Intention) -> _Answer:
+        client = self._client()
+        try:
+            answer = await self._converse(client, letter, claim)
+            await self._record(claim, answer)
+            with suppress(aiosmtplib.SMTPException, OSError):
+                # AFTER recording: a server that is slow to say goodbye must not delay it.
+                await client.quit(timeout=QUIT_TIMEOUT.total_seconds())
+        except asyncio.CancelledError:
+            if not claim.data_begun:
+                await self._record(claim, _Answer(None, ""))
+            raise
+        else:
+            return answer
+        finally:
+            client.close()
+
+    def _client(self) -> aiosmtplib.SMTP:
+        settings = self._settings
+        if self._tls_context is None and settings.smtp_tls is not SmtpTls.NONE:
+            self._tls_context = ssl.create_default_context()  # verifies the chain and the host's name
+        return aiosmtplib.SMTP(
+            hostname=settings.smtp_host,
+            port=settings.smtp_port,
+            timeout=self._timeout_seconds,
+            use_tls=settings.smtp_tls is SmtpTls.IMPLICIT,
+            start_tls=False,  # asked for below, as a stage of its own
+            tls_context=self._tls_context,
+            # Not this machine's name, which would have to be looked up for each letter.
+            local_hostname=settings.email_from.rpartition("@")[2],
+        )
+
+    async def _converse(self, client: aiosmtplib.SMTP, letter: Letter, claim: _Intention) -> _Answer:
+        """Hold the conversation stage by stage, because what a failure means depends on the stage."""
+        settings = self._settings
+        recipient = letter.recipient.strip()
+        if not _is_mailbox(recipient):
+            return _Answer(Delivery.REFUSED, "not an e-mail address")
+        stage = "connect"
+        try:
+            message = compose(letter, settings, now=self._clock.now())
+            await client.connect()
+            if settings.smtp_tls is SmtpTls.STARTTLS:
+                stage = "STARTTLS"
+                await client.starttls()  # raises where it is not offered: no downgrade
+            if settings.smtp_username is not None and settings.smtp_password is not None:
+                stage = "AUTH"
+                await client.login(settings.smtp_username, settings.smtp_password.get_secret_value())
+            stage = "MAIL"
+            utf8 = not f"{recipient}{settings.email_from}".isascii()
+            if utf8 and not client.supports_extension("smtputf8"):
+                return _Answer(Delivery.REFUSED, "the server takes no address outside ASCII (SMTPUTF8)")
+            encoding = "utf-8" if utf8 else "ascii"
+            options = ["SMTPUTF8"] if utf8 else []
+            await client.mail(settings.email_from, encoding=encoding, options=options)
+            stage = "RCPT"
+            await client.rcpt(recipient, encoding=encoding)
+            content = message.as_bytes(policy=_POLICY.clone(utf8=utf8))
+            if not client.is_connected:
+                return _Answer(None, "the connection was lost (after RCPT)")
+            stage = "DATA"
+            # From here on the server may have accepted it, whatever we hear.
+            claim.data_begun = True
+            response = await client.data(content)
+            return _Answer(Delivery.SENT, _clean_reply(response.code, response.message, recipient))
+        except aiosmtplib.SMTPResponseException as error:
+            return _judge(stage, error.code, _clean_reply(error.code, error.message, recipient))
+        except (aiosmtplib.SMTPException, OSError, ValueError) as error:
+            # ValueError: EMAIL_FROM or the login cannot stand in a header or a command.
+            # The text of any of these may quote an address; the class says enough.
+            return _Answer(Delivery.UNKNOWN if claim.data_begun else None, f"{type(error).__name__} (at {stage})")
+
+    async def _record(self, claim: _Intention, answer: _Answer) -> None:
+        """Settle or withdraw the intention; tried again while the database does not answer."""
+        ours = (claim.id, claim.run_id, claim.attempt)
+        for pause_seconds in (*RECORDING_PAUSES_SECONDS, None):
+            try:
+                if answer.delivery is None:
+                    await self._pool.execute(WITHDRAW, *ours)
+                else:
+                    await self._pool.execute(SETTLE, *ours, answer.delivery.value, answer.reply)
+            except (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError):
+                if pause_seconds is None:
+                    raise
+                await asyncio.sleep(pause_seconds)
+            else:
+                return

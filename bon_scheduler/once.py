@@ -1,0 +1,137 @@
+"""
+One run, now, in the foreground, by this process: then the runs it caused, and theirs.
+
+The run goes through the ledger like any other. It is asked for and claimed in one transaction, so
+no other replica can take it; runs it causes may be taken by others, and are then waited for.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from bon_scheduler import history, ledger
+from bon_scheduler.attempts import Claim, Verdict
+from bon_scheduler.db import Pool
+from bon_scheduler.history import OPEN_STATES, Row
+from bon_scheduler.jobs import AnyJob, Payload, Retry
+from bon_scheduler.ledger import Origin, Request
+from bon_scheduler.runner import Delivery, Runner
+
+__all__ = ["AlreadyRunningError", "RunReport", "run_once"]
+
+ONE_ATTEMPT = Retry(attempts=1)
+LOOK_AGAIN_SECONDS = 0.2
+
+
+class AlreadyRunningError(Exception):
+    """Another run of the job is active, and the job allows only one."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """A run that ended, as `show` gives it, what it did for businesses, and the runs it caused."""
+
+    run: Row
+    businesses: Row
+    caused: list[Row]
+
+    @property
+    def went_well(self) -> bool:
+        """Whether this run and all it caused succeeded."""
+        return all(state == "succeeded" for state in [self.run["state"], *(r["state"] for r in self.caused)])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the document of `run-once --json`."""
+        started, finished = self.run["started_at"], self.run["finished_at"]
+        took = round((finished - started).total_seconds() * 1000) if started and finished else None
+        return {
+            **{name: self.run[name] for name in ("run_id", "job", "fire_time", "state")},
+            "dry_run": False,
+            "attempt": self.run["attempt"],
+            "duration_ms": took,
+            "counts": self.run["counts"],
+            "businesses": self.businesses,
+            "error": self.run["error"],
+            "caused": [
+                {name: run[name] for name in ("run_id", "job", "state", "counts", "error")} for run in self.caused
+            ],
+        }
+
+
+async def run_once(
+    pool: Pool,
+    runner: Runner,
+    jobs: Mapping[str, AnyJob],
+    *,
+    job: AnyJob,
+    payload: Payload,
+    fire_time: datetime,
+    asked_by: str,
+    concurrency: int,
+) -> RunReport:
+    """Make one attempt at a new run of `job`, work through what it causes, and report when all has ended."""
+    claim = await _ask_and_claim(pool, runner, job, payload, fire_time, asked_by)
+    run_id = claim.ref.run_id if claim.ref else UUID(int=0)
+    try:
+        await runner.execute(job, claim, ONE_ATTEMPT)
+    except asyncio.CancelledError:
+        # Given back by the runner; a person who interrupts does not want another replica to go on with it.
+        async with pool.acquire() as connection:
+            await ledger.cancel_run(connection, run_id, "interrupted")
+        raise
+    await _work_through(pool, runner, jobs, run_id, concurrency)
+    async with pool.acquire() as connection:
+        run = await history.find_run(connection, run_id)
+        if run is None:
+            raise LookupError(f"run {run_id} vanished from the ledger while it was being worked on")
+        return RunReport(
+            run,
+            await history.outcome_totals(connection, run_id),
+            await history.descendants(connection, run_id),
+        )
+
+
+async def _ask_and_claim(
+    pool: Pool, runner: Runner, job: AnyJob, payload: Payload, fire_time: datetime, asked_by: str
+) -> Claim:
+    request = Request(
+        job.name,
+        payload.model_dump(mode="json"),
+        fire_time=fire_time,
+        origin=Origin.PERSON,
+        asked_by=asked_by,
+    )
+    async with pool.acquire() as connection, connection.transaction():
+        run_id = await ledger.enqueue(connection, request)
+        if run_id is None:
+            raise LookupError("the ledger gave no run for a request without a key")
+        claim = await runner.claim(connection, Delivery(run_id, job), ONE_ATTEMPT)
+        if claim.verdict is Verdict.BUSY:
+            since = f"{claim.holder_since:%Y-%m-%d %H:%M:%S} UTC" if claim.holder_since else "an unknown time"
+            raise AlreadyRunningError(
+                f'"{job.name}" is already running on {claim.holder_host} since {since}. '
+                "Wait for it to end; see it with: python -m bon_scheduler runs --state running"
+            )
+    return claim
+
+
+async def _work_through(pool: Pool, runner: Runner, jobs: Mapping[str, AnyJob], root: UUID, concurrency: int) -> None:
+    slots = asyncio.Semaphore(concurrency)
+
+    async def work(run: Row) -> None:
+        async with slots:
+            await runner.attempt(Delivery(run["run_id"], jobs[run["job"]]))
+
+    while True:
+        async with pool.acquire() as connection:
+            family = await history.descendants(connection, root)
+        unfinished = [run for run in family if run["state"] in OPEN_STATES and run["job"] in jobs]
+        if not unfinished:
+            return
+        due = [run for run in unfinished if run["state"] != "running" and run["wait_seconds"] <= 0]
+        await asyncio.gather(*(work(run) for run in due))
+        if not due:
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)

@@ -1,0 +1,162 @@
+"""
+The composition root: everything is built here, in one stack, and nowhere else.
+
+`machinery` is what any process needs that works on runs (`serve`, `run-once`); `serving` adds the
+queue, the triggers and the health server. Nothing else imports handlers or health.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import structlog
+
+import health
+from bon_scheduler import db, ledger
+from bon_scheduler.clock import Clock, SystemClock
+from bon_scheduler.config import Settings, ShaamMode, load_settings
+from bon_scheduler.db import Pool
+from bon_scheduler.engine import Engine
+from bon_scheduler.jobs import AnyJob, Cron
+from bon_scheduler.mail import Mailer
+from bon_scheduler.metrics import Metrics
+from bon_scheduler.runner import Runner
+from bon_scheduler.shaam import Shaam, TokenCipher
+from bon_scheduler.timing import check_cron
+from bon_scheduler.triggers import Triggers
+from bon_scheduler.workers import Worker, working
+from handlers import JOBS
+
+__all__ = ["JOBS", "Machinery", "Serving", "machinery", "prepare", "read_settings", "schedules_of", "serving"]
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Machinery:
+    """What works on runs in this process."""
+
+    pool: Pool
+    jobs: Mapping[str, AnyJob]
+    schedules: Mapping[str, Cron]
+    worker: Worker
+    runner: Runner
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A service that is up: its machinery, and the port its probes answer on."""
+
+    machinery: Machinery
+    port: int
+
+
+def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read settings, knowing the jobs; raises SettingsError with every fault."""
+    return load_settings(environ, jobs=[job.name for job in JOBS], check_cron=check_cron)
+
+
+def schedules_of(settings: Settings, jobs: Sequence[AnyJob] = JOBS) -> dict[str, Cron]:
+    """Return the schedule of each job that has one, as declared or as overridden by the environment."""
+    schedules = {}
+    for job in jobs:
+        declared = job.schedule
+        override = settings.schedules.get(job.name)
+        if override is not None:
+            declared = replace(declared or Cron(override), expression=override) if override else None
+        if declared is not None:
+            schedules[job.name] = declared
+    return schedules
+
+
+async def prepare(settings: Settings, jobs: Sequence[AnyJob] = JOBS) -> list[str]:
+    """Create or upgrade the schema and make the jobs known; return the migrations applied."""
+    async with db.migrating(settings.listen_url) as (connection, applied):
+        await ledger.register_jobs(connection, jobs, schedules_of(settings, jobs))
+        return applied
+
+
+@asynccontextmanager
+async def machinery(
+    settings: Settings,
+    *,
+    jobs: Sequence[AnyJob] = JOBS,
+    clock: Clock | None = None,
+    rescue: bool = False,
+) -> AsyncIterator[Machinery]:
+    """Be a worker inside the block; with `rescue`, one that also looks for runs nobody works on."""
+    clock = clock or SystemClock()
+    lease = timedelta(seconds=settings.lease_seconds)
+    schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker()
+    names = [job.name for job in jobs]
+    async with AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(db.open_pool(settings))
+        async with pool.acquire() as connection:
+            await db.require_schema(connection)
+            await ledger.register_jobs(connection, jobs, schedules)
+        await stack.enter_async_context(
+            working(pool, worker, lease=lease, metrics=metrics, rescue=names if rescue else ())
+        )
+        runner = Runner(
+            pool=pool,
+            worker=worker,
+            resources=await stack.enter_async_context(_resources(settings, pool)),
+            schedules=schedules,
+            zone=settings.bon_timezone,
+            lease=lease,
+            clock=clock,
+            metrics=metrics,
+        )
+        yield Machinery(pool, {job.name: job for job in jobs}, schedules, worker, runner, metrics)
+
+
+@asynccontextmanager
+async def _resources(settings: Settings, pool: Pool) -> AsyncIterator[Mapping[type, object]]:
+    """Build what handlers get by type."""
+    resources: dict[type, object] = {Settings: settings, Mailer: Mailer(settings, pool)}
+    if settings.shaam_mode is not ShaamMode.MOCK and settings.shaam_encryption_key is not None:
+        resources[TokenCipher] = TokenCipher(settings.shaam_encryption_key.get_secret_value())
+    async with Shaam(settings) as shaam:
+        resources[Shaam] = shaam
+        yield resources
+
+
+@asynccontextmanager
+async def serving(
+    settings: Settings, *, jobs: Sequence[AnyJob] = JOBS, clock: Clock | None = None
+) -> AsyncIterator[Serving]:
+    """
+    Be the service inside the block.
+
+    Left in the opposite order: triggers stop, attempts drain while readiness says so, probes and pool close.
+    """
+    clock = clock or SystemClock()
+    async with machinery(settings, jobs=jobs, clock=clock, rescue=True) as parts:
+        engine = Engine(
+            url=settings.listen_url,
+            jobs=parts.jobs,
+            runner=parts.runner,
+            concurrency=settings.worker_concurrency,
+            lease=timedelta(seconds=settings.lease_seconds),
+        )
+        triggers = Triggers(
+            pool=parts.pool,
+            schedules=parts.schedules,
+            zone=settings.bon_timezone,
+            clock=clock,
+            metrics=parts.metrics,
+        )
+        probes = health.Probes(
+            pool=parts.pool, engine=engine, triggers=triggers, metrics=parts.metrics, worker=parts.worker
+        )
+        async with (
+            health.answering(probes, settings) as port,
+            engine.running(drain=timedelta(seconds=settings.shutdown_seconds)),
+            triggers.running(),
+        ):
+            log.info("service.started", port=port, version=parts.worker.version, jobs=sorted(parts.jobs))
+            yield Serving(parts, port)
+            log.info("service.stopping", attempts=engine.active)
+    log.info("service.stopped")

@@ -1,0 +1,400 @@
+"""
+The Israel Tax Authority's OAuth2 token endpoint (SHAAM), and the cipher BON stores its tokens with.
+
+`Shaam.refresh` exchanges one refresh token and says what came of it in one of five
+answers. It never raises for what the network or the authority does, and no answer's
+reason or repr contains a token, the client's id or its secret.
+
+Refresh tokens are single use: a success spends the token that was sent. Whoever calls
+`refresh` must therefore see it to its end and save what it returns before anything else.
+"""
+
+import base64
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+from urllib.parse import quote_plus
+
+import aiohttp
+import orjson
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from pydantic import SecretStr
+
+from bon_scheduler.config import ClientAuth, Settings, ShaamMode
+from bon_scheduler.log import mask
+
+__all__ = [
+    "Ambiguous",
+    "Answer",
+    "Misconfigured",
+    "NeedsReauth",
+    "Refreshed",
+    "Shaam",
+    "TokenCipher",
+    "Transient",
+    "UnreadableTokenError",
+]
+
+KEY_BYTES = 32
+IV_BYTES = 12
+TAG_BYTES = 16
+
+MAX_ANSWER_BYTES = 64 * 1024
+MAX_REASON_CHARACTERS = 200
+CONNECT_TIMEOUT_SECONDS = 5.0
+LONGEST_RETRY_AFTER = timedelta(days=1)
+LONGEST_LIFETIME = timedelta(days=366)
+"""An access token said to live longer than this is not believed: 601 seconds is what is seen."""
+
+OK = range(200, 300)
+REDIRECTED = range(300, 400)
+TRANSIENT_STATUSES = frozenset({408, 429, *REDIRECTED})
+APPLICATION_STATUSES = frozenset({403, 404, 405, 415})
+"""The authority blocks foreign addresses by a bare 403; the others mean a wrong SHAAM_TOKEN_URL."""
+SERVER_FAULT = 500
+
+# RFC 6749 §5.2; the transient two are from §4.1.2.1, and gateways use them here as well.
+APPLICATION_ERRORS = frozenset({"invalid_client", "unauthorized_client", "unsupported_grant_type"})
+TRANSIENT_ERRORS = frozenset({"server_error", "temporarily_unavailable"})
+BAD_CREDENTIALS_TEXT = "invalid client id or secret"
+
+_OPAQUE = re.compile(r"[A-Za-z0-9+/_=.~-]{40,}")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_DIGITS = re.compile(r"[0-9]{1,12}")
+_URL_SAFE = str.maketrans("-_", "+/")
+
+
+class UnreadableTokenError(Exception):
+    """A stored token cannot be decrypted: it is damaged, or sealed with another key. Never holds the blob."""
+
+
+class TokenCipher:
+    """
+    Encrypts and decrypts tokens as BON does: AES-256-GCM without associated data, stored as
+    base64(iv[12] ‖ tag[16] ‖ ciphertext), UTF-8 (BON's contract, "Token encryption").
+    """
+
+    __slots__ = ("_aead",)
+
+    def __init__(self, key_hex: str) -> None:
+        key = bytes.fromhex(key_hex)
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"SHAAM_ENCRYPTION_KEY must be {KEY_BYTES} bytes, it has {len(key)}")
+        self._aead = AESGCM(key)
+
+    def encrypt(self, plaintext: str) -> str:
+        """Seal a token under a fresh random iv: the same token never gives the same text twice."""
+        iv = os.urandom(IV_BYTES)
+        sealed = self._aead.encrypt(iv, plaintext.encode(), None)
+        ciphertext, tag = sealed[:-TAG_BYTES], sealed[-TAG_BYTES:]
+        return base64.b64encode(iv + tag + ciphertext).decode()
+
+    def decrypt(self, stored: str) -> str:
+        """
+        Open a stored token; accepts unpadded and URL-safe base64 as well.
+
+        Raises UnreadableTokenError, whose message says which way it is unreadable.
+        """
+        blob = _decode_base64(stored)
+        if len(blob) < IV_BYTES + TAG_BYTES:
+            raise UnreadableTokenError(f"it has {len(blob)} bytes, fewer than iv and tag take")
+        iv, tag, ciphertext = blob[:IV_BYTES], blob[IV_BYTES:][:TAG_BYTES], blob[IV_BYTES + TAG_BYTES :]
+        try:
+            return self._aead.decrypt(iv, ciphertext + tag, None).decode()
+        except InvalidTag:
+            raise UnreadableTokenError("it fails authentication: another key, or it was altered") from None
+        except UnicodeDecodeError:
+            raise UnreadableTokenError("what is inside is not UTF-8") from None
+
+
+def _decode_base64(text: str) -> bytes:
+    compact = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except ValueError:
+        raise UnreadableTokenError("it is not base64") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Refreshed:
+    """The authority spent the old token and gave these; they exist nowhere else until they are saved."""
+
+    access_token: str = field(repr=False)
+    refresh_token: str = field(repr=False)
+    expires_in: timedelta
+    """How long the access token lives from now."""
+    scope: str | None = None
+    refresh_token_expires_in: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NeedsReauth:
+    """`invalid_grant`: this business's owner has to consent again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Misconfigured:
+    """The application is refused, whichever business it asks for: nobody may be flagged for it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Transient:
+    """
+    Nothing was decided; try again later, after `retry_after` where the authority named a wait.
+
+    A time-out or a lost connection after the request was sent is one of these, although the
+    authority may have rotated the token by then: the next attempt finds out (`NeedsReauth`).
+    """
+
+    reason: str
+    retry_after: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ambiguous:
+    """An answer nobody can read; after a 2xx the token may have rotated. Change nothing, and report it."""
+
+    reason: str
+
+
+Answer: TypeAlias = Refreshed | NeedsReauth | Misconfigured | Transient | Ambiguous
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """What came back: `body` is None when it could not be read to its end."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes | None
+    trouble: str = ""
+    """Why the body could not be read."""
+
+
+class Shaam:
+    """
+    The client of the token endpoint: one pooled session, opened by `async with`.
+
+    In mock mode no session exists, so nothing can open a socket.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def mode(self) -> ShaamMode:
+        """Which of the authority's systems is called."""
+        return self._settings.shaam_mode
+
+    async def __aenter__(self) -> Self:
+        """Make the session; connections are opened when they are first needed."""
+        if self.mode is not ShaamMode.MOCK:
+            total = self._settings.shaam_timeout_seconds
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._settings.shaam_concurrency),
+                timeout=aiohttp.ClientTimeout(total=total, connect=min(CONNECT_TIMEOUT_SECONDS, total)),
+                # One business's cookie must not travel with the next one's request.
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"Accept": "application/json", "User-Agent": "bon-scheduler"},
+            )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close every connection."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def refresh(self, refresh_token: str) -> Answer:
+        """
+        Exchange a refresh token for new tokens (RFC 6749 §6; the body is the authority's own example).
+
+        Never raises for what the network or the authority does. See it to its end: once the
+        request is on its way, the token may be spent whether or not anybody reads the answer.
+        """
+        if self.mode is ShaamMode.MOCK:
+            return Misconfigured("SHAAM_MODE is mock: nobody is called")
+        if self._session is None:
+            raise RuntimeError("Shaam is used outside its `async with`")
+        secrets = [refresh_token, *self._client()]
+        try:
+            reply = await self._post(self._session, refresh_token)
+        except TimeoutError as error:
+            limit = self._settings.shaam_timeout_seconds
+            return Transient(f"no answer within {limit:g} s ({type(error).__name__})")
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return Transient(f"the connection failed ({_name(error)})")
+        return _classify(reply, secrets)
+
+    def _client(self) -> tuple[str, str]:
+        return _reveal(self._settings.shaam_client_id), _reveal(self._settings.shaam_client_secret)
+
+    def _request(self, refresh_token: str) -> tuple[dict[str, str], dict[str, str]]:
+        """Build the form and the headers of a token request."""
+        client_id, client_secret = self._client()
+        form = {"grant_type": "refresh_token", "refresh_token": refresh_token, "scope": "scope"}
+        if self._settings.shaam_client_auth is ClientAuth.BODY:
+            return form | {"client_id": client_id, "client_secret": client_secret}, {}
+        # RFC 6749 §2.3.1: form-encode each BEFORE joining, otherwise a colon in the id ends it.
+        pair = f"{quote_plus(client_id)}:{quote_plus(client_secret)}"
+        return form, {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
+
+    async def _post(self, session: aiohttp.ClientSession, refresh_token: str) -> _Reply:
+        form, headers = self._request(refresh_token)
+        # A redirect would carry the token and the secret to wherever it points.
+        async with session.post(
+            self._settings.token_url, data=form, headers=headers, allow_redirects=False
+        ) as response:
+            # Raised here, a failure would hide that a 2xx had begun, and with it that the token is spent.
+            try:
+                body = await _read_bounded(response)
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                return _Reply(response.status, response.headers, None, f"broke off ({_name(error)})")
+            if body is None:
+                trouble = f"is longer than {MAX_ANSWER_BYTES // 1024} KiB"
+                return _Reply(response.status, response.headers, None, trouble)
+            return _Reply(response.status, response.headers, body)
+
+
+def _reveal(secret: SecretStr | None) -> str:
+    return secret.get_secret_value() if secret is not None else ""
+
+
+def _name(error: Exception) -> str:
+    """Name an error by its kind: its text may hold addresses or what was sent."""
+    system = error.strerror if isinstance(error, OSError) else None
+    return f"{type(error).__name__}: {system}" if system else type(error).__name__
+
+
+async def _read_bounded(response: aiohttp.ClientResponse) -> bytes | None:
+    """Read the whole body, or None when it is too long; the rest is then left unread."""
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(MAX_ANSWER_BYTES):
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            return None
+    return bytes(body)
+
+
+def _classify(reply: _Reply, secrets: list[str]) -> Answer:
+    """
+    Tell what an answer means: by its body first, then by its status (BON's contract, "SHAAM").
+
+    What the contract does not name flags nobody: a wrong address is the application's fault,
+    a redirect passes, and any other refusal is `Ambiguous`.
+    """
+    data = _parse(reply.body)
+    reason = _reason(reply, data, secrets)
+    if reply.status in OK:
+        return _refreshed(data) or Ambiguous(reason)
+    error = _text(data.get("error")).strip().lower()
+    blames_client = error in APPLICATION_ERRORS or BAD_CREDENTIALS_TEXT in _said(data).lower()
+    if error == "invalid_grant" and not blames_client:
+        return NeedsReauth(reason)
+    if blames_client or (reply.status in APPLICATION_STATUSES and error not in TRANSIENT_ERRORS):
+        return Misconfigured(reason)
+    if error in TRANSIENT_ERRORS or reply.status in TRANSIENT_STATUSES or reply.status >= SERVER_FAULT:
+        return Transient(reason, _retry_after(reply.headers))
+    return Ambiguous(reason)
+
+
+def _parse(body: bytes | None) -> dict[str, Any]:
+    """Read a JSON object; anything else is an empty one."""
+    try:
+        data = orjson.loads(body or b"")
+    except orjson.JSONDecodeError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _refreshed(data: dict[str, Any]) -> Refreshed | None:
+    """Read a success, or None when it lacks a token or a believable lifetime."""
+    access, refresh = _text(data.get("access_token")), _text(data.get("refresh_token"))
+    expires_in = _lifetime(data.get("expires_in"))
+    if not access or not refresh or expires_in is None or expires_in > LONGEST_LIFETIME:
+        return None
+    scope = _text(data.get("scope")) or None
+    return Refreshed(access, refresh, expires_in, scope, _lifetime(data.get("refresh_token_expires_in")))
+
+
+def _lifetime(value: object) -> timedelta | None:
+    """Read a positive number of seconds, or digits in a string; None for anything else."""
+    if isinstance(value, str) and _DIGITS.fullmatch(value.strip()):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        return None
+    try:
+        return timedelta(seconds=value)
+    except OverflowError:
+        return None
+
+
+def _retry_after(headers: Mapping[str, str]) -> timedelta | None:
+    """
+    Read how long the authority asks to be left alone, at most a day (RFC 9110 §10.2.3).
+
+    A date is measured against the answer's own `Date`, so that neither clock has to be right.
+    """
+    text = headers.get("Retry-After", "").strip()
+    if _DIGITS.fullmatch(text):
+        wait = timedelta(seconds=min(int(text), LONGEST_RETRY_AFTER.total_seconds()))
+    else:
+        until, sent = _http_date(text), _http_date(headers.get("Date", ""))
+        if until is None or sent is None:
+            return None
+        wait = until - sent
+    return max(timedelta(0), min(wait, LONGEST_RETRY_AFTER))
+
+
+def _http_date(text: str) -> datetime | None:
+    try:
+        instant = parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError, OverflowError):  # by what is wrong with the text
+        return None
+    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _said(data: dict[str, Any]) -> str:
+    """Join what an error says in words: OAuth's two fields, and the gateway's three."""
+    names = ("error", "error_description", "httpCode", "httpMessage", "moreInformation")
+    return " ".join(str(data[name]) for name in names if isinstance(data.get(name), str | int))
+
+
+def _reason(reply: _Reply, data: dict[str, Any], secrets: list[str]) -> str:
+    """Say what came back, for the log and the ledger: no secret, one line, at most 200 characters."""
+    said = "not the tokens that were asked for" if reply.status in OK else _said(data)
+    if reply.trouble:
+        said = f"the answer {reply.trouble}"
+    elif reply.status in REDIRECTED:
+        said = "redirects are refused; see SHAAM_TOKEN_URL"
+    elif not data:
+        said = f"no JSON object, but {len(reply.body or b'')} bytes"
+    # Redact BEFORE cutting to length, otherwise half a secret at the end would stay.
+    known = [*secrets, *(_text(data.get(name)) for name in ("access_token", "refresh_token"))]
+    return _redact(f"HTTP {reply.status}: {said}", known)[:MAX_REASON_CHARACTERS]
+
+
+def _redact(text: str, secrets: list[str]) -> str:
+    """Cut out every known secret, plain or URL-encoded, addresses, and whatever looks like a token."""
+    forms = {form for secret in secrets for form in (secret, quote_plus(secret)) if form}
+    # The longest first, otherwise a secret that contains another would leave its rest behind.
+    for form in sorted(forms, key=len, reverse=True):
+        text = re.sub(re.escape(form), "[redacted]", text, flags=re.IGNORECASE)
+    return _UNPRINTABLE.sub(" ", mask(_OPAQUE.sub("[redacted]", text))).strip()

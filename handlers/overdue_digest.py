@@ -1,0 +1,95 @@
+"""
+Find, after overdue detection, every business that is owed something, and ask for its digest.
+
+One run a business: a mail server's trouble with one never delays another. All
+of them are asked for in one transaction, which also ends this run, so a retry
+finds either none or all. A repeat of the whole on the same day asks again; the
+delivery ledger then finds nothing left to send.
+"""
+
+from datetime import date
+
+from bon_scheduler.jobs import Counts, JobContext, Payload, job
+from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
+
+__all__ = ["OverdueDigest", "overdue_digest"]
+
+# The active businesses that are owed something, on how many invoices, and how many addresses are written to.
+# The rules are those of digest.READ_STATEMENT and digest.READ_RECIPIENTS, for all businesses at once.
+# $1 as_of: date. No index: once marked, an overdue invoice is in none by due date, so this reads `invoices`
+# through, once a day; payments and credit notes are looked up as in READ_STATEMENT.
+FIND_OWED = """
+      with owed as (
+               select i.business_id, count(*) as invoices
+                 from invoices i
+                cross join lateral (
+                          select coalesce(sum(p.amount_minor_units), 0) as amount
+                            from invoice_payments p
+                           where p.invoice_id = i.id
+                      ) paid
+                cross join lateral (
+                          select coalesce(sum(n.total_incl_vat_minor_units), 0) as amount
+                            from invoices n
+                           where n.business_id = i.business_id
+                             and n.credited_invoice_id = i.id
+                             and n.document_type = 'credit_note'
+                             and n.status in ('finalized', 'sending', 'sent', 'paid', 'partially_paid')
+                             and n.currency = i.currency
+                      ) credited
+                where i.status in ('finalized', 'sent', 'partially_paid')
+                  and i.due_date < $1
+                  and i.document_type not in ('receipt', 'tax_invoice_receipt', 'credit_note')
+                  and i.total_incl_vat_minor_units - paid.amount - credited.amount > 0
+                group by i.business_id
+           )
+    select b.id as business_id,
+           o.invoices,
+           case when owners.addresses > 0 then owners.addresses
+                when trim(b.email) <> '' then 1
+                else 0
+            end as addresses
+      from owed o
+      join businesses b on b.id = o.business_id
+     cross join lateral (
+               select count(distinct lower(trim(u.email))) as addresses
+                 from user_businesses m
+                 join users u on u.id = m.user_id
+                where m.business_id = b.id
+                  and m.role = 'owner'
+                  and trim(u.email) <> ''
+           ) owners
+     where b.is_active
+       and b.deleted_at is null
+     order by b.id
+"""
+
+
+class OverdueDigest(Payload):
+    """Which day's digest."""
+
+    as_of: date
+    """An Israeli calendar date; what was due before it is overdue."""
+
+
+@job("overdue-digest")
+async def overdue_digest(ctx: JobContext, payload: OverdueDigest) -> Counts:
+    """Ask for a digest for each business that has overdue invoices."""
+    async with ctx.transaction() as tx:
+        owed = await tx.fetch(FIND_OWED, payload.as_of)
+        await ctx.enqueue_many(
+            send_overdue_digest,
+            [
+                (
+                    SendOverdueDigest(business_id=row["business_id"], as_of=payload.as_of),
+                    f"{ctx.run_id}/{row['business_id']}",
+                )
+                for row in owed
+            ],
+            on=tx,
+        )
+        counts = {
+            "businesses": len(owed),
+            "invoices": sum(row["invoices"] for row in owed),
+            "deliveries": sum(row["addresses"] for row in owed),
+        }
+        return await ctx.finish(counts, on=tx)

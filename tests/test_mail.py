@@ -1,0 +1,566 @@
+"""Delivery against a real SMTP server on loopback that answers, hangs or hangs up as it is told."""
+
+import asyncio
+import re
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from email import message_from_bytes, policy
+from email.message import EmailMessage
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+import trustme
+from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
+from pydantic import SecretStr
+from structlog.testing import capture_logs
+
+from bon_scheduler.config import Settings, SmtpTls
+from bon_scheduler.db import Pool
+from bon_scheduler.jobs import RetryLaterError
+from bon_scheduler.mail import Delivery, Letter, Mailer, MailUnavailableError, compose, recipient_hash
+from tests.mail_world import AS_OF, a_run, bon_database
+
+# aiosmtpd warns that a login over plain TCP is unsafe, also where the socket itself is TLS.
+pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")
+
+NOW = datetime(2026, 11, 23, 4, tzinfo=UTC)
+BUSINESS = UUID("00000000-0000-4000-8000-000000000001")
+RECIPIENT = "Dana.Owner@shop.example"
+PASSWORD = "correct horse"
+LETTER = Letter("overdue-digest", BUSINESS, AS_OF, RECIPIENT, "נושא סודי", "שלום\n.\nsecret 1,234", "<p>שלום</p>", "he")
+Hook = Callable[[SMTP], Awaitable[str]]
+
+
+@dataclass
+class Server:
+    """A mail server; `on` says, by command, what it does instead of accepting."""
+
+    tls: ssl.SSLContext
+    offer_tls: bool = True
+    implicit: bool = False
+    auth: bool = True
+    utf8: bool = True
+    on: dict[str, str | Hook] = field(default_factory=dict)
+    received: list[EmailMessage] = field(default_factory=list)
+    recipients: list[str] = field(default_factory=list)
+    connections: int = 0
+    port: int = 0
+
+    async def _answer(self, command: str, server: SMTP, default: str) -> str:
+        told = self.on.get(command, default)
+        return told if isinstance(told, str) else await told(server)
+
+    async def handle_MAIL(  # noqa: N802 - aiosmtpd's hook
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        envelope.mail_from = address
+        return await self._answer("MAIL", server, "250 OK")
+
+    async def handle_RCPT(  # noqa: N802 - aiosmtpd's hook
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        envelope.rcpt_tos.append(address)
+        return await self._answer("RCPT", server, "250 OK")
+
+    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - as above
+        assert isinstance(envelope.content, bytes)
+        answer = await self._answer("DATA", server, "250 queued as 42")
+        if answer.startswith("2"):
+            self.received.append(message_from_bytes(envelope.content, policy=policy.default))
+            self.recipients.extend(envelope.rcpt_tos)
+        return answer
+
+    def authenticate(self, *arguments: Any) -> AuthResult:
+        data = arguments[-1]
+        right = isinstance(data, LoginPassword) and data.password == PASSWORD.encode()
+        return AuthResult(success=right, handled=False) if not right else AuthResult(success=True)
+
+    def session(self) -> SMTP:
+        self.connections += 1
+        return SMTP(
+            self,
+            hostname="127.0.0.1",
+            enable_SMTPUTF8=self.utf8,
+            tls_context=self.tls if self.offer_tls and not self.implicit else None,
+            auth_required=self.auth,
+            auth_require_tls=False,
+            authenticator=self.authenticate,
+            loop=asyncio.get_running_loop(),
+        )
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        server = await asyncio.get_running_loop().create_server(
+            self.session, "127.0.0.1", 0, ssl=self.tls if self.implicit else None
+        )
+        self.port = server.sockets[0].getsockname()[1]
+        try:
+            yield
+        finally:
+            server.close()
+            await server.wait_closed()
+
+
+async def hang_up(server: SMTP) -> str:
+    assert server.transport is not None
+    server.transport.abort()
+    return "250 never heard"
+
+
+async def hang(_: SMTP) -> str:
+    await asyncio.sleep(3_600)
+    return "250 never said"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with bon_database() as url:
+        yield url
+
+
+@pytest.fixture
+async def pool(url: str) -> AsyncIterator[Pool]:
+    async with asyncpg.create_pool(url, min_size=1, max_size=5) as pool:
+        await pool.execute("truncate bon_scheduler.runs, bon_scheduler.deliveries cascade")
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.fixture
+async def server(authority: trustme.CA) -> AsyncIterator[Server]:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    yield Server(context)
+
+
+def settings(server: Server | None, **values: Any) -> Settings:
+    defaults: dict[str, Any] = {"database_url": SecretStr("postgresql://x@127.0.0.1/x")}
+    if server is not None:
+        defaults |= {"smtp_host": "127.0.0.1", "smtp_port": server.port}
+        defaults |= {"smtp_username": "bon", "smtp_password": SecretStr(PASSWORD)}
+    return Settings(**{**defaults, **values})
+
+
+class World:
+    """One server, one mailer, one run."""
+
+    def __init__(self, server: Server, pool: Pool, trusting: ssl.SSLContext, stack: AsyncExitStack) -> None:
+        self.server = server
+        self.pool = pool
+        self._trusting = trusting
+        self._stack = stack
+
+    async def mailer(self, tls_context: ssl.SSLContext | None = None, timeout: float = 10, **values: Any) -> Mailer:
+        if not self.server.port:
+            await self._stack.enter_async_context(self.server.listening())
+        mailer = Mailer(
+            settings(self.server, **values),
+            self.pool,
+            tls_context=tls_context or self._trusting,
+            timeout=timedelta(seconds=timeout),
+        )
+        return await self._stack.enter_async_context(mailer)
+
+    async def deliver(self, mailer: Mailer | None = None, letter: Letter = LETTER) -> Delivery:
+        return await (mailer or await self.mailer()).deliver(letter, run_id=await a_run(self.pool), attempt=1)
+
+    async def rows(self) -> list[tuple[str, str | None]]:
+        found = await self.pool.fetch("select state, reply from bon_scheduler.deliveries order by intended_at")
+        return [(row["state"], row["reply"]) for row in found]
+
+    async def state(self) -> str:
+        (row,) = await self.rows()
+        return row[0]
+
+
+@pytest.fixture
+async def world(server: Server, pool: Pool, trusting: ssl.SSLContext) -> AsyncIterator[World]:
+    async with AsyncExitStack() as stack:
+        yield World(server, pool, trusting, stack)
+
+
+async def intend(pool: Pool, run: UUID, *, attempt: int = 1, state: str = "intended") -> None:
+    await pool.execute(
+        "insert into bon_scheduler.deliveries "
+        "(kind, business_id, as_of, recipient_hash, state, message_id, run_id, attempt) "
+        "values ($1, $2, $3, $4, $5, '<x@y>', $6, $7)",
+        LETTER.kind,
+        BUSINESS,
+        AS_OF,
+        recipient_hash(BUSINESS, RECIPIENT),
+        state,
+        run,
+        attempt,
+    )
+
+
+# What the server accepts
+
+
+async def test_a_letter_is_sent_once_and_its_answer_kept(world: World) -> None:
+    assert await world.deliver() is Delivery.SENT
+    assert await world.rows() == [("sent", "250 queued as 42")]
+    (message,) = world.server.received
+    assert message["To"] == RECIPIENT
+    assert message["Subject"] == "נושא סודי"
+    plain, html = message.iter_parts()
+    assert plain.get_content() == "שלום\n.\nsecret 1,234\n"
+    assert html.get_content_type() == "text/html"
+
+
+async def test_a_second_run_of_the_day_sends_nothing(world: World) -> None:
+    await world.deliver()
+    again = replace(LETTER, recipient=RECIPIENT.upper())
+    assert await world.deliver(letter=again) is Delivery.ALREADY_SENT
+    assert len(world.server.received) == 1
+
+
+async def test_another_day_business_or_kind_is_another_letter(world: World) -> None:
+    mailer = await world.mailer()
+    others = (
+        replace(LETTER, as_of=AS_OF + timedelta(days=1)),
+        replace(LETTER, business_id=uuid4()),
+        replace(LETTER, kind="other"),
+    )
+    for letter in (LETTER, *others):
+        assert await world.deliver(mailer, letter) is Delivery.SENT
+    assert len({message["Message-ID"] for message in world.server.received}) == 4
+
+
+async def test_letters_delivered_at_once_each_arrive_once(world: World) -> None:
+    mailer = await world.mailer()
+    letters = [replace(LETTER, recipient=f"{n}@shop.example") for n in range(10)]
+    assert await asyncio.gather(*(world.deliver(mailer, letter) for letter in letters)) == [Delivery.SENT] * 10
+    assert sorted(world.server.recipients) == [f"{n}@shop.example" for n in range(10)]
+
+
+async def test_of_two_runs_at_once_only_one_sends(world: World) -> None:
+    mailer = await world.mailer()
+    results = await asyncio.gather(*(world.deliver(mailer) for _ in range(5)), return_exceptions=True)
+    assert results.count(Delivery.SENT) == 1
+    assert len(world.server.received) == 1
+    assert all(r is Delivery.ALREADY_SENT or type(r) is RetryLaterError for r in results if r != Delivery.SENT)
+
+
+async def test_implicit_tls_works_too(world: World) -> None:
+    world.server.implicit = True
+    assert await world.deliver(await world.mailer(smtp_tls=SmtpTls.IMPLICIT)) is Delivery.SENT
+
+
+async def test_without_a_user_name_nobody_logs_in(world: World) -> None:
+    world.server.auth = False
+    mailer = await world.mailer(smtp_tls=SmtpTls.NONE, smtp_username=None, smtp_password=None)
+    assert await world.deliver(mailer) is Delivery.SENT
+
+
+async def test_without_a_server_a_letter_is_logged_and_the_day_not_used_up(pool: Pool) -> None:
+    async with Mailer(settings(None), pool) as mailer:
+        with capture_logs() as events:
+            result = await mailer.deliver(LETTER, run_id=await a_run(pool), attempt=1)
+    assert result is Delivery.LOGGED
+    assert [event["event"] for event in events] == ["delivery.logged"]
+    assert await pool.fetchval("select count(*) from bon_scheduler.deliveries") == 0
+
+
+# What it refuses, and when
+
+
+@pytest.mark.parametrize("command", ["RCPT", "DATA"])
+async def test_a_final_refusal_is_kept_and_never_tried_again(world: World, command: str) -> None:
+    world.server.on[command] = f"550 5.1.1 <{RECIPIENT.lower()}> dana.owner is unknown, ask help@host.example"
+    assert await world.deliver() is Delivery.REFUSED
+    assert await world.rows() == [("refused", "550 5.1.1 <[address]> [address] is unknown, ask [address]")]
+    world.server.on.clear()
+    assert await world.deliver() is Delivery.REFUSED
+    assert world.server.connections == 1
+
+
+async def test_a_long_or_broken_answer_is_stored_whatever_it_holds(world: World) -> None:
+    world.server.on["RCPT"] = "550 a\x00b " + "x" * 400
+    await world.deliver()
+    ((_, reply),) = await world.rows()
+    assert reply is not None
+    assert reply.startswith("550 a b x")
+    assert len(reply) == 200
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        ("MAIL", "451 later"),
+        ("MAIL", "550 sender not allowed"),
+        ("RCPT", "450 greylisted"),
+        ("RCPT", "530 authentication required"),
+        ("DATA", "452 disk full"),
+        ("DATA", "421 closing"),
+    ],
+)
+async def test_what_was_not_accepted_may_be_sent_later(world: World, command: str, answer: str) -> None:
+    world.server.on[command] = answer
+    with pytest.raises(MailUnavailableError, match=answer[:3]) as caught:
+        await world.deliver()
+    assert timedelta(seconds=15) <= caught.value.after <= timedelta(seconds=30)
+    assert await world.rows() == []
+    world.server.on.clear()
+    assert await world.deliver() is Delivery.SENT
+
+
+@pytest.mark.parametrize("command", ["MAIL", "RCPT"])
+@pytest.mark.parametrize("trouble", [hang_up, hang])
+async def test_trouble_before_data_leaves_nothing_behind(world: World, command: str, trouble: Hook) -> None:
+    world.server.on[command] = trouble
+    with pytest.raises(MailUnavailableError):
+        await world.deliver(await world.mailer(timeout=0.5))
+    assert await world.rows() == []
+
+
+@pytest.mark.parametrize("trouble", [hang_up, hang])
+async def test_no_answer_after_data_is_unknown_and_never_sent_again(world: World, trouble: Hook) -> None:
+    world.server.on["DATA"] = trouble
+    mailer = await world.mailer(timeout=0.5)
+    with capture_logs() as events:
+        assert await world.deliver(mailer) is Delivery.UNKNOWN
+    assert [event["event"] for event in events] == ["delivery.unknown"]
+    world.server.on.clear()
+    assert await world.deliver(mailer) is Delivery.UNKNOWN
+    assert await world.state() == "unknown"
+    assert world.server.received == []
+    assert world.server.connections == 1
+
+
+async def test_a_server_that_is_not_there_is_transient(world: World) -> None:
+    mailer = await world.mailer(smtp_port=1)
+    with pytest.raises(MailUnavailableError, match="connect"):
+        await world.deliver(mailer)
+    assert await world.rows() == []
+
+
+async def test_an_untrusted_certificate_is_never_talked_to(world: World) -> None:
+    with pytest.raises(MailUnavailableError, match="STARTTLS"):
+        await world.deliver(await world.mailer(tls_context=ssl.create_default_context()))
+    assert await world.rows() == []
+
+
+async def test_a_certificate_of_another_host_is_never_talked_to(world: World, authority: trustme.CA) -> None:
+    world.server.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("elsewhere.example").configure_cert(world.server.tls)
+    with pytest.raises(MailUnavailableError, match="STARTTLS"):
+        await world.deliver()
+
+
+async def test_a_server_without_starttls_gets_no_letter_in_the_clear(world: World) -> None:
+    world.server.offer_tls = False
+    with pytest.raises(MailUnavailableError, match="STARTTLS"):
+        await world.deliver()
+    assert world.server.received == []
+
+
+async def test_a_refused_login_is_our_trouble_not_the_recipients(world: World) -> None:
+    mailer = await world.mailer(smtp_password=SecretStr("wrong"))
+    with pytest.raises(MailUnavailableError, match="535"):
+        await world.deliver(mailer)
+    assert await world.rows() == []
+
+
+@pytest.mark.parametrize(
+    "recipient", ["nobody", "a@b\r\nRCPT TO:<x@y>", "a b@c.example", "<a@b.example>", "a@b@c", "a@b,c@d", ""]
+)
+async def test_what_is_no_address_is_refused_without_asking(world: World, recipient: str) -> None:
+    assert await world.deliver(letter=replace(LETTER, recipient=recipient)) is Delivery.REFUSED
+    assert world.server.connections == 0
+
+
+@pytest.mark.parametrize("recipient", [".a@b.example", "a..b@c.example", "o'brien+x@b.example"])
+async def test_an_odd_address_is_left_to_the_server(world: World, recipient: str) -> None:
+    assert await world.deliver(letter=replace(LETTER, recipient=recipient)) is Delivery.SENT
+
+
+async def test_a_hebrew_address_needs_a_server_that_takes_it(world: World) -> None:
+    letter = replace(LETTER, recipient="דנה@shop.example")
+    assert await world.deliver(letter=letter) is Delivery.SENT
+    assert world.server.recipients == ["דנה@shop.example"]
+    world.server.utf8 = False
+    assert await world.deliver(letter=replace(letter, business_id=uuid4())) is Delivery.REFUSED
+
+
+# Who finds an intention
+
+
+async def test_the_intention_is_committed_before_the_server_hears_of_it(world: World) -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    async def look(_: SMTP) -> str:
+        seen.extend(await world.rows())
+        return "250 OK"
+
+    world.server.on["MAIL"] = look
+    await world.deliver()
+    assert seen == [("intended", None)]
+
+
+async def test_an_earlier_attempts_intention_becomes_unknown(world: World) -> None:
+    run = await a_run(world.pool)
+    await intend(world.pool, run, attempt=1)
+    mailer = await world.mailer()
+    with capture_logs() as events:
+        assert await mailer.deliver(LETTER, run_id=run, attempt=2) is Delivery.UNKNOWN
+    assert [event["event"] for event in events] == ["delivery.unknown"]
+    assert await world.state() == "unknown"
+    assert world.server.connections == 0
+
+
+@pytest.mark.parametrize("state", ["retrying", "dead", "succeeded", "queued"])
+async def test_the_intention_of_a_run_that_ended_becomes_unknown(world: World, state: str) -> None:
+    await intend(world.pool, await a_run(world.pool, state))
+    assert await world.deliver() is Delivery.UNKNOWN
+
+
+async def test_the_intention_of_a_run_that_lives_is_waited_for(world: World) -> None:
+    await intend(world.pool, await a_run(world.pool))
+    with pytest.raises(RetryLaterError) as caught:
+        await world.deliver()
+    assert caught.value.after == timedelta(minutes=1)
+    assert await world.state() == "intended"
+
+
+async def test_an_older_attempt_that_comes_back_gives_up_nothing(world: World) -> None:
+    run = await a_run(world.pool)
+    await intend(world.pool, run, attempt=2)
+    with pytest.raises(RetryLaterError):
+        await (await world.mailer()).deliver(LETTER, run_id=run, attempt=1)
+    assert await world.state() == "intended"
+
+
+async def test_a_late_answer_settles_what_somebody_gave_up_on(world: World) -> None:
+    run = await a_run(world.pool)
+    mailer = await world.mailer()
+
+    async def given_up_meanwhile(_: SMTP) -> str:
+        assert await mailer.deliver(LETTER, run_id=run, attempt=2) is Delivery.UNKNOWN
+        return "250 late"
+
+    world.server.on["DATA"] = given_up_meanwhile
+    assert await mailer.deliver(LETTER, run_id=run, attempt=1) is Delivery.SENT
+    assert await world.rows() == [("sent", "250 late")]
+
+
+# Being cancelled
+
+
+async def cancel_while(world: World, command: str, answer: asyncio.Event) -> Mailer:
+    """Cancel a delivery while the server thinks about `command`; it answers when `answer` is set."""
+    reached = asyncio.Event()
+
+    async def think(_: SMTP) -> str:
+        reached.set()
+        await answer.wait()
+        return "250 accepted"
+
+    world.server.on[command] = think
+    mailer = await world.mailer()
+    task = asyncio.create_task(world.deliver(mailer))
+    await reached.wait()
+    task.cancel()
+    if command == "DATA":
+        answer.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    answer.set()
+    return mailer
+
+
+async def test_cancelled_before_data_the_intention_is_withdrawn(world: World) -> None:
+    await cancel_while(world, "RCPT", asyncio.Event())
+    assert await world.rows() == []
+    assert world.server.received == []
+
+
+async def test_cancelled_after_data_the_answer_is_still_recorded(world: World) -> None:
+    await cancel_while(world, "DATA", asyncio.Event())
+    assert await world.rows() == [("sent", "250 accepted")]
+
+
+async def test_closing_waits_for_an_answer_that_is_under_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bon_scheduler.mail.CANCEL_PATIENCE", timedelta(0))
+    mailer = await cancel_while(world, "DATA", asyncio.Event())
+    await mailer.close()
+    assert await world.state() == "sent"
+
+
+# What is told of it
+
+
+@pytest.mark.parametrize("answer", ["250 ok", f"550 <{RECIPIENT}> dana.owner no", f"450 {RECIPIENT}", None])
+async def test_nothing_told_names_anybody(world: World, answer: str | None) -> None:
+    world.server.on["RCPT" if answer else "DATA"] = answer or hang_up
+    told: list[Any] = []
+    with capture_logs() as events:
+        try:
+            told.append(await world.deliver())
+        except MailUnavailableError as error:
+            told += [str(error), repr(error), repr(error.__cause__), repr(error.__context__)]
+    told += [events, repr(LETTER), await world.rows()]
+    assert events
+    assert not re.search(r"dana|owner@|shop\.example|סודי|1,234", str(told), re.IGNORECASE)
+
+
+# The message
+
+
+def test_the_headers_say_that_a_machine_wrote_it() -> None:
+    message = compose(LETTER, settings(None), now=NOW)
+    assert message["Date"] == "Mon, 23 Nov 2026 04:00:00 +0000"
+    assert message["From"] == "BON <noreply@bon.co.il>"
+    assert message["Auto-Submitted"] == "auto-generated"
+    assert message["Content-Language"] == "he"
+    assert message.get_content_type() == "multipart/alternative"
+    assert [part.get_content_charset() for part in message.iter_parts()] == ["utf-8", "utf-8"]
+    assert message["List-Unsubscribe"] is None
+
+
+def test_the_message_id_depends_on_the_key_alone() -> None:
+    def written(letter: Letter) -> str:
+        return str(compose(letter, settings(None), now=NOW)["Message-ID"])
+
+    first = written(LETTER)
+    assert re.fullmatch(r"<[0-9a-f]{32}@bon\.co\.il>", first)
+    assert written(replace(LETTER, subject="other", text="other", recipient=RECIPIENT.lower())) == first
+    assert written(replace(LETTER, recipient="other@shop.example")) != first
+
+
+def test_a_long_unsubscribe_address_stays_readable() -> None:
+    url = "https://app.example.com/unsubscribe/" + "x" * 150
+    source = compose(LETTER, settings(None, unsubscribe_url=url), now=NOW).as_bytes()
+    assert f"\r\nList-Unsubscribe: <{url}>\r\n".encode() in source
+    assert b"\r\nList-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n" in source
+
+
+@pytest.mark.parametrize("separator", ["\r\n", "\n", "\r", "\x0b", "\x85", "\u2028", "\x00"])
+def test_a_name_cannot_begin_a_header(separator: str) -> None:
+    letter = replace(LETTER, subject=f"Studio{separator}Bcc: victim@x.example")
+    source = compose(letter, settings(None), now=NOW).as_bytes()
+    message = message_from_bytes(source, policy=policy.default)
+    assert message["Bcc"] is None
+    assert message["Subject"] == "Studio Bcc: victim@x.example"
+
+
+def test_composing_for_what_is_no_address_does_not_name_it() -> None:
+    with pytest.raises(ValueError, match="not an e-mail address") as caught:
+        compose(replace(LETTER, recipient="secret\r\nBcc: x"), settings(None), now=NOW)
+    assert "secret" not in str(caught.value)
