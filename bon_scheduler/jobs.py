@@ -105,8 +105,8 @@ class Retry:
     def wait(self, attempt: int, source: random.Random = _DEFAULT_RANDOM) -> timedelta:
         """Draw the wait after `attempt` (from 1) has failed."""
         # The exponent is bounded, otherwise a long-lived run would overflow the float.
-        whole = min(self.delay * self.factor ** min(attempt - 1, 64), self.longest)
-        return whole * source.uniform(0.5, 1.0)
+        grown_seconds = self.delay.total_seconds() * self.factor ** min(attempt - 1, 64)
+        return timedelta(seconds=min(grown_seconds, self.longest.total_seconds()) * source.uniform(0.5, 1.0))
 
 
 class NeverRetryError(Exception):

@@ -213,13 +213,14 @@ def compose(letter: Letter, settings: Settings, *, now: datetime) -> EmailMessag
     # Names come from people: a line break would begin a header of its own.
     message["Subject"] = " ".join(_printable(letter.subject).split())
     message["Auto-Submitted"] = "auto-generated"
-    message["Content-Language"] = letter.language
     if settings.unsubscribe_url is not None:
         message["List-Unsubscribe"] = f"<{settings.unsubscribe_url}>"
         message["List-Unsubscribe-Post"] = "List-Unsubscribe=One-Click"
     # base64, not 8bit: no server's 8BITMIME is needed, and no line gets too long.
     message.set_content(letter.text, charset="utf-8", cte="base64")
     message.add_alternative(letter.html, subtype="html", charset="utf-8", cte="base64")
+    # AFTER the alternatives, otherwise it moves into the first one with the other Content headers.
+    message["Content-Language"] = letter.language
     return message
 
 

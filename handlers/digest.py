@@ -252,9 +252,7 @@ def _format_day(value: date) -> str:
 def _clean(text: str | None) -> str:
     """Blank what could reorder or break the line a name stands in: controls, line ends, bidi overrides."""
     visible = "".join(
-        " "
-        if unicodedata.category(c) in {"Cc", "Zl", "Zp"} or unicodedata.bidirectional(c) in _BIDI_CONTROLS
-        else c
+        " " if unicodedata.category(c) in {"Cc", "Zl", "Zp"} or unicodedata.bidirectional(c) in _BIDI_CONTROLS else c
         for c in text or ""
     )
     return " ".join(visible.split()) or "—"

@@ -83,7 +83,5 @@ def _outcomes(business_id: UUID, counts: Counts) -> list[BusinessOutcome]:
         error = f"{counts['refused']} refused, {counts['unknown']} unknown; see deliveries"
         return [BusinessOutcome(business_id, "failed", told, error)]
     if counts["no_recipient"]:
-        return [
-            BusinessOutcome(business_id, "kept", told, "no recipient: no owner and no address of its own")
-        ]
+        return [BusinessOutcome(business_id, "kept", told, "no recipient: no owner and no address of its own")]
     return [BusinessOutcome(business_id, "done", told)] if told else []

@@ -107,7 +107,7 @@ class Server:
 
 
 async def hang_up(server: SMTP) -> str:
-    assert server.transport is not None
+    assert isinstance(server.transport, asyncio.WriteTransport)
     server.transport.abort()
     return "250 never heard"
 
@@ -143,10 +143,10 @@ def trusting(authority: trustme.CA) -> ssl.SSLContext:
 
 
 @pytest.fixture
-async def server(authority: trustme.CA) -> AsyncIterator[Server]:
+def server(authority: trustme.CA) -> Server:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)
-    yield Server(context)
+    return Server(context)
 
 
 def settings(server: Server | None, **values: Any) -> Settings:
@@ -166,14 +166,14 @@ class World:
         self._trusting = trusting
         self._stack = stack
 
-    async def mailer(self, tls_context: ssl.SSLContext | None = None, timeout: float = 10, **values: Any) -> Mailer:
+    async def mailer(self, tls_context: ssl.SSLContext | None = None, seconds: float = 10, **values: Any) -> Mailer:
         if not self.server.port:
             await self._stack.enter_async_context(self.server.listening())
         mailer = Mailer(
             settings(self.server, **values),
             self.pool,
             tls_context=tls_context or self._trusting,
-            timeout=timedelta(seconds=timeout),
+            timeout=timedelta(seconds=seconds),
         )
         return await self._stack.enter_async_context(mailer)
 
@@ -220,7 +220,7 @@ async def test_a_letter_is_sent_once_and_its_answer_kept(world: World) -> None:
     assert message["To"] == RECIPIENT
     assert message["Subject"] == "נושא סודי"
     plain, html = message.iter_parts()
-    assert plain.get_content() == "שלום\n.\nsecret 1,234\n"
+    assert plain.get_content() == "שלום\r\n.\r\nsecret 1,234\r\n"
     assert html.get_content_type() == "text/html"
 
 
@@ -326,21 +326,20 @@ async def test_what_was_not_accepted_may_be_sent_later(world: World, command: st
 async def test_trouble_before_data_leaves_nothing_behind(world: World, command: str, trouble: Hook) -> None:
     world.server.on[command] = trouble
     with pytest.raises(MailUnavailableError):
-        await world.deliver(await world.mailer(timeout=0.5))
+        await world.deliver(await world.mailer(seconds=0.5))
     assert await world.rows() == []
 
 
 @pytest.mark.parametrize("trouble", [hang_up, hang])
 async def test_no_answer_after_data_is_unknown_and_never_sent_again(world: World, trouble: Hook) -> None:
     world.server.on["DATA"] = trouble
-    mailer = await world.mailer(timeout=0.5)
+    mailer = await world.mailer(seconds=0.5)
     with capture_logs() as events:
         assert await world.deliver(mailer) is Delivery.UNKNOWN
     assert [event["event"] for event in events] == ["delivery.unknown"]
     world.server.on.clear()
     assert await world.deliver(mailer) is Delivery.UNKNOWN
     assert await world.state() == "unknown"
-    assert world.server.received == []
     assert world.server.connections == 1
 
 

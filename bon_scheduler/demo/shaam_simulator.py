@@ -146,9 +146,7 @@ class ShaamSimulator:
             }
         )
 
-    async def _misbehave(
-        self, fault: Misbehaviour, request: web.Request, consent: _Consent
-    ) -> web.StreamResponse:
+    async def _misbehave(self, fault: Misbehaviour, request: web.Request, consent: _Consent) -> web.StreamResponse:
         match fault:
             case Misbehaviour.DROP:
                 self._rotate(consent)
@@ -165,9 +163,7 @@ def _fault_answers(client_id: str) -> dict[Misbehaviour, web.Response]:
     return {
         Misbehaviour.INVALID_GRANT: _refusal("invalid_grant", USED_OR_REVOKED),
         Misbehaviour.UNAVAILABLE: web.Response(status=503, text="Service Unavailable"),
-        Misbehaviour.GARBAGE: web.Response(
-            text="<html><body>Welcome</body></html>", content_type="text/html"
-        ),
+        Misbehaviour.GARBAGE: web.Response(text="<html><body>Welcome</body></html>", content_type="text/html"),
         Misbehaviour.SLOW: web.Response(status=503),
         Misbehaviour.GATEWAY_401: web.json_response(gateway | credentials, status=401),
         Misbehaviour.INVALID_CLIENT: _refusal("invalid_client", f"client {client_id} is unknown", status=401),

@@ -378,7 +378,7 @@ def test_every_sentence_of_the_templates_is_in_the_catalogue(language: str) -> N
     for message in found:
         entry = catalogue.get(message if isinstance(message, str) else message[0])
         assert entry is not None, message
-        strings = [entry.string] if isinstance(entry.string, str) else list(entry.string)
+        strings = [entry.string] if isinstance(entry.string, str) else list(entry.string or ())
         assert all(strings), message
         assert len(strings) == (1 if isinstance(message, str) else catalogue.num_plurals), message
     assert len(list(catalogue)) - 1 == len(set(found)), "a sentence nobody uses"
