@@ -16,18 +16,14 @@ Nothing logged or raised here holds an address, a name, a subject or an amount.
 """
 
 import asyncio
-import hashlib
 import re
 import ssl
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import date, datetime, timedelta
-from email.headerregistry import Address, BaseHeader, HeaderRegistry, UnstructuredHeader
-from email.message import EmailMessage
-from email.policy import SMTP, EmailPolicy, Policy
+from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 from uuid import UUID
 
 import aiosmtplib
@@ -37,9 +33,10 @@ import structlog
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings, SmtpTls
 from bon_scheduler.jobs import Retry, RetryLaterError
+from bon_scheduler.letters import POLICY, Letter, compose, is_mailbox, message_id, printable, recipient_hash
 from bon_scheduler.log import mask
 
-__all__ = ["Delivery", "Letter", "MailUnavailableError", "Mailer", "compose", "message_id", "recipient_hash"]
+__all__ = ["Delivery", "Letter", "MailUnavailableError", "Mailer"]
 
 log = structlog.get_logger()
 
@@ -117,8 +114,6 @@ WITHDRAW = """
        and state in ('intended', 'unknown')
 """
 
-_MAILBOX = re.compile(r"""[^\s@<>()\[\]\\,;:"\x00-\x20\x7f]{1,64}@[^\s@<>()\[\]\\,;:"\x00-\x20\x7f]{1,255}""")
-
 
 class Delivery(StrEnum):
     """What became of a letter; the values are the names of `send-overdue-digest`'s counts."""
@@ -133,20 +128,6 @@ class Delivery(StrEnum):
 
 class MailUnavailableError(RetryLaterError):
     """The server cannot be reached, or does not take letters just now; nothing was sent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Letter:
-    """One e-mail to one recipient. (kind, business, day, recipient) is sent once."""
-
-    kind: str
-    business_id: UUID
-    as_of: date
-    recipient: str = field(repr=False)
-    subject: str = field(repr=False)
-    text: str = field(repr=False)
-    html: str = field(repr=False)
-    language: str
 
 
 @dataclass(slots=True)
@@ -167,79 +148,12 @@ class _Answer:
     reply: str
 
 
-class _UnfoldedHeader(UnstructuredHeader, BaseHeader):
-    """A header on one line: Python would encode a URL longer than 78 characters (RFC 2369 forbids it)."""
-
-    def fold(self, *, policy: "Policy[Any]") -> str:
-        return f"{self.name}: {self}{policy.linesep}"
-
-
-def _policy() -> "EmailPolicy[EmailMessage]":
-    registry = HeaderRegistry()
-    registry.map_to_type("list-unsubscribe", _UnfoldedHeader)
-    return SMTP.clone(header_factory=registry)
-
-
-_POLICY = _policy()
-
-
-def recipient_hash(business_id: UUID, address: str) -> str:
-    """Return what stands for an address in the ledger (SHA-256, hex); upper and lower case are one."""
-    return hashlib.sha256(f"{business_id}:{address.strip().lower()}".encode()).hexdigest()
-
-
-def message_id(letter: Letter, email_from: str) -> str:
-    """Return the Message-ID of a letter: the same for the same kind, business, day and recipient."""
-    key = f"{letter.kind}:{letter.as_of.isoformat()}:{recipient_hash(letter.business_id, letter.recipient)}"
-    return f"<{hashlib.sha256(key.encode()).hexdigest()[:32]}@{email_from.rpartition('@')[2]}>"
-
-
-def compose(letter: Letter, settings: Settings, *, now: datetime) -> EmailMessage:
-    """
-    Build the message: plain text and HTML, both UTF-8, with the headers of automatic mail.
-
-    `now` (aware) is its Date. Raises ValueError for a recipient that is not an address,
-    without naming it.
-    """
-    if not _is_mailbox(letter.recipient):
-        raise ValueError("The recipient is not an e-mail address; correct it in BON.")
-    message = EmailMessage(policy=_POLICY)
-    message["Date"] = now
-    message["Message-ID"] = message_id(letter, settings.email_from)
-    message["From"] = Address("BON", addr_spec=settings.email_from)
-    # Not addr_spec: it refuses what an e-mail parser would read differently, and names it in the error.
-    local, _, domain = letter.recipient.strip().rpartition("@")
-    message["To"] = Address(username=local, domain=domain)
-    # Names come from people: a line break would begin a header of its own.
-    message["Subject"] = " ".join(_printable(letter.subject).split())
-    message["Auto-Submitted"] = "auto-generated"
-    if settings.unsubscribe_url is not None:
-        message["List-Unsubscribe"] = f"<{settings.unsubscribe_url}>"
-        message["List-Unsubscribe-Post"] = "List-Unsubscribe=One-Click"
-    # base64, not 8bit: no server's 8BITMIME is needed, and no line gets too long.
-    message.set_content(letter.text, charset="utf-8", cte="base64")
-    message.add_alternative(letter.html, subtype="html", charset="utf-8", cte="base64")
-    # AFTER the alternatives, otherwise it moves into the first one with the other Content headers.
-    message["Content-Language"] = letter.language
-    return message
-
-
-def _is_mailbox(address: str) -> bool:
-    return _MAILBOX.fullmatch(address.strip()) is not None
-
-
-def _printable(text: str) -> str:
-    """Blank control characters and what UTF-8 cannot hold."""
-    whole = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(" " if ord(c) < 0x20 or 0x7F <= ord(c) <= 0x9F else c for c in whole)  # noqa: PLR2004 - C0, DEL, C1
-
-
 def _clean_reply(code: int, text: str, recipient: str) -> str:
     """Return a server's answer without addresses, at most 200 characters."""
     address = recipient.strip()
     for needle in (address, address.rpartition("@")[0]):
         text = re.sub(rf"(?<!\w){re.escape(needle)}(?!\w)", "[address]", text, flags=re.IGNORECASE)
-    return " ".join(f"{code} {mask(_printable(text))}".split())[:REPLY_LENGTH]
+    return " ".join(f"{code} {mask(printable(text))}".split())[:REPLY_LENGTH]
 
 
 def _judge(stage: str, code: int, reply: str) -> _Answer:
@@ -401,7 +315,7 @@ class Mailer:
         """Hold the conversation stage by stage, because what a failure means depends on the stage."""
         settings = self._settings
         recipient = letter.recipient.strip()
-        if not _is_mailbox(recipient):
+        if not is_mailbox(recipient):
             return _Answer(Delivery.REFUSED, "not an e-mail address")
         stage = "connect"
         try:
@@ -422,7 +336,7 @@ class Mailer:
             await client.mail(settings.email_from, encoding=encoding, options=options)
             stage = "RCPT"
             await client.rcpt(recipient, encoding=encoding)
-            content = message.as_bytes(policy=_POLICY.clone(utf8=utf8))
+            content = message.as_bytes(policy=POLICY.clone(utf8=utf8))
             if not client.is_connected:
                 return _Answer(None, "the connection was lost (after RCPT)")
             stage = "DATA"

@@ -15,6 +15,7 @@ from typing import TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import asyncpg
 import structlog
 from pydantic import ValidationError
 from structlog.contextvars import bound_contextvars
@@ -82,6 +83,13 @@ def explain_payload(job: AnyJob, error: ValidationError) -> str:
     )
     known = ", ".join(job.payload.model_fields) or "no fields"
     return f'The payload of "{job.name}" is not usable: {faults}. It takes: {known}.'
+
+
+def _explain(error: BaseException) -> str:
+    text = describe_error(error)
+    if isinstance(error, asyncpg.UndefinedTableError | asyncpg.UndefinedColumnError):
+        return f"{text}. See what BON's database lacks with: python -m bon_scheduler check"
+    return text
 
 
 class Runner:
@@ -194,7 +202,7 @@ class Runner:
             ending = _Ending("failed", error=describe_error(error), wait=error.after)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a handler never stops the service
             timed_out = isinstance(error, TimeoutError) and deadline.expired()
-            text = f"timed out after {job.timeout}" if timed_out else describe_error(error)
+            text = f"timed out after {job.timeout}" if timed_out else _explain(error)
             log.warning("handler.raised", error=text, where=where(error))
             ending = _Ending("timed_out" if timed_out else "failed", error=text)
         wait = None if last else ending.wait or retry.wait(ctx.attempt)

@@ -115,12 +115,11 @@ async def machinery(
 @asynccontextmanager
 async def _resources(settings: Settings, pool: Pool) -> AsyncIterator[Mapping[type, object]]:
     """Build what handlers get by type."""
-    resources: dict[type, object] = {Settings: settings, Mailer: Mailer(settings, pool)}
+    resources: dict[type, object] = {Settings: settings}
     if settings.shaam_mode is not ShaamMode.MOCK and settings.shaam_encryption_key is not None:
         resources[TokenCipher] = TokenCipher(settings.shaam_encryption_key.get_secret_value())
-    async with Shaam(settings) as shaam:
-        resources[Shaam] = shaam
-        yield resources
+    async with Shaam(settings) as shaam, Mailer(settings, pool) as mailer:
+        yield {**resources, Shaam: shaam, Mailer: mailer}
 
 
 @asynccontextmanager

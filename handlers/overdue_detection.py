@@ -72,9 +72,7 @@ async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Count
         touched = set().union(*by_business.values())
         await ctx.record(
             [
-                BusinessOutcome(
-                    business, counts={name: found[business] for name, found in by_business.items()}
-                )
+                BusinessOutcome(business, counts={name: found[business] for name, found in by_business.items()})
                 for business in touched
             ],
             on=tx,

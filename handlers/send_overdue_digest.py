@@ -14,7 +14,8 @@ import structlog
 
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import BusinessOutcome, Counts, JobContext, Payload, Retry, RetryLaterError, job
-from bon_scheduler.mail import Delivery, Letter, Mailer
+from bon_scheduler.letters import Letter
+from bon_scheduler.mail import Delivery, Mailer
 from handlers.digest import DIGEST_KIND, Statement, read_recipients, read_statement, render_digest
 
 __all__ = ["SendOverdueDigest", "send_overdue_digest"]

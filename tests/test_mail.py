@@ -22,7 +22,8 @@ from structlog.testing import capture_logs
 from bon_scheduler.config import Settings, SmtpTls
 from bon_scheduler.db import Pool
 from bon_scheduler.jobs import RetryLaterError
-from bon_scheduler.mail import Delivery, Letter, Mailer, MailUnavailableError, compose, recipient_hash
+from bon_scheduler.letters import Letter, compose, recipient_hash
+from bon_scheduler.mail import Delivery, Mailer, MailUnavailableError
 from tests.mail_world import AS_OF, a_run, bon_database
 
 # aiosmtpd warns that a login over plain TCP is unsafe, also where the socket itself is TLS.
@@ -463,7 +464,7 @@ async def test_a_late_answer_settles_what_somebody_gave_up_on(world: World) -> N
 
 
 async def cancel_while(world: World, command: str, answer: asyncio.Event) -> Mailer:
-    """Cancel a delivery while the server thinks about `command`; it answers when `answer` is set."""
+    """Cancel a delivery while the server thinks about `command`; it accepts once `answer` is set."""
     reached = asyncio.Event()
 
     async def think(_: SMTP) -> str:
@@ -476,17 +477,17 @@ async def cancel_while(world: World, command: str, answer: asyncio.Event) -> Mai
     task = asyncio.create_task(world.deliver(mailer))
     await reached.wait()
     task.cancel()
-    if command == "DATA":
-        answer.set()
+    asyncio.get_running_loop().call_later(0.2, answer.set)
     with pytest.raises(asyncio.CancelledError):
         await task
-    answer.set()
     return mailer
 
 
 async def test_cancelled_before_data_the_intention_is_withdrawn(world: World) -> None:
-    await cancel_while(world, "RCPT", asyncio.Event())
+    answer = asyncio.Event()
+    await cancel_while(world, "RCPT", answer)
     assert await world.rows() == []
+    assert not answer.is_set()
     assert world.server.received == []
 
 
@@ -498,6 +499,7 @@ async def test_cancelled_after_data_the_answer_is_still_recorded(world: World) -
 async def test_closing_waits_for_an_answer_that_is_under_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bon_scheduler.mail.CANCEL_PATIENCE", timedelta(0))
     mailer = await cancel_while(world, "DATA", asyncio.Event())
+    assert await world.state() == "intended"
     await mailer.close()
     assert await world.state() == "sent"
 

@@ -1,0 +1,104 @@
+"""
+A letter and its form: the message with its headers, and the names it goes by in the ledger.
+
+Nothing here sends anything; `mail` does.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from email.headerregistry import Address, BaseHeader, HeaderRegistry, UnstructuredHeader
+from email.message import EmailMessage
+from email.policy import SMTP, EmailPolicy, Policy
+from typing import Any
+from uuid import UUID
+
+from bon_scheduler.config import Settings
+
+__all__ = ["POLICY", "Letter", "compose", "is_mailbox", "message_id", "printable", "recipient_hash"]
+
+_MAILBOX = re.compile(r"""[^\s@<>()\[\]\\,;:"\x00-\x20\x7f]{1,64}@[^\s@<>()\[\]\\,;:"\x00-\x20\x7f]{1,255}""")
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """One e-mail to one recipient. (kind, business, day, recipient) is sent once."""
+
+    kind: str
+    business_id: UUID
+    as_of: date
+    recipient: str = field(repr=False)
+    subject: str = field(repr=False)
+    text: str = field(repr=False)
+    html: str = field(repr=False)
+    language: str
+
+
+class _UnfoldedHeader(UnstructuredHeader, BaseHeader):
+    """A header on one line: Python would encode a URL longer than 78 characters (RFC 2369 forbids it)."""
+
+    def fold(self, *, policy: "Policy[Any]") -> str:
+        return f"{self.name}: {self}{policy.linesep}"
+
+
+def _policy() -> "EmailPolicy[EmailMessage]":
+    registry = HeaderRegistry()
+    registry.map_to_type("list-unsubscribe", _UnfoldedHeader)
+    return SMTP.clone(header_factory=registry)
+
+
+POLICY = _policy()
+"""How a letter is written as bytes."""
+
+
+def recipient_hash(business_id: UUID, address: str) -> str:
+    """Return what stands for an address in the ledger (SHA-256, hex); upper and lower case are one."""
+    return hashlib.sha256(f"{business_id}:{address.strip().lower()}".encode()).hexdigest()
+
+
+def message_id(letter: Letter, email_from: str) -> str:
+    """Return the Message-ID of a letter: the same for the same kind, business, day and recipient."""
+    key = f"{letter.kind}:{letter.as_of.isoformat()}:{recipient_hash(letter.business_id, letter.recipient)}"
+    return f"<{hashlib.sha256(key.encode()).hexdigest()[:32]}@{email_from.rpartition('@')[2]}>"
+
+
+def compose(letter: Letter, settings: Settings, *, now: datetime) -> EmailMessage:
+    """
+    Build the message: plain text and HTML, both UTF-8, with the headers of automatic mail.
+
+    `now` (aware) is its Date. Raises ValueError for a recipient that is not an address,
+    without naming it.
+    """
+    if not is_mailbox(letter.recipient):
+        raise ValueError("The recipient is not an e-mail address; correct it in BON.")
+    message = EmailMessage(policy=POLICY)
+    message["Date"] = now
+    message["Message-ID"] = message_id(letter, settings.email_from)
+    message["From"] = Address("BON", addr_spec=settings.email_from)
+    # Not addr_spec: it refuses what an e-mail parser would read differently, and names it in the error.
+    local, _, domain = letter.recipient.strip().rpartition("@")
+    message["To"] = Address(username=local, domain=domain)
+    # Names come from people: a line break would begin a header of its own.
+    message["Subject"] = " ".join(printable(letter.subject).split())
+    message["Auto-Submitted"] = "auto-generated"
+    if settings.unsubscribe_url is not None:
+        message["List-Unsubscribe"] = f"<{settings.unsubscribe_url}>"
+        message["List-Unsubscribe-Post"] = "List-Unsubscribe=One-Click"
+    # base64, not 8bit: no server's 8BITMIME is needed, and no line gets too long.
+    message.set_content(letter.text, charset="utf-8", cte="base64")
+    message.add_alternative(letter.html, subtype="html", charset="utf-8", cte="base64")
+    # AFTER the alternatives, otherwise it moves into the first one with the other Content headers.
+    message["Content-Language"] = letter.language
+    return message
+
+
+def is_mailbox(address: str) -> bool:
+    """Say whether a text can be one mailbox: no list, no comment, no control character."""
+    return _MAILBOX.fullmatch(address.strip()) is not None
+
+
+def printable(text: str) -> str:
+    """Blank control characters and what UTF-8 cannot hold."""
+    whole = text.encode("utf-8", "replace").decode("utf-8")
+    return "".join(" " if ord(c) < 0x20 or 0x7F <= ord(c) <= 0x9F else c for c in whole)  # noqa: PLR2004 - C0, DEL, C1

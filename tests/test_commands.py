@@ -1,0 +1,279 @@
+"""Every command as a process: what it prints, and its exit status."""
+
+import asyncio
+import json
+import signal
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from bon_scheduler import db
+from bon_scheduler.demo.sample import create_tables, load_sample
+from tests.conftest import Connection, MakeSettings
+from tests.process import run_command, serve
+from tests.waiting import until
+
+JOBS = ("overdue-detection", "draft-cleanup", "session-cleanup", "shaam-token-refresh")
+
+
+async def load(connection: Connection, make_settings: MakeSettings) -> None:
+    await load_sample(connection, now=datetime.now(UTC), zone=make_settings().bon_timezone, encrypt=lambda text: text)
+
+
+async def test_migrate_then_a_job_works_on_a_database_that_holds_bons_tables(empty_database_url: str) -> None:
+    async with db.connect(empty_database_url) as connection:
+        await create_tables(connection)
+        relations = "select count(*) from pg_class c where c.relnamespace = 'public'::regnamespace"
+        types = "select count(*) from pg_type t where t.typnamespace = 'public'::regnamespace"
+        before = [await connection.fetchval(query) for query in (relations, types)]
+        migrated = await run_command("migrate", "--json", DATABASE_URL=empty_database_url)
+        assert (migrated.status, migrated.document["applied"][0]) == (0, "0001 ledger")
+        ran = await run_command("run-once", "overdue-detection", "--json", DATABASE_URL=empty_database_url)
+        assert (ran.status, ran.document["state"]) == (0, "succeeded")
+        assert [await connection.fetchval(query) for query in (relations, types)] == before
+
+
+async def test_migrate_from_several_replicas_at_once_is_safe(empty_database_url: str) -> None:
+    results = await asyncio.gather(*(run_command("migrate", DATABASE_URL=empty_database_url) for _ in range(4)))
+    assert [result.status for result in results] == [0, 0, 0, 0]
+    assert sum("0001 ledger" in result.out for result in results) == 1
+
+
+async def test_the_sql_that_migrate_prints_makes_the_same_schema(empty_database_url: str) -> None:
+    printed = await run_command("migrate", "--sql")
+    assert printed.status == 0
+    async with db.connect(empty_database_url) as connection:
+        await connection.execute(printed.out)
+        assert await db.require_schema(connection) >= 1
+    again = await run_command("migrate", "--json", DATABASE_URL=empty_database_url)
+    assert (again.status, again.document) == (0, {"applied": []})
+
+
+async def test_run_once_reports_the_run_and_all_it_caused(
+    database_url: str, connection: Connection, make_settings: MakeSettings
+) -> None:
+    await load(connection, make_settings)
+    ran = await run_command("run-once", "overdue-detection", "--json", DATABASE_URL=database_url)
+    assert ran.status == 0
+    document = ran.document
+    assert document["counts"] == {"marked": 43, "cleared": 6}
+    assert set(document) == {
+        "run_id", "job", "fire_time", "state", "dry_run", "attempt", "duration_ms", "counts", "businesses",
+        "error", "caused",
+    }  # fmt: skip
+    jobs = [run["job"] for run in document["caused"]]
+    assert (jobs[0], set(jobs[1:]), len(jobs)) == ("overdue-digest", {"send-overdue-digest"}, 13)
+    assert {run["state"] for run in document["caused"]} == {"succeeded"}
+    assert "@" not in ran.err
+
+
+async def test_every_job_run_twice_changes_nothing_the_second_time(
+    database_url: str, connection: Connection, make_settings: MakeSettings
+) -> None:
+    await load(connection, make_settings)
+    for job in JOBS:
+        assert (await run_command("run-once", job, DATABASE_URL=database_url)).status == 0
+    before = await contents(connection)
+    for job in JOBS:
+        assert (await run_command("run-once", job, DATABASE_URL=database_url)).status == 0
+    assert await contents(connection) == before
+
+
+async def contents(connection: Connection) -> dict[str, list[str]]:
+    tables = [
+        row[0]
+        for row in await connection.fetch(
+            "select c.relname from pg_class c where c.relnamespace = 'public'::regnamespace and c.relkind = 'r'"
+        )
+    ]
+    assert len(tables) > 8
+    return {
+        table: [row[0] for row in await connection.fetch(f'select t::text from public."{table}" t order by 1')]
+        for table in tables
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run-once", "overdue-detecton"], 'Did you mean "overdue-detection"?'),
+        (["run-once", "overdue-detection", "--payload", "{bad"], "--payload is not JSON"),
+        (["run-once", "overdue-detection", "--payload", "[1]"], "must be a JSON object, not list"),
+        (["run-once", "overdue-detection", "--payload", '{"x": 1}'], "x: extra inputs are not permitted"),
+        (["run-once", "overdue-detection", "--fire-time", "yesterday"], "Write it as 2026-11-23T06:00"),
+        (["run-once", "overdue-detection", "--fire-time", "2999-01-01"], "is in the future"),
+        (["run-once", "draft-cleanup", "--send"], "Leave it out"),
+        (["enqueue", "no-such-job"], 'Unknown job "no-such-job"'),
+        (["enqueue", "generate-pdf", "--in", "soon"], "90s, 10m, 2h, 7d, 1w"),
+        (["runs", "--state", "gone"], "The states are: queued"),
+        (["runs", "--job", "draft-clean"], 'Did you mean "draft-cleanup"?'),
+        (["show", "7"], "is not a run's id"),
+        (["show", "00000000-0000-0000-0000-000000000000"], "No run 0000"),
+        (["no-such-command"], "No such command"),
+    ],
+)
+async def test_a_wrong_call_is_a_paragraph_with_the_remedy_and_status_2(
+    database_url: str, arguments: list[str], says: str
+) -> None:
+    result = await run_command(*arguments, DATABASE_URL=database_url)
+    assert result.status == 2
+    assert says in result.err
+    assert "Traceback" not in result.err
+    assert result.out == ""
+
+
+async def test_every_wrong_setting_is_named_at_once(tmp_path: Path) -> None:
+    result = await run_command(
+        "serve",
+        DATABASE_URL="mysql://root:hunter2@db/bon",
+        BON_TIMEZONE="Mars/Olympus",
+        SCHEDULE_DRAFT_CLEANUP="61 * * * *",
+        SCHEDULE_DRAFT_CLEAN="0 3 * * *",
+        SMTP_PASSWORD_FILE=str(tmp_path / "missing"),
+        SMTP_USERNAME="bon",
+        SHAAM_MODE="sandbox",
+        SHAAM_ENCRYPTION_KEY="abc",
+        SHAAM_TOKEN_URL="http://example.com/token",
+        WORKER_CONCURRENCY="many",
+    )
+    assert result.status == 2
+    for name in (
+        "DATABASE_URL", "BON_TIMEZONE", "SCHEDULE_DRAFT_CLEANUP", "SCHEDULE_DRAFT_CLEAN", "SMTP_PASSWORD_FILE",
+        "SHAAM_ENCRYPTION_KEY", "SHAAM_CLIENT_ID", "SHAAM_CLIENT_SECRET", "SHAAM_TOKEN_URL", "WORKER_CONCURRENCY",
+    ):  # fmt: skip
+        assert f"- {name}: " in result.err, name
+    assert "hunter2" not in result.err
+    assert "abc" not in result.err
+
+
+async def test_an_unreachable_database_is_a_paragraph_without_the_password_and_status_1() -> None:
+    for command in (["jobs"], ["run-once", "draft-cleanup"], ["serve"], ["migrate"]):
+        result = await run_command(*command, DATABASE_URL="postgresql://bon:hunter2@127.0.0.1:1/bon")
+        assert result.status == 1
+        assert "Is PostgreSQL running there" in result.err
+        assert "hunter2" not in result.err
+        assert "Traceback" not in result.err
+
+
+async def test_a_missing_table_of_bons_is_said_with_the_remedy(database_url: str, connection: Connection) -> None:
+    await connection.execute("drop table sessions")
+    ran = await run_command("run-once", "session-cleanup", "--json", DATABASE_URL=database_url)
+    assert (ran.status, ran.document["state"]) == (1, "dead")
+    assert 'relation "sessions" does not exist' in ran.document["error"]
+    assert "python -m bon_scheduler check" in ran.document["error"]
+    assert "Traceback" not in ran.err
+    checked = await run_command("check", DATABASE_URL=database_url)
+    assert checked.status == 1
+    assert "table sessions is missing" in checked.out
+
+
+async def test_a_missing_column_of_bons_is_named_by_check(database_url: str, connection: Connection) -> None:
+    await connection.execute("alter table invoices drop column is_overdue cascade")
+    checked = await run_command("check", "--json", DATABASE_URL=database_url)
+    failures = [f["what"] for f in checked.document["findings"] if f["level"] == "failure"]
+    assert (checked.status, failures) == (1, ["column invoices.is_overdue is missing"])
+
+
+async def test_check_recommends_the_indexes_that_bon_lacks(database_url: str, connection: Connection) -> None:
+    checked = await run_command("check", "--json", DATABASE_URL=database_url)
+    remedies = [f["remedy"] for f in checked.document["findings"] if f["name"] == "indexes"]
+    assert checked.status == 0
+    assert len(remedies) == 2
+    for remedy in remedies:
+        await connection.execute(remedy.removeprefix("Have BON run: "))
+    again = await run_command("check", "--json", DATABASE_URL=database_url)
+    assert [f["level"] for f in again.document["findings"] if f["name"] == "indexes"] == ["ok"]
+
+
+async def test_enqueue_prints_the_id_or_says_who_holds_the_key(database_url: str) -> None:
+    first = await run_command("enqueue", "generate-pdf", "--key", "pdf:7", "--json", DATABASE_URL=database_url)
+    assert (first.status, first.document["duplicate"]) == (0, False)
+    again = await run_command("enqueue", "generate-pdf", "--key", "pdf:7", DATABASE_URL=database_url)
+    assert again.status == 0
+    assert f'"pdf:7" is held by run {first.document["run_id"]}, which is queued' in again.out
+
+
+async def test_runs_and_show_tell_what_happened(
+    database_url: str, connection: Connection, make_settings: MakeSettings
+) -> None:
+    await load(connection, make_settings)
+    await run_command("run-once", "draft-cleanup", DATABASE_URL=database_url)
+    listed = (await run_command("runs", "--json", "--job", "draft-cleanup", DATABASE_URL=database_url)).document
+    assert [set(run) for run in listed["runs"]] == [
+        {"run_id", "job", "fire_time", "state", "attempt", "origin", "enqueued_at", "started_at", "finished_at",
+         "counts", "error"}
+    ]  # fmt: skip
+    run_id = listed["runs"][0]["run_id"]
+    shown = (await run_command("show", run_id, "--json", DATABASE_URL=database_url)).document
+    assert [attempt["outcome"] for attempt in shown["attempts"]] == ["succeeded"]
+    assert sum(business["counts"]["deleted"] for business in shown["businesses"]) == 12
+    people = await run_command("show", run_id, DATABASE_URL=database_url)
+    assert "deleted 12, items 23, kept 4" in people.out
+
+
+async def test_jobs_lists_the_next_fire_times_and_what_waits(database_url: str) -> None:
+    await run_command("enqueue", "generate-pdf", DATABASE_URL=database_url)
+    listed = {
+        row["job"]: row for row in (await run_command("jobs", "--json", DATABASE_URL=database_url)).document["jobs"]
+    }
+    assert listed["generate-pdf"]["waiting"] == 1
+    assert listed["draft-cleanup"]["next_fire_time"] is not None
+    assert listed["overdue-digest"]["next_fire_time"] is None
+
+
+async def test_serve_works_until_sigterm_and_exits_0(database_url: str, connection: Connection) -> None:
+    async with serve(DATABASE_URL=database_url) as running:
+        run_id = await connection.fetchval("select bon_scheduler.enqueue('session-cleanup')")
+
+        async def ended() -> bool:
+            query = "select state = 'succeeded' from bon_scheduler.runs where id = $1"
+            return bool(await connection.fetchval(query, run_id))
+
+        await until(ended)
+        before = time.monotonic()
+        assert await running.stop(signal.SIGTERM) == 0
+        assert time.monotonic() - before < 10
+    assert running.saw("service.stopped")
+    assert await connection.fetchval("select count(*) from bon_scheduler.workers") == 0
+
+
+async def test_a_job_that_runs_elsewhere_is_said_with_status_4(database_url: str, connection: Connection) -> None:
+    await connection.execute(
+        "insert into sessions (id, user_id, last_accessed_at, expires_at)"
+        " select gen_random_uuid(), u.id, now(), now() - interval '1 day' from users u"
+    )
+    async with serve(DATABASE_URL=database_url), db.connect(database_url) as other:
+        blocker = connection.transaction()
+        await blocker.start()
+        await connection.execute("lock table sessions in access exclusive mode")
+        try:
+            await other.execute("select bon_scheduler.enqueue('session-cleanup')")
+
+            async def running() -> bool:
+                query = "select exists (select from bon_scheduler.runs where state = 'running')"
+                return bool(await other.fetchval(query))
+
+            await until(running)
+            result = await run_command("run-once", "session-cleanup", DATABASE_URL=database_url)
+            assert result.status == 4
+            assert "is already running on" in result.err
+        finally:
+            await blocker.rollback()
+
+
+async def test_no_secret_is_part_of_what_a_command_prints(database_url: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("s3cr3t-value\n")
+    result = await run_command(
+        "check",
+        "--json",
+        DATABASE_URL=database_url,
+        SMTP_USERNAME="bon",
+        SMTP_PASSWORD_FILE=str(secret),
+        LOG_LEVEL="debug",
+    )
+    assert result.status == 0
+    assert "s3cr3t-value" not in result.out + result.err
+    assert json.loads(result.out)["sound"]
