@@ -1,0 +1,26 @@
+# The image of the service: built in one stage, run in another, as nobody in particular (uid 65532), fit for a
+# read-only root file system. No test or demo packages: requirements/base.txt is all it holds.
+ARG BASE=python:3.13-slim
+
+FROM ${BASE} AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+WORKDIR /build
+COPY requirements/base.txt requirements/build.txt requirements/
+RUN python3 -m venv /app && python3 -m venv /tools \
+    && /app/bin/pip install --require-hashes --only-binary :all: -r requirements/base.txt \
+    && /tools/bin/pip install --require-hashes -r requirements/build.txt
+COPY . .
+RUN /tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
+    && /app/bin/pip install --no-deps dist/*.whl \
+    && /app/bin/pip uninstall -y pip \
+    && python3 -m compileall -q /app/lib
+
+FROM ${BASE}
+ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+COPY --from=build /app /app
+USER 65532:65532
+EXPOSE 8080
+# SIGTERM drains; Kubernetes sends it, and so does `docker stop`.
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["python3", "-m", "bon_scheduler"]
+CMD ["serve"]
