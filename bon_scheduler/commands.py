@@ -7,6 +7,7 @@ Exit status: 0 done, 1 a run ended badly or a check failed, 2 wrong usage, 4 alr
 import asyncio
 import difflib
 import getpass
+import os
 import re
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -69,6 +70,14 @@ def parse_instant(text: str, settings: Settings) -> datetime:
             f'"{text}" is not an instant. Write it as 2026-11-23T06:00 or 2026-11-23T06:00:00+02:00.'
         ) from error
     return (instant if instant.tzinfo else instant.replace(tzinfo=settings.bon_timezone)).astimezone(UTC)
+
+
+def _person() -> str:
+    """Return who asks: the user's name, or the number where a container has none."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return f"uid {os.getuid()}"
 
 
 def _find_job(name: str) -> AnyJob:
@@ -142,7 +151,7 @@ async def run_once(
             job=job,
             payload=_type_payload(job, arguments),
             fire_time=instant,
-            asked_by=getpass.getuser(),
+            asked_by=_person(),
             concurrency=settings.worker_concurrency,
         )
     if report.as_json:
@@ -229,7 +238,7 @@ async def enqueue(
         run_at=clock.now() + parse_span(after) if after else None,
         priority=priority,
         origin=Origin.PERSON,
-        asked_by=getpass.getuser(),
+        asked_by=_person(),
     )
     async with _reading(settings) as connection:
         if name not in declared:

@@ -1,7 +1,9 @@
 """Every command as a process: what it prints, and its exit status."""
 
 import asyncio
+import getpass
 import json
+import os
 import signal
 import time
 from datetime import UTC, datetime
@@ -9,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bon_scheduler import db
+from bon_scheduler import commands, db
+from bon_scheduler.clock import SystemClock
 from bon_scheduler.demo.sample import create_tables, load_sample
+from bon_scheduler.report import Report
 from tests.conftest import Connection, MakeSettings
 from tests.process import run_command, serve
 from tests.waiting import until
@@ -261,6 +265,20 @@ async def test_a_job_that_runs_elsewhere_is_said_with_status_4(database_url: str
             assert "is already running on" in result.err
         finally:
             await blocker.rollback()
+
+
+async def test_a_container_whose_user_has_no_name_may_ask(
+    make_settings: MakeSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nameless() -> str:
+        raise OSError("No username set in the environment")
+
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    report = Report(as_json=False)
+    await commands.enqueue(
+        make_settings(), report, SystemClock(), name="generate-pdf", payload="{}", key=None, after=None, priority=0
+    )
+    assert await connection.fetchval("select asked_by from bon_scheduler.runs") == f"uid {os.getuid()}"
 
 
 async def test_no_secret_is_part_of_what_a_command_prints(database_url: str, tmp_path: Path) -> None:
