@@ -45,6 +45,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stand
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's name; list them with: jobs")]
 PayloadText = Annotated[str, typer.Option("--payload", metavar="JSON", help="The run's arguments.")]
 
+Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; it is recorded.")]
+
 
 def _run(as_json: bool, call: Callable[[Settings, Report], Coroutine[Any, Any, int]]) -> None:
     settings = service.read_settings()
@@ -142,6 +144,41 @@ def migrate(
         sys.stdout.write(db.migration_sql())
         return
     _run(as_json, commands.migrate)
+
+
+@app.command()
+def audit(
+    since: Annotated[str, typer.Option(metavar="SPAN|ISO", help="From when on: 30d, or an instant.")] = "30d",
+    as_json: AsJson = False,
+) -> None:
+    """Say whether every tick since then is accounted for: ran, late, missed and why, paused, and gaps."""
+    _run(as_json, lambda settings, report: commands.audit(settings, report, SystemClock(), since=since))
+
+
+@app.command()
+def timeline(
+    start: Annotated[str | None, typer.Option("--from", metavar="ISO", help="From when on; now without it.")] = None,
+    days: Annotated[int, typer.Option(help="For how many local days.")] = 7,
+    job: Annotated[str | None, typer.Option(help="Only this job's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what will fire when, local and UTC, with the nights that change the clocks marked."""
+    _run(
+        as_json,
+        lambda settings, report: commands.timeline(settings, report, SystemClock(), start=start, days=days, job=job),
+    )
+
+
+@app.command()
+def pause(job: JobName, reason: Reason, as_json: AsJson = False) -> None:
+    """Have a job's ticks recorded as paused instead of run."""
+    _run(as_json, lambda settings, report: commands.pause(settings, report, name=job, reason=reason))
+
+
+@app.command()
+def resume(job: JobName, reason: Reason, as_json: AsJson = False) -> None:
+    """Have a paused job's ticks run again."""
+    _run(as_json, lambda settings, report: commands.resume(settings, report, name=job, reason=reason))
 
 
 @app.command()

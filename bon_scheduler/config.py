@@ -138,6 +138,8 @@ class Settings(BaseSettings):
     shaam_concurrency: int = Field(50, ge=1, le=1000)
     shaam_timeout_seconds: float = Field(20, gt=0, le=300)
 
+    deadman_urls: Mapping[str, SecretStr] = Field(default_factory=dict, exclude=True)
+    """Where a job's dead man's switch is, by job name, from `DEADMAN_URL_<JOB_NAME>`."""
     schedules: Mapping[str, str] = Field(default_factory=dict, exclude=True)
     """Cron expressions by job name, from `SCHEDULE_<JOB_NAME>`; empty means no schedule."""
 
@@ -255,25 +257,39 @@ def _check_together(values: Mapping[str, str], faults: _Faults) -> None:
         faults.add("SMTP_TLS", "none would send SMTP_PASSWORD in the clear; use starttls or implicit")
 
 
+def _read_by_job(
+    prefix: str, environ: Mapping[str, str], jobs: Collection[str], faults: _Faults
+) -> dict[str, tuple[str, str]]:
+    """Return (variable, value) by job of the variables that begin with `prefix` and end with a job's name."""
+    by_variable = {f"{prefix}{name.replace('-', '_').upper()}": name for name in jobs}
+    found = {}
+    for variable, value in environ.items():
+        if variable.startswith(prefix) and variable not in by_variable:
+            faults.add(variable, f"no such job; there are {', '.join(sorted(by_variable))}")
+        elif variable in by_variable:
+            found[by_variable[variable]] = (variable, value.strip())
+    return found
+
+
 def _read_schedules(
     environ: Mapping[str, str],
     jobs: Collection[str],
     check_cron: Callable[[str], str | None],
     faults: _Faults,
 ) -> dict[str, str]:
-    by_variable = {f"SCHEDULE_{name.replace('-', '_').upper()}": name for name in jobs}
-    schedules = {}
-    for variable, expression in environ.items():
-        if not variable.startswith("SCHEDULE_"):
-            continue
-        if variable not in by_variable:
-            faults.add(variable, f"no such job; the schedules are {', '.join(sorted(by_variable))}")
-            continue
-        text = expression.strip()
+    schedules = _read_by_job("SCHEDULE_", environ, jobs, faults)
+    for variable, text in schedules.values():
         if text and (what := check_cron(text)):
             faults.add(variable, f'"{text}" {what}')
-        schedules[by_variable[variable]] = text
-    return schedules
+    return {job: text for job, (_, text) in schedules.items()}
+
+
+def _read_deadman_urls(environ: Mapping[str, str], jobs: Collection[str], faults: _Faults) -> dict[str, str]:
+    urls = {job: found for job, found in _read_by_job("DEADMAN_URL_", environ, jobs, faults).items() if found[1]}
+    for variable, url in urls.values():
+        if urlsplit(url).scheme not in {"http", "https"} or not urlsplit(url).netloc:
+            faults.add(variable, "must be an http(s) address")  # not shown: whoever has it can ping it
+    return {job: url for job, (_, url) in urls.items()}
 
 
 def load_settings(
@@ -292,6 +308,7 @@ def load_settings(
     faults = _Faults([])
     values: dict[str, Any] = dict(_read_values(environ, faults))
     _check_together(values, faults)
+    values["deadman_urls"] = _read_deadman_urls(environ, jobs, faults)
     values["schedules"] = _read_schedules(environ, jobs, check_cron, faults)
     try:
         settings = Settings(**values)

@@ -144,14 +144,14 @@ def _options(lease_seconds: float | None) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
-    """Open the pool handlers and the ledger share; raises DatabaseUnavailableError."""
+async def open_pool(settings: Settings, *, size: int | None = None) -> AsyncIterator[Pool]:
+    """Open a pool, of DATABASE_POOL_SIZE unless `size` is given; raises DatabaseUnavailableError."""
     url = settings.database_url.get_secret_value()
     with explain_unavailable(url):
         pool = await asyncpg.create_pool(
             url,
             min_size=1,
-            max_size=settings.database_pool_size,
+            max_size=size or settings.database_pool_size,
             init=_set_codecs,
             **_options(settings.lease_seconds),
         )

@@ -98,7 +98,7 @@ HOLDER_OF_KEY = """
 """
 # No parameters. Indexes: runs_by_job, runs_unfinished, runs_for_a_person.
 JOB_OVERVIEW = """
-    select j.name, j.scheduled, j.last_tick,
+    select j.name, j.last_tick,
            (select count(*) from bon_scheduler.runs r
              where r.job = j.name and r.state in ('queued', 'running', 'retrying')) as waiting,
            (select count(*) from bon_scheduler.runs r where r.job = j.name and r.state = 'dead') as dead,

@@ -1,7 +1,7 @@
 """
 The ledger of runs: every run is one row from the moment it is asked for until it is pruned.
 
-Asking (`enqueue`), ticks (`advance_tick`) and delivery (`redeliver`, `orphans`) are here; what an
+Asking (`enqueue`), ticks (`record_tick`) and delivery (`redeliver`, `orphans`) are here; what an
 attempt does to its run is in `attempts`. No other module writes these tables.
 """
 
@@ -21,13 +21,14 @@ __all__ = [
     "CALL_TIMEOUT_SECONDS",
     "Origin",
     "Request",
+    "TickVerdict",
     "UnknownJobError",
-    "advance_tick",
     "cancel_run",
     "enqueue",
     "enqueue_many",
     "last_ticks",
     "orphans",
+    "record_tick",
     "redeliver",
     "register_jobs",
 ]
@@ -36,19 +37,15 @@ CALL_TIMEOUT_SECONDS = 15
 BULK = 1000
 """Rows handed over in one statement."""
 
-# $1 names: text[], $2 payload schemas: jsonb[], $3 scheduled: boolean[]. A job scheduled for the first time
-# owes nothing from the past.
+# $1 names: text[], $2 payload schemas: jsonb[].
 REGISTER_JOBS = """
-    insert into bon_scheduler.jobs as j (name, payload_schema, scheduled, last_tick)
-    select name, payload_schema, scheduled, case when scheduled then now() end
-      from unnest($1::text[], $2::jsonb[], $3::boolean[]) as t (name, payload_schema, scheduled)
+    insert into bon_scheduler.jobs as j (name, payload_schema)
+    select name, payload_schema
+      from unnest($1::text[], $2::jsonb[]) as t (name, payload_schema)
      order by name
     on conflict (name) do update
-       set payload_schema = excluded.payload_schema,
-           scheduled = excluded.scheduled,
-           last_tick = coalesce(j.last_tick, excluded.last_tick)
-     where (j.payload_schema, j.scheduled, j.last_tick is null)
-           is distinct from (excluded.payload_schema, excluded.scheduled, excluded.last_tick is null)
+       set payload_schema = excluded.payload_schema
+     where j.payload_schema is distinct from excluded.payload_schema
 """
 # $1 names: text[].
 LAST_TICKS = """
@@ -56,28 +53,9 @@ LAST_TICKS = """
       from bon_scheduler.jobs
      where name = any ($1) and last_tick is not null
 """
-# $1 job, $2 fire time: timestamptz, $3 why it is missed: text or null. One statement: the job's last tick
-# moves forwards only, and whoever moves it records the tick and asks for the run. Index: jobs_pkey.
-ADVANCE_TICK = """
-    with advanced as (
-        update bon_scheduler.jobs
-           set last_tick = $2
-         where name = $1 and last_tick < $2
-        returning name
-    ), missed as (
-        insert into bon_scheduler.runs (job, fire_time, origin, asked_by, state, reason, finished_at)
-        select name, $2, 'schedule', 'schedule', 'missed', $3, now()
-          from advanced
-         where $3::text is not null
-        on conflict do nothing
-        returning id
-    )
-    select id from missed
-    union all
-    select bon_scheduler.enqueue(name, fire_time => $2, origin => 'schedule', asked_by => 'schedule')
-      from advanced
-     where $3::text is null
-"""
+# $1 job, $2 its last tick, $3 fire time: timestamptz, $4 why it is missed: text or null. One statement: the
+# job's last tick moves forwards, the run is recorded and it is asked for, or nothing is.
+RECORD_TICK = "select verdict, run_id from bon_scheduler.record_tick($1, $2, $3, $4)"
 # $1 job, $2 payload: jsonb, $3 dedupe key, $4 run at, $5 priority, $6 fire time, $7 origin, $8 asked by,
 # $9 caused by.
 ENQUEUE = """
@@ -127,6 +105,16 @@ class Origin(StrEnum):
     RUN = "run"
 
 
+class TickVerdict(StrEnum):
+    """What became of a fire time; see the SQL function `record_tick`."""
+
+    RECORDED = "recorded"
+    PAUSED = "paused"
+    MISSED = "missed"
+    WAITS = "waits"
+    STALE = "stale"
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A wish for a run."""
@@ -142,15 +130,13 @@ class Request:
     caused_by: UUID | None = None
 
 
-async def register_jobs(connection: Connection, jobs: Iterable[AnyJob], scheduled: Iterable[str]) -> None:
-    """Make these jobs' names known, so that anybody may ask for them; start the ticks of scheduled ones."""
+async def register_jobs(connection: Connection, jobs: Iterable[AnyJob]) -> None:
+    """Make these jobs' names known, so that anybody may ask for them."""
     ordered = list(jobs)
-    with_schedule = set(scheduled)
     await connection.execute(
         REGISTER_JOBS,
         [job.name for job in ordered],
         [job.payload.model_json_schema() for job in ordered],
-        [job.name in with_schedule for job in ordered],
         timeout=CALL_TIMEOUT_SECONDS,
     )
 
@@ -161,12 +147,14 @@ async def last_ticks(connection: Connection, jobs: Sequence[str]) -> dict[str, d
     return {row["name"]: row["last_tick"] for row in rows}
 
 
-async def advance_tick(
-    connection: Connection, job: str, fire_time: datetime, *, missed: str | None = None
-) -> UUID | None:
-    """Record a tick as asked for, or as missed for a reason; None when another replica already has."""
-    run_id: UUID | None = await connection.fetchval(ADVANCE_TICK, job, fire_time, missed, timeout=CALL_TIMEOUT_SECONDS)
-    return run_id
+async def record_tick(
+    connection: Connection, job: str, *, previous: datetime, fire_time: datetime, missed: str | None
+) -> TickVerdict:
+    """Account for the fire time after `previous`, to be run or missed for a reason; see the SQL function."""
+    row = await connection.fetchrow(RECORD_TICK, job, previous, fire_time, missed, timeout=CALL_TIMEOUT_SECONDS)
+    if row is None:
+        raise LookupError("record_tick always returns one row")
+    return TickVerdict(row["verdict"])
 
 
 async def enqueue(connection: Connection, request: Request) -> UUID | None:

@@ -15,6 +15,7 @@ from bon_scheduler.jobs import Counts
 __all__ = ["Metrics"]
 
 RUN_SECONDS_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 180, 600)
+LATENESS_SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 5, 15, 60, 300, 3600)
 PROBE_SECONDS_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 3)
 LAG_SECONDS_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 
@@ -47,6 +48,17 @@ class Metrics:
         )
         self.next_fire = Gauge(
             "bon_job_next_fire_timestamp_seconds", "When the job fires next", one_job, registry=self.registry
+        )
+        self.tick_lateness = Histogram(
+            "bon_tick_lateness_seconds",
+            "From fire time to the handler's first line",
+            one_job,
+            buckets=LATENESS_SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self.ticks_missed = Counter("bon_ticks_missed", "Ticks recorded as missed", one_job, registry=self.registry)
+        self.ticks_unaccounted = Gauge(
+            "bon_ticks_unaccounted", "Ticks that are due and not in the ledger", one_job, registry=self.registry
         )
         self.queue_depth = Gauge(
             "bon_queue_depth",

@@ -25,6 +25,7 @@ from bon_scheduler.attempts import Claim, RunRef, Verdict
 from bon_scheduler.clock import Clock
 from bon_scheduler.context import AttemptContext
 from bon_scheduler.db import TRANSIENT_ERRORS, Pool
+from bon_scheduler.deadman import Deadman
 from bon_scheduler.jobs import (
     AnyJob,
     Connection,
@@ -106,6 +107,7 @@ class Runner:
         lease: timedelta,
         clock: Clock,
         metrics: Metrics,
+        deadman: Deadman,
     ) -> None:
         self._pool = pool
         self._worker = worker
@@ -115,6 +117,7 @@ class Runner:
         self._lease = lease
         self._clock = clock
         self._metrics = metrics
+        self._deadman = deadman
         self._recordings: set[asyncio.Task[object]] = set()
 
     async def attempt(self, run: Delivery, *, retry: Retry | None = None) -> Attempted:
@@ -141,6 +144,7 @@ class Runner:
         if claim.verdict is Verdict.EXHAUSTED:
             log.error("run.ended", job=job.name, outcome="dead", error="its worker died in every attempt")
             self._metrics.attempt_ended(job.name, "dead", 0.0, {}, self._clock.now())
+            self._deadman.ended(job.name, "dead")
         if claim.ref is None:
             return Attempted(claim)
         ctx = self._context(job, claim, claim.ref)
@@ -152,6 +156,10 @@ class Runner:
         ):
             started = time.perf_counter()
             log.info("run.started", origin=claim.origin)
+            self._deadman.started(job.name)
+            if claim.origin is Origin.SCHEDULE and ctx.attempt == 1:
+                lateness = ctx.now - ctx.fire_time
+                self._metrics.tick_lateness.labels(job.name).observe(max(0.0, lateness.total_seconds()))
             ending = await self._call(job, claim, ctx, retry)
             state = await self._settle(ctx, ending)
             seconds = time.perf_counter() - started
@@ -263,3 +271,4 @@ class Runner:
             level = log.error if state == "dead" else log.warning
             level("run.ended", **fields, error=ending.error, retry_in_seconds=retry_in)
         self._metrics.attempt_ended(job.name, state, seconds, ending.counts, self._clock.now())
+        self._deadman.ended(job.name, state)

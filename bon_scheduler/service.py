@@ -15,8 +15,10 @@ import structlog
 import health
 from bon_scheduler import db, ledger
 from bon_scheduler.clock import Clock, SystemClock
+from bon_scheduler.clocks import Clocks
 from bon_scheduler.config import Settings, ShaamMode, load_settings
 from bon_scheduler.db import Pool
+from bon_scheduler.deadman import Deadman
 from bon_scheduler.engine import Engine
 from bon_scheduler.jobs import AnyJob, Cron
 from bon_scheduler.mail import Mailer
@@ -31,6 +33,7 @@ from handlers import JOBS
 __all__ = ["JOBS", "Machinery", "Serving", "machinery", "prepare", "read_settings", "schedules_of", "serving"]
 
 log = structlog.get_logger()
+CONTROL_CONNECTIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,9 @@ class Machinery:
     """What works on runs in this process."""
 
     pool: Pool
+    """For handlers, and for what the runner writes of them."""
+    control: Pool
+    """For heartbeats, ticks and probes, which busy handlers must not keep waiting."""
     jobs: Mapping[str, AnyJob]
     schedules: Mapping[str, Cron]
     worker: Worker
@@ -74,7 +80,7 @@ def schedules_of(settings: Settings, jobs: Sequence[AnyJob] = JOBS) -> dict[str,
 async def prepare(settings: Settings, jobs: Sequence[AnyJob] = JOBS) -> list[str]:
     """Create or upgrade the schema and make the jobs known; return the migrations applied."""
     async with db.migrating(settings.listen_url) as (connection, applied):
-        await ledger.register_jobs(connection, jobs, schedules_of(settings, jobs))
+        await ledger.register_jobs(connection, jobs)
         return applied
 
 
@@ -84,20 +90,21 @@ async def machinery(
     *,
     jobs: Sequence[AnyJob] = JOBS,
     clock: Clock | None = None,
-    rescue: bool = False,
+    serves: bool = False,
 ) -> AsyncIterator[Machinery]:
-    """Be a worker inside the block; with `rescue`, one that also looks for runs nobody works on."""
+    """Be a worker inside the block; one that `serves` also looks for runs nobody works on."""
     clock = clock or SystemClock()
     lease = timedelta(seconds=settings.lease_seconds)
-    schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker()
+    schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker(serves=serves)
     names = [job.name for job in jobs]
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(db.open_pool(settings))
-        async with pool.acquire() as connection:
+        control = await stack.enter_async_context(db.open_pool(settings, size=CONTROL_CONNECTIONS))
+        async with control.acquire() as connection:
             await db.require_schema(connection)
-            await ledger.register_jobs(connection, jobs, schedules)
+            await ledger.register_jobs(connection, jobs)
         await stack.enter_async_context(
-            working(pool, worker, lease=lease, metrics=metrics, rescue=names if rescue else ())
+            working(control, worker, lease=lease, metrics=metrics, rescue=names if serves else ())
         )
         runner = Runner(
             pool=pool,
@@ -108,8 +115,9 @@ async def machinery(
             lease=lease,
             clock=clock,
             metrics=metrics,
+            deadman=await stack.enter_async_context(Deadman.watching(settings.deadman_urls)),
         )
-        yield Machinery(pool, {job.name: job for job in jobs}, schedules, worker, runner, metrics)
+        yield Machinery(pool, control, {job.name: job for job in jobs}, schedules, worker, runner, metrics)
 
 
 @asynccontextmanager
@@ -132,7 +140,7 @@ async def serving(
     Left in the opposite order: triggers stop, attempts drain while readiness says so, probes and pool close.
     """
     clock = clock or SystemClock()
-    async with machinery(settings, jobs=jobs, clock=clock, rescue=True) as parts:
+    async with machinery(settings, jobs=jobs, clock=clock, serves=True) as parts:
         engine = Engine(
             url=settings.listen_url,
             jobs=parts.jobs,
@@ -141,14 +149,21 @@ async def serving(
             lease=timedelta(seconds=settings.lease_seconds),
         )
         triggers = Triggers(
-            pool=parts.pool,
-            schedules=parts.schedules,
+            pool=parts.control,
+            declared={job.name: parts.schedules.get(job.name) for job in jobs},
             zone=settings.bon_timezone,
-            clock=clock,
+            clocks=Clocks(clock),
+            worker=parts.worker,
+            lease=timedelta(seconds=settings.lease_seconds),
             metrics=parts.metrics,
         )
         probes = health.Probes(
-            pool=parts.pool, engine=engine, triggers=triggers, metrics=parts.metrics, worker=parts.worker
+            pool=parts.pool,
+            control=parts.control,
+            engine=engine,
+            triggers=triggers,
+            metrics=parts.metrics,
+            worker=parts.worker,
         )
         async with (
             health.answering(probes, settings) as port,

@@ -1,28 +1,51 @@
 """
-Which fire times are due: pure functions of an expression, a zone, and two instants.
+Which fire times are due: pure functions of a schedule's history and two instants.
 
-Cron semantics are Debian cron's, through cronsim: a fixed time in the hour that
-a spring night skips runs once, just after the gap; one in the hour that an
-autumn night repeats runs the first time; wildcards follow elapsed time.
+Cron semantics are Debian cron's, through cronsim: a fixed time in the hour that a spring night skips
+runs once, just after the gap, and so do several of one job; one in the hour that an autumn night repeats
+runs the first time; wildcards follow elapsed time. An expression with seconds (six fields) always follows
+elapsed time, unless its seconds are 0, which is the same as leaving them out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import takewhile
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
 
 from bon_scheduler.jobs import CatchUp, Cron
 
-__all__ = ["Tick", "check_cron", "describe_cron", "fire_times", "next_fire_time", "plan"]
+__all__ = [
+    "Period",
+    "Tick",
+    "Transition",
+    "check_cron",
+    "describe_cron",
+    "expected",
+    "fire_times",
+    "next_fire_time",
+    "plan",
+    "transitions",
+]
 
 SUPERSEDED = "superseded by a later tick"
-BEYOND_GRACE = "noticed {late} late, beyond its grace of {grace}"
-SKIPPED = "nobody was awake for it, and its catch-up is skip"
+BEYOND_GRACE = "beyond grace: noticed {late} late, its grace is {grace}"
+DOWN = "down: nobody was awake for it, and its catch-up is skip"
 PUNCTUAL = timedelta(seconds=60)
 """A fire time noticed within this is on time, whatever the catch-up."""
+FIELDS_WITH_SECONDS = 6
+BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """What was in force from an instant on: a schedule and its zone, or none."""
+
+    effective_from: datetime
+    """The first fire time is later than this (UTC, aware)."""
+    cron: Cron | None
+    zone: ZoneInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +56,25 @@ class Tick:
     missed: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """An instant (UTC) at which a zone's clocks change, and by how much."""
+
+    instant: datetime
+    change: timedelta
+
+
+def _simulate(expression: str, start: datetime) -> CronSim:
+    fields = expression.split()
+    if len(fields) == FIELDS_WITH_SECONDS and fields[0] == "0":
+        expression = " ".join(fields[1:])
+    return CronSim(expression, start)
+
+
 def check_cron(expression: str) -> str | None:
     """Say what is wrong with a cron expression, or None."""
     try:
-        next(CronSim(expression, datetime(2026, 1, 1, tzinfo=UTC)))
+        next(_simulate(expression, BEGINNING))
     except CronSimError as error:
         return f"is not a cron expression: {str(error).lower()}; five fields, or six with seconds first"
     except StopIteration:
@@ -46,13 +84,13 @@ def check_cron(expression: str) -> str | None:
 
 def describe_cron(expression: str) -> str:
     """Return a cron expression in words."""
-    return CronSim(expression, datetime(2026, 1, 1, tzinfo=UTC)).explain()
+    return _simulate(expression, BEGINNING).explain()
 
 
 def fire_times(expression: str, zone: ZoneInfo, after: datetime) -> Iterator[datetime]:
     """Yield the fire times later than `after`, in order, in UTC."""
     last = after
-    for local in CronSim(expression, after.astimezone(zone)):
+    for local in _simulate(expression, after.astimezone(zone)):
         instant = local.astimezone(UTC)
         # Started inside the repeated hour, cronsim may name an instant that is past.
         if instant > last:
@@ -65,26 +103,73 @@ def next_fire_time(expression: str, zone: ZoneInfo, after: datetime) -> datetime
     return next(fire_times(expression, zone, after))
 
 
-def plan(cron: Cron, zone: ZoneInfo, last: datetime, now: datetime) -> list[Tick]:
+def expected(history: Sequence[Period], after: datetime, until: datetime) -> Iterator[tuple[datetime, Cron]]:
+    """
+    Yield each fire time in (after, until] with the schedule that named it, in order.
+
+    `history` is ordered by `effective_from`; a period ends where the next begins.
+    """
+    for index, period in enumerate(history):
+        begin = max(after, period.effective_from)
+        end = min(until, history[index + 1].effective_from) if index + 1 < len(history) else until
+        if period.cron is None or begin >= end:
+            continue
+        for instant in fire_times(period.cron.expression, period.zone, begin):
+            if instant > end:
+                break
+            yield instant, period.cron
+
+
+def plan(history: Sequence[Period], last: datetime, now: datetime) -> list[Tick]:
     """
     Say what is to become of each fire time in (last, now], in order.
 
     `last` is the job's last accounted fire time; both instants are aware.
     """
-    due = list(takewhile(lambda instant: instant <= now, fire_times(cron.expression, zone, last)))
-    return [Tick(instant, _why_missed(cron, instant, due[-1], now)) for instant in due]
+    due = list(expected(history, last, now))
+    return [Tick(instant, _why_missed(cron, instant, due[-1][0], now)) for instant, cron in due]
 
 
 def _why_missed(cron: Cron, instant: datetime, newest: datetime, now: datetime) -> str | None:
     late = now - instant
+    if cron.catch_up is CatchUp.LATEST and instant != newest:
+        return SUPERSEDED
     if late > cron.grace:
         return BEYOND_GRACE.format(late=_whole_seconds(late), grace=_whole_seconds(cron.grace))
     if cron.catch_up is CatchUp.SKIP and late > PUNCTUAL:
-        return SKIPPED
-    if cron.catch_up is CatchUp.LATEST and instant != newest:
-        return SUPERSEDED
+        return DOWN
     return None
 
 
 def _whole_seconds(span: timedelta) -> timedelta:
     return timedelta(seconds=int(span.total_seconds()))
+
+
+def transitions(zone: ZoneInfo, begin: datetime, end: datetime) -> list[Transition]:
+    """Return the instants in (begin, end] at which the zone's clocks change, to the second."""
+    found = []
+    day = timedelta(days=1)
+    earlier = begin
+    while earlier < end:
+        later = min(earlier + day, end)
+        change = _offset(zone, later) - _offset(zone, earlier)
+        if change:
+            found.append(Transition(_bisect(zone, earlier, later), change))
+        earlier = later
+    return found
+
+
+def _offset(zone: ZoneInfo, instant: datetime) -> timedelta:
+    return instant.astimezone(zone).utcoffset() or timedelta(0)
+
+
+def _bisect(zone: ZoneInfo, earlier: datetime, later: datetime) -> datetime:
+    """Return the first whole second after `earlier` with the offset of `later`."""
+    goal = _offset(zone, later)
+    while later - earlier > timedelta(seconds=1):
+        middle = earlier + (later - earlier) / 2
+        if _offset(zone, middle) == goal:
+            later = middle
+        else:
+            earlier = middle
+    return later.replace(microsecond=0)

@@ -28,9 +28,9 @@ __all__ = ["Worker", "working"]
 
 log = structlog.get_logger()
 
-# $1 worker, $2 host, $3 process id, $4 version.
+# $1 worker, $2 host, $3 process id, $4 version, $5 whether it is a `serve`: boolean.
 REGISTER_WORKER = """
-    insert into bon_scheduler.workers (id, host, pid, version) values ($1, $2, $3, $4)
+    insert into bon_scheduler.workers (id, host, pid, version, serves) values ($1, $2, $3, $4, $5)
     on conflict (id) do update set seen_at = clock_timestamp()
 """
 # $1 worker.
@@ -49,12 +49,14 @@ class Worker:
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     version: str = __version__
+    serves: bool = False
+    """Whether it is a `serve`, which declares schedules, or works on one run in the foreground."""
 
 
 async def register_worker(connection: Connection, worker: Worker) -> None:
     """Make this process a living worker."""
     await connection.execute(
-        REGISTER_WORKER, worker.id, worker.host, worker.pid, worker.version, timeout=CALL_TIMEOUT_SECONDS
+        REGISTER_WORKER, worker.id, worker.host, worker.pid, worker.version, worker.serves, timeout=CALL_TIMEOUT_SECONDS
     )
 
 

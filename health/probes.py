@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from bon_scheduler import db, history
+from bon_scheduler import audit, db, history
 from bon_scheduler.db import TRANSIENT_ERRORS, Pool, SchemaBehindError
 from bon_scheduler.engine import Engine
 from bon_scheduler.metrics import Metrics
@@ -27,6 +27,9 @@ class Probes:
     """Answers for one process."""
 
     pool: Pool
+    """Handlers' pool, which is measured."""
+    control: Pool
+    """The pool that is asked."""
     engine: Engine
     triggers: Triggers
     metrics: Metrics
@@ -58,11 +61,14 @@ class Probes:
         self.metrics.pool_connections.labels("idle").set(idle)
         self.metrics.pool_connections.labels("used").set(size - idle)
         try:
-            async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self.pool.acquire() as connection:
+            async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self.control.acquire() as connection:
                 depths, ages = await history.queue_depths(connection), await history.queue_ages(connection)
+                owed = await audit.unaccounted(connection)
         except TRANSIENT_ERRORS:
             return
         self.metrics.set_queue(depths, ages)
+        for job, ticks in owed.items():
+            self.metrics.ticks_unaccounted.labels(job).set(ticks)
 
     async def watch_loop(self) -> None:
         """Measure, once a second, how late the event loop wakes a sleeper."""
@@ -74,7 +80,7 @@ class Probes:
     async def _check_database(self) -> dict[str, Any]:
         before = time.monotonic()
         try:
-            async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self.pool.acquire() as connection:
+            async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self.control.acquire() as connection:
                 await db.require_schema(connection)
         except SchemaBehindError as error:
             return {"status": "down", "reason": str(error)}

@@ -7,12 +7,12 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from bon_scheduler import attempts, db, ledger
+from bon_scheduler import attempts, db, ledger, operate
 from bon_scheduler.attempts import Claim, RunRef, Verdict
 from bon_scheduler.db import Pool
 from bon_scheduler.jobs import BusinessOutcome, LostRunError
 from bon_scheduler.jobs import Connection as AnyConnection
-from bon_scheduler.ledger import Request, UnknownJobError
+from bon_scheduler.ledger import Request, TickVerdict, UnknownJobError
 from bon_scheduler.workers import Worker, register_worker, retire_worker
 from tests.conftest import Connection
 
@@ -105,47 +105,101 @@ async def test_a_job_without_a_handler_waits_visibly(connection: Connection) -> 
     assert await state_of(connection, run_id) == "queued"
 
 
+BEFORE = TICK - timedelta(days=1)
+
+
+async def owe_since(connection: Connection, instant: datetime) -> None:
+    await connection.execute("update bon_scheduler.jobs set last_tick = $1", instant)
+
+
+async def account(
+    connection: AnyConnection, fire_time: datetime = TICK, *, previous: datetime = BEFORE, missed: str | None = None
+) -> TickVerdict:
+    return await ledger.record_tick(connection, "draft-cleanup", previous=previous, fire_time=fire_time, missed=missed)
+
+
 async def test_a_tick_is_recorded_once_however_many_replicas_notice_it(pool: Pool, connection: Connection) -> None:
-    await connection.execute("update bon_scheduler.jobs set last_tick = $1", TICK - timedelta(days=1))
+    await owe_since(connection, BEFORE)
 
-    async def notice() -> UUID | None:
+    async def notice() -> TickVerdict:
         async with pool.acquire() as mine:
-            return await ledger.advance_tick(mine, "draft-cleanup", TICK)
+            return await account(mine)
 
-    recorded = await asyncio.gather(*(notice() for _ in range(8)))
-    assert sum(run_id is not None for run_id in recorded) == 1
+    verdicts = await asyncio.gather(*(notice() for _ in range(8)))
+    assert sorted(verdicts) == [TickVerdict.RECORDED, *[TickVerdict.STALE] * 7]
     assert await connection.fetchval("select count(*) from bon_scheduler.runs where fire_time = $1", TICK) == 1
     assert await queued(connection) == 1
 
 
 async def test_the_last_tick_only_moves_forwards(connection: Connection) -> None:
-    await connection.execute("update bon_scheduler.jobs set last_tick = $1", TICK)
-    assert await ledger.advance_tick(connection, "draft-cleanup", TICK - timedelta(days=1)) is None
+    await owe_since(connection, TICK)
+    assert await account(connection, BEFORE, previous=TICK) is TickVerdict.STALE
     assert (await ledger.last_ticks(connection, ["draft-cleanup"]))["draft-cleanup"] == TICK
 
 
+async def test_no_fire_time_is_passed_over_by_a_replica_that_plans_from_an_old_last_tick(
+    connection: Connection,
+) -> None:
+    await owe_since(connection, BEFORE)
+    await account(connection, TICK)
+    assert await account(connection, TICK + timedelta(days=1), previous=BEFORE) is TickVerdict.STALE
+
+
 async def test_a_tick_that_was_recorded_and_pruned_does_not_run_again(connection: Connection) -> None:
-    await connection.execute("update bon_scheduler.jobs set last_tick = $1", TICK - timedelta(days=1))
-    await ledger.advance_tick(connection, "draft-cleanup", TICK)
+    await owe_since(connection, BEFORE)
+    await account(connection)
     await connection.execute("delete from bon_scheduler.runs")
-    assert await ledger.advance_tick(connection, "draft-cleanup", TICK) is None
+    assert await account(connection) is TickVerdict.STALE
 
 
 async def test_a_missed_tick_is_a_row_with_its_reason_and_is_not_queued(connection: Connection) -> None:
-    await connection.execute("update bon_scheduler.jobs set last_tick = $1", TICK - timedelta(days=1))
-    run_id = await ledger.advance_tick(connection, "draft-cleanup", TICK, missed="beyond its grace")
-    row = await connection.fetchrow("select state::text, reason from bon_scheduler.runs where id = $1", run_id)
+    await owe_since(connection, BEFORE)
+    assert await account(connection, missed="beyond grace") is TickVerdict.MISSED
+    row = await connection.fetchrow("select state::text, reason from bon_scheduler.runs")
     assert row is not None
-    assert tuple(row) == ("missed", "beyond its grace")
+    assert tuple(row) == ("missed", "beyond grace")
     assert await queued(connection) == 0
 
 
 async def test_a_tick_whose_request_fails_stays_owed(connection: Connection) -> None:
-    await connection.execute("update bon_scheduler.jobs set last_tick = $1", TICK - timedelta(days=1))
+    await owe_since(connection, BEFORE)
     await connection.execute("drop table bon_scheduler.pgqueuer cascade")
     with pytest.raises(asyncpg.UndefinedTableError):
-        await ledger.advance_tick(connection, "draft-cleanup", TICK)
+        await account(connection)
     assert (await ledger.last_ticks(connection, ["draft-cleanup"]))["draft-cleanup"] < TICK
+
+
+async def test_a_tick_waits_while_the_one_before_it_is_active(connection: Connection) -> None:
+    await owe_since(connection, BEFORE)
+    await account(connection)
+    following = TICK + timedelta(days=1)
+    assert await account(connection, following, previous=TICK) is TickVerdict.WAITS
+    await connection.execute("update bon_scheduler.runs set state = 'succeeded'")
+    assert await account(connection, following, previous=TICK) is TickVerdict.RECORDED
+
+
+async def test_two_replicas_that_see_nothing_active_do_not_both_record(pool: Pool, connection: Connection) -> None:
+    """The second plans a later tick while the first is about to commit the earlier one."""
+    await owe_since(connection, BEFORE)
+    async with pool.acquire() as first, pool.acquire() as second:
+        transaction = first.transaction()
+        await transaction.start()
+        assert await account(first) is TickVerdict.RECORDED
+        later = asyncio.create_task(account(second, TICK + timedelta(days=1)))
+        done, _ = await asyncio.wait([later], timeout=0.2)
+        assert not done
+        await transaction.commit()
+        assert await later is TickVerdict.STALE
+
+
+async def test_a_tick_of_a_paused_job_is_a_row_that_says_so(connection: Connection) -> None:
+    await owe_since(connection, BEFORE)
+    await operate.pause_job(connection, "draft-cleanup", by="dana", reason="migration")
+    assert await account(connection) is TickVerdict.PAUSED
+    row = await connection.fetchrow("select state::text, reason from bon_scheduler.runs")
+    assert row is not None
+    assert tuple(row) == ("paused", "paused by dana: migration")
+    assert await queued(connection) == 0
 
 
 async def test_a_run_is_claimed_by_one_of_many_workers(pool: Pool, connection: Connection) -> None:

@@ -3,16 +3,15 @@
 import asyncio
 import re
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from typing import Any
 from uuid import UUID, uuid4
 
-import asyncpg
 import pytest
 import trustme
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
@@ -24,11 +23,11 @@ from bon_scheduler.db import Pool
 from bon_scheduler.jobs import RetryLaterError
 from bon_scheduler.letters import Letter, compose, recipient_hash
 from bon_scheduler.mail import Delivery, Mailer, MailUnavailableError
-from tests.mail_world import AS_OF, a_run, bon_database
 
 # aiosmtpd warns that a login over plain TCP is unsafe, also where the socket itself is TLS.
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")
 
+AS_OF = date(2026, 11, 23)
 NOW = datetime(2026, 11, 23, 4, tzinfo=UTC)
 BUSINESS = UUID("00000000-0000-4000-8000-000000000001")
 RECIPIENT = "Dana.Owner@shop.example"
@@ -119,19 +118,6 @@ async def hang(_: SMTP) -> str:
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with bon_database() as url:
-        yield url
-
-
-@pytest.fixture
-async def pool(url: str) -> AsyncIterator[Pool]:
-    async with asyncpg.create_pool(url, min_size=1, max_size=5) as pool:
-        await pool.execute("truncate bon_scheduler.runs, bon_scheduler.deliveries cascade")
-        yield pool
-
-
-@pytest.fixture(scope="module")
 def authority() -> trustme.CA:
     return trustme.CA()
 
@@ -194,6 +180,15 @@ class World:
 async def world(server: Server, pool: Pool, trusting: ssl.SSLContext) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
         yield World(server, pool, trusting, stack)
+
+
+async def a_run(pool: Pool, state: str = "running") -> UUID:
+    """Put a run of `send-overdue-digest` in the ledger, in any state."""
+    run_id: UUID = await pool.fetchval(
+        "insert into bon_scheduler.runs (job, origin, state) values ('send-overdue-digest', 'run', $1) returning id",
+        state,
+    )
+    return run_id
 
 
 async def intend(pool: Pool, run: UUID, *, attempt: int = 1, state: str = "intended") -> None:

@@ -1,27 +1,26 @@
-"""Triggers against the ledger, with a clock that is put where it hurts."""
+"""Triggers against the ledger, with clocks that are put where it hurts."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
-from zoneinfo import ZoneInfo
 
-from bon_scheduler import CatchUp, Cron
+import pytest
+
+from bon_scheduler import CatchUp, Cron, operate
+from bon_scheduler.audit import Verdict, audit
 from bon_scheduler.db import Pool
-from bon_scheduler.metrics import Metrics
-from bon_scheduler.triggers import Triggers
-from tests.conftest import Connection, SetClock
+from tests.conftest import Connection
+from tests.replicas import JOB, QUARTERS, Replica
 
-FIRE = datetime(2026, 11, 23, 4, tzinfo=UTC)  # 06:00 in Israel
-DAILY = {"overdue-detection": Cron("0 6 * * *", CatchUp.LATEST, timedelta(hours=18))}
-
-
-def triggers(pool: Pool) -> Triggers:
-    return Triggers(
-        pool=pool, schedules=DAILY, zone=ZoneInfo("Asia/Jerusalem"), clock=SetClock(FIRE), metrics=Metrics()
-    )
+START = datetime(2026, 11, 23, 4, 0, 30, tzinfo=UTC)
+FIRST = datetime(2026, 11, 23, 4, 15, tzinfo=UTC)
+QUARTER = timedelta(minutes=15)
 
 
-async def owe_since(connection: Connection, instant: datetime) -> None:
-    await connection.execute("update bon_scheduler.jobs set last_tick = $1", instant)
+async def replica_of(pool: Pool, cron: Cron | None = QUARTERS, *, version: str = "1.0") -> Replica:
+    """A replica that has declared its schedule at START."""
+    replica = await Replica(pool, {JOB: cron}, START, version).start()
+    await replica.look(START)
+    return replica
 
 
 async def ticks(connection: Connection) -> list[tuple[datetime, str]]:
@@ -29,42 +28,197 @@ async def ticks(connection: Connection) -> list[tuple[datetime, str]]:
     return [(row["fire_time"], row["state"]) for row in rows]
 
 
+async def end_runs(connection: Connection) -> None:
+    await connection.execute(
+        "update bon_scheduler.runs set state = 'succeeded', finished_at = now() where state = 'queued'"
+    )
+
+
+async def expressions(connection: Connection) -> list[str | None]:
+    rows = await connection.fetch("select expression from bon_scheduler.schedules order by effective_from")
+    return [row["expression"] for row in rows]
+
+
 async def test_a_first_deployment_owes_nothing_from_the_past(pool: Pool, connection: Connection) -> None:
-    assert await triggers(pool).record_due(datetime.now(UTC)) == 0
+    await replica_of(pool)
     assert await ticks(connection) == []
 
 
 async def test_a_ring_that_is_early_by_a_hair_records_nothing_and_loses_nothing(
     pool: Pool, connection: Connection
 ) -> None:
-    await owe_since(connection, FIRE - timedelta(days=1))
-    early = triggers(pool)
-    assert await early.record_due(FIRE - timedelta(microseconds=400)) == 0
-    assert await early.record_due(FIRE) == 1
-    assert await ticks(connection) == [(FIRE, "queued")]
+    replica = await replica_of(pool)
+    await replica.look(FIRST - timedelta(microseconds=400))
+    assert await ticks(connection) == []
+    await replica.look(FIRST)
+    assert await ticks(connection) == [(FIRST, "queued")]
+
+
+async def test_an_early_ring_is_followed_by_a_look_at_the_instant_itself(pool: Pool) -> None:
+    replica = await replica_of(pool)
+    replica.clocks.instant = FIRST - timedelta(milliseconds=400)
+    assert await replica.triggers.make_pass() == pytest.approx(0.4)
 
 
 async def test_a_tick_rung_twice_in_a_burst_and_by_many_is_recorded_once(pool: Pool, connection: Connection) -> None:
-    await owe_since(connection, FIRE - timedelta(days=1))
-    replicas = [triggers(pool) for _ in range(4)]
-    recorded = await asyncio.gather(*(replica.record_due(FIRE) for replica in replicas for _ in range(5)))
-    assert sum(recorded) == 1
-    assert await ticks(connection) == [(FIRE, "queued")]
+    replicas = [await replica_of(pool) for _ in range(3)]
+    await asyncio.gather(*(replica.look(FIRST) for replica in replicas for _ in range(3)))
+    assert await ticks(connection) == [(FIRST, "queued")]
 
 
 async def test_a_clock_set_back_does_not_run_a_tick_again(pool: Pool, connection: Connection) -> None:
-    await owe_since(connection, FIRE - timedelta(days=1))
-    replica = triggers(pool)
-    await replica.record_due(FIRE + timedelta(seconds=1))
+    replica = await replica_of(pool)
+    await replica.look(FIRST + timedelta(seconds=1))
     await connection.execute("delete from bon_scheduler.runs")
-    assert await replica.record_due(FIRE - timedelta(hours=2)) == 0
-    assert await replica.record_due(FIRE + timedelta(minutes=5)) == 0
+    await replica.look(FIRST - timedelta(hours=2))
+    await replica.look(FIRST + timedelta(minutes=5))
+    assert await ticks(connection) == []
 
 
-async def test_after_days_down_the_latest_runs_and_the_rest_is_recorded_as_missed(
+async def test_after_hours_down_the_latest_runs_and_the_rest_is_missed(pool: Pool, connection: Connection) -> None:
+    replica = await replica_of(pool)
+    await replica.look(FIRST + 3 * QUARTER)
+    states = ["missed", "missed", "missed", "queued"]
+    assert await ticks(connection) == [(FIRST + n * QUARTER, state) for n, state in enumerate(states)]
+
+
+async def test_a_backlog_behind_a_long_run_coalesces_by_policy(pool: Pool, connection: Connection) -> None:
+    replica = await replica_of(pool)
+    for n in range(4):
+        await replica.look(FIRST + n * QUARTER)
+    assert await ticks(connection) == [
+        (FIRST, "queued"),
+        (FIRST + QUARTER, "missed"),
+        (FIRST + 2 * QUARTER, "missed"),
+    ]
+    await end_runs(connection)
+    await replica.look(FIRST + 3 * QUARTER)
+    assert [state for _, state in await ticks(connection)] == ["succeeded", "missed", "missed", "queued"]
+
+
+async def test_with_catch_up_all_each_tick_runs_one_after_the_other(pool: Pool, connection: Connection) -> None:
+    replica = await replica_of(pool, Cron("*/15 * * * *", CatchUp.ALL, timedelta(hours=4)))
+    for expected in (["queued"], ["succeeded", "queued"], ["succeeded", "succeeded", "queued"]):
+        await replica.look(FIRST + 2 * QUARTER)
+        assert [state for _, state in await ticks(connection)] == expected
+        await end_runs(connection)
+
+
+async def test_a_paused_jobs_ticks_are_recorded_and_run_again_after_it(pool: Pool, connection: Connection) -> None:
+    replica = await replica_of(pool)
+    await operate.pause_job(connection, JOB, by="dana", reason="migration")
+    await replica.look(FIRST)
+    await operate.resume_job(connection, JOB, by="dana", reason="done")
+    await replica.look(FIRST + QUARTER)
+    assert [state for _, state in await ticks(connection)] == ["paused", "queued"]
+    actions = await connection.fetch(
+        "select action, target, by, reason from bon_scheduler.operator_actions order by id"
+    )
+    assert [tuple(row) for row in actions] == [
+        ("pause", JOB, "dana", "migration"),
+        ("resume", JOB, "dana", "done"),
+    ]
+
+
+async def test_a_changed_schedule_counts_from_now_on(pool: Pool, connection: Connection) -> None:
+    await (await replica_of(pool)).stop()
+    changed = await Replica(pool, {JOB: Cron("*/10 * * * *", CatchUp.ALL, timedelta(hours=4))}, START).start()
+    await changed.look(FIRST + timedelta(minutes=1))
+    assert await ticks(connection) == [(FIRST, "queued")]
+    await end_runs(connection)
+    await changed.look(FIRST + timedelta(minutes=5))
+    assert [fire for fire, _ in await ticks(connection)] == [FIRST, FIRST + timedelta(minutes=5)]
+
+
+async def test_an_older_version_that_restarts_during_a_deploy_changes_nothing(
     pool: Pool, connection: Connection
 ) -> None:
-    await owe_since(connection, FIRE - timedelta(days=3))
-    await triggers(pool).record_due(FIRE + timedelta(hours=1))
-    days = [FIRE - timedelta(days=2), FIRE - timedelta(days=1), FIRE]
-    assert await ticks(connection) == list(zip(days, ["missed", "missed", "queued"], strict=True))
+    await replica_of(pool, version="1.0")
+    await (await Replica(pool, {JOB: Cron("*/10 * * * *")}, START, "1.1").start()).look(START)
+    older = await Replica(pool, {JOB: QUARTERS}, START, "1.0").start()
+    await older.look(START + timedelta(minutes=1))
+    assert await expressions(connection) == ["*/15 * * * *", "*/10 * * * *"]
+
+
+async def test_versions_are_compared_as_numbers(pool: Pool, connection: Connection) -> None:
+    await replica_of(pool, version="0.9.0")
+    newer = await Replica(pool, {JOB: Cron("*/10 * * * *")}, START, "0.10.0rc1").start()
+    await newer.look(START)
+    await (await Replica(pool, {JOB: QUARTERS}, START, "0.9.0").start()).look(START)
+    assert await expressions(connection) == ["*/15 * * * *", "*/10 * * * *"]
+
+
+async def test_every_version_triggers_by_the_schedule_in_force(pool: Pool, connection: Connection) -> None:
+    old = await replica_of(pool, version="1.0")
+    new = await Replica(pool, {JOB: Cron("*/10 * * * *")}, START, "1.1").start()
+    await new.look(START)
+    await old.look(START + timedelta(minutes=10))
+    assert await ticks(connection) == [(datetime(2026, 11, 23, 4, 10, tzinfo=UTC), "queued")]
+
+
+async def test_after_a_rollback_the_older_version_declares_its_own(pool: Pool, connection: Connection) -> None:
+    old = await replica_of(pool, version="1.0")
+    new = await Replica(pool, {JOB: Cron("*/10 * * * *")}, START, "1.1").start()
+    await new.look(START)
+    await new.stop()
+    await old.look(START + timedelta(minutes=1))
+    assert await expressions(connection) == ["*/15 * * * *", "*/10 * * * *", "*/15 * * * *"]
+
+
+async def test_a_schedule_that_is_taken_away_expects_nothing(pool: Pool, connection: Connection) -> None:
+    await (await replica_of(pool)).stop()
+    none = await Replica(pool, {JOB: None}, START).start()
+    await none.look(START + timedelta(seconds=1))
+    await none.look(FIRST + 9 * QUARTER)
+    assert await ticks(connection) == []
+    assert await expressions(connection) == ["*/15 * * * *", None]
+
+
+async def test_a_year_away_is_accounted_for_without_keeping_other_jobs_waiting(
+    pool: Pool, connection: Connection
+) -> None:
+    other = "draft-cleanup"
+    replica = await Replica(pool, {JOB: QUARTERS, other: Cron("0 3 * * *")}, START).start()
+    await replica.look(START)
+    replica.clocks.instant = START + timedelta(days=20)
+    assert await replica.triggers.make_pass() == 0
+    counts = await connection.fetch("select job, count(*) from bon_scheduler.runs group by job order by job")
+    assert [tuple(row) for row in counts] == [(other, 20), (JOB, 500)]
+
+
+async def test_a_database_that_comes_back_finds_its_ticks(pool: Pool, connection: Connection) -> None:
+    replica = await replica_of(pool)
+    await connection.execute("alter table bon_scheduler.jobs rename to jobs_away")
+    with pytest.raises(Exception, match="does not exist"):
+        await replica.look(FIRST)
+    await connection.execute("alter table bon_scheduler.jobs_away rename to jobs")
+    await replica.look(FIRST + timedelta(seconds=5))
+    assert await ticks(connection) == [(FIRST, "queued")]
+
+
+async def test_an_audit_names_each_tick_and_what_became_of_it(pool: Pool, connection: Connection) -> None:
+    replica = await replica_of(pool)
+    await replica.look(FIRST)
+    await end_runs(connection)
+    await connection.execute("update bon_scheduler.runs set started_at = fire_time + interval '90 s', attempt = 1")
+    await replica.look(FIRST + 2 * QUARTER)
+    await connection.execute("delete from bon_scheduler.runs where fire_time = $1", FIRST + QUARTER)
+    found = await audit(connection, START)
+    verdicts = [(tick.fire_time, tick.verdict) for tick in found.ticks][:3]
+    assert verdicts == [
+        (FIRST, Verdict.RAN),
+        (FIRST + QUARTER, Verdict.GAP),
+        (FIRST + 2 * QUARTER, Verdict.IN_PROGRESS),
+    ]
+    assert [tick.late for tick in found.late] == [timedelta(seconds=90)]
+    assert not found.sound
+
+
+async def test_a_miss_is_resolved_by_a_later_tick_that_ran(pool: Pool, connection: Connection) -> None:
+    replica = await replica_of(pool)
+    await replica.look(FIRST + QUARTER)
+    before = await audit(connection, START)
+    assert [tick.resolved for tick in before.of(Verdict.MISSED)] == [False]
+    await end_runs(connection)
+    after = await audit(connection, START)
+    assert [tick.resolved for tick in after.of(Verdict.MISSED)] == [True]

@@ -1,12 +1,11 @@
 """The digest: what is owed, who is told, and how the letter reads in two directions."""
 
 import re
-from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
-import asyncpg
 import pytest
 from babel.messages.extract import extract_from_file
 from babel.messages.pofile import read_po
@@ -14,38 +13,30 @@ from babel.messages.pofile import read_po
 import handlers.digest
 from handlers.digest import OverdueInvoice, Statement, read_recipients, read_statement, render_digest
 from handlers.overdue_digest import FIND_OWED
-from tests.mail_world import AS_OF, World, bon_database
+from tests import arrange
+from tests.conftest import Connection
 
+AS_OF = date(2026, 11, 23)
 YESTERDAY = AS_OF - timedelta(days=1)
 HERE = Path(handlers.digest.__file__).parent
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with bon_database() as url:
-        yield url
+async def a_business(connection: Connection, *, owners: tuple[str, ...] = (), **values: object) -> UUID:
+    """Make a business with an owner for each address."""
+    business = await arrange.business(connection, **values)
+    for email in owners:
+        await arrange.owner(connection, business, email)
+    return business
 
 
-@pytest.fixture
-async def world(url: str) -> AsyncIterator[World]:
-    async with asyncpg.create_pool(url, min_size=1, max_size=2) as pool:
-        await pool.execute("truncate public.users, public.businesses cascade")
-        yield World(pool)
+async def late(connection: Connection, business: UUID, **values: object) -> UUID:
+    """Make an invoice of 100.00 ILS, sent, due the day before AS_OF."""
+    return await arrange.invoice(connection, business, **({"due_date": YESTERDAY} | values))
 
 
-async def read(world: World, business: Any) -> Statement | None:
-    async with world.pool.acquire() as connection:
-        return await read_statement(connection, business, AS_OF)
-
-
-async def owed(world: World, business: Any) -> list[int]:
-    statement = await read(world, business)
+async def owed(connection: Connection, business: UUID) -> list[int]:
+    statement = await read_statement(connection, business, AS_OF)
     return [invoice.owed for invoice in statement.invoices] if statement else []
-
-
-async def recipients(world: World, business: Any) -> list[str]:
-    async with world.pool.acquire() as connection:
-        return await read_recipients(connection, business)
 
 
 def an_invoice(**values: Any) -> OverdueInvoice:
@@ -75,11 +66,11 @@ def render(statement: Statement, language: str = "he") -> tuple[str, str, str]:
 # What is owed
 
 
-async def test_due_yesterday_is_overdue_and_due_today_is_not(world: World) -> None:
-    business = await world.business()
-    await world.invoice(business, document_number="yesterday", due_date=YESTERDAY)
-    await world.invoice(business, document_number="today", due_date=AS_OF)
-    statement = await read(world, business)
+async def test_due_yesterday_is_overdue_and_due_today_is_not(connection: Connection) -> None:
+    business = await a_business(connection)
+    await late(connection, business, document_number="yesterday", due_date=YESTERDAY)
+    await late(connection, business, document_number="today", due_date=AS_OF)
+    statement = await read_statement(connection, business, AS_OF)
     assert statement is not None
     assert [invoice.number for invoice in statement.invoices] == ["yesterday"]
 
@@ -97,71 +88,72 @@ async def test_due_yesterday_is_overdue_and_due_today_is_not(world: World) -> No
         ("credited", 0),
     ],
 )
-async def test_only_open_invoices_are_overdue(world: World, status: str, count: int) -> None:
-    business = await world.business()
-    await world.invoice(business, status=status)
-    assert len(await owed(world, business)) == count
+async def test_only_open_invoices_are_overdue(connection: Connection, status: str, count: int) -> None:
+    business = await a_business(connection)
+    await late(connection, business, status=status)
+    assert len(await owed(connection, business)) == count
 
 
-async def test_payments_and_issued_credit_notes_lessen_what_is_owed(world: World) -> None:
-    business = await world.business()
-    invoice = await world.invoice(business)
-    await world.payment(invoice, 1_000)
-    await world.payment(invoice, 500)
+async def test_payments_and_issued_credit_notes_lessen_what_is_owed(connection: Connection) -> None:
+    business = await a_business(connection)
+    invoice = await late(connection, business)
+    await arrange.payment(connection, invoice, 1_000)
+    await arrange.payment(connection, invoice, 500)
     for status in ("draft", "finalized", "sending", "sent", "paid", "partially_paid", "cancelled", "credited"):
-        await world.invoice(
+        await late(
+            connection,
             business,
             document_type="credit_note",
             status=status,
             credited_invoice_id=invoice,
             total_incl_vat_minor_units=100,
         )
-    assert await owed(world, business) == [10_000 - 1_500 - 500]
+    assert await owed(connection, business) == [10_000 - 1_500 - 500]
 
 
-async def test_a_credit_note_in_another_currency_lessens_nothing(world: World) -> None:
-    business = await world.business()
-    invoice = await world.invoice(business)
-    await world.invoice(business, document_type="credit_note", credited_invoice_id=invoice, currency="USD")
-    assert await owed(world, business) == [10_000]
+async def test_a_credit_note_in_another_currency_lessens_nothing(connection: Connection) -> None:
+    business = await a_business(connection)
+    invoice = await late(connection, business)
+    await late(connection, business, document_type="credit_note", credited_invoice_id=invoice, currency="USD")
+    assert await owed(connection, business) == [10_000]
 
 
-async def test_an_invoice_paid_in_full_or_over_is_left_out(world: World) -> None:
-    business = await world.business()
-    await world.payment(await world.invoice(business), 10_000)
-    await world.payment(await world.invoice(business), 10_001)
-    assert await read(world, business) is None
+async def test_an_invoice_paid_in_full_or_over_is_left_out(connection: Connection) -> None:
+    business = await a_business(connection)
+    await arrange.payment(connection, await late(connection, business), 10_000)
+    await arrange.payment(connection, await late(connection, business), 10_001)
+    assert await read_statement(connection, business, AS_OF) is None
 
 
 @pytest.mark.parametrize("kind", ["receipt", "tax_invoice_receipt", "credit_note"])
-async def test_a_document_that_is_no_receivable_is_left_out(world: World, kind: str) -> None:
-    business = await world.business()
-    await world.invoice(business, document_type=kind)
-    assert await read(world, business) is None
+async def test_a_document_that_is_no_receivable_is_left_out(connection: Connection, kind: str) -> None:
+    business = await a_business(connection)
+    await late(connection, business, document_type=kind)
+    assert await read_statement(connection, business, AS_OF) is None
 
 
-async def test_an_inactive_business_is_owed_nothing(world: World) -> None:
-    business = await world.business(is_active=False, deleted_at=datetime.now(UTC))
-    await world.invoice(business)
-    assert await read(world, business) is None
+async def test_an_inactive_business_is_owed_nothing(connection: Connection) -> None:
+    business = await a_business(connection, is_active=False, deleted_at=datetime.now(UTC))
+    await late(connection, business)
+    assert await read_statement(connection, business, AS_OF) is None
 
 
-async def test_the_customers_row_is_the_fall_back_for_the_name(world: World) -> None:
-    business = await world.business()
-    customer = await world.insert("customers", business_id=business, name="From the row")
-    await world.invoice(business, customer_id=customer, customer_name="  ", due_date=days_ago(3))
-    await world.invoice(business, customer_id=customer, customer_name="Snapshot", due_date=days_ago(2))
-    await world.invoice(business, due_date=days_ago(1))
-    statement = await read(world, business)
+async def test_the_customers_row_is_the_fall_back_for_the_name(connection: Connection) -> None:
+    business = await a_business(connection)
+    customer = await arrange.customer(connection, business, name="From the row")
+    await late(connection, business, customer_id=customer, customer_name="  ", due_date=days_ago(3))
+    await late(connection, business, customer_id=customer, customer_name="Snapshot", due_date=days_ago(2))
+    await late(connection, business, due_date=days_ago(1))
+    statement = await read_statement(connection, business, AS_OF)
     assert statement is not None
     assert [invoice.customer for invoice in statement.invoices] == ["From the row", "Snapshot", None]
 
 
-async def test_the_oldest_comes_first(world: World) -> None:
-    business = await world.business()
+async def test_the_oldest_comes_first(connection: Connection) -> None:
+    business = await a_business(connection)
     for days in (5, 40, 1):
-        await world.invoice(business, due_date=days_ago(days))
-    statement = await read(world, business)
+        await late(connection, business, due_date=days_ago(days))
+    statement = await read_statement(connection, business, AS_OF)
     assert statement is not None
     assert [statement.days_overdue(invoice) for invoice in statement.invoices] == [40, 5, 1]
 
@@ -169,48 +161,48 @@ async def test_the_oldest_comes_first(world: World) -> None:
 # Who is told
 
 
-async def test_every_owner_is_told_once_whatever_the_case(world: World) -> None:
-    business = await world.business(
-        owners=("One@owner.example", "one@OWNER.example", "two@owner.example"), email="office@b.example"
+async def test_every_owner_is_told_once_whatever_the_case(connection: Connection) -> None:
+    business = await a_business(
+        connection, owners=("One@owner.example", "one@OWNER.example", "two@owner.example"), email="office@b.example"
     )
-    await world.member(business, "admin@b.example", "admin")
-    found = await recipients(world, business)
+    await arrange.owner(connection, business, "admin@b.example", role="admin")
+    found = await read_recipients(connection, business)
     assert sorted(address.lower() for address in found) == ["one@owner.example", "two@owner.example"]
 
 
-async def test_without_an_owner_the_business_itself_is_told(world: World) -> None:
-    business = await world.business(email=" office@b.example ")
-    await world.member(business, "user@b.example", "user")
-    assert await recipients(world, business) == ["office@b.example"]
+async def test_without_an_owner_the_business_itself_is_told(connection: Connection) -> None:
+    business = await a_business(connection, email=" office@b.example ")
+    await arrange.owner(connection, business, "user@b.example", role="user")
+    assert await read_recipients(connection, business) == ["office@b.example"]
 
 
-async def test_without_any_address_nobody_is_told(world: World) -> None:
-    assert await recipients(world, await world.business(email="")) == []
+async def test_without_any_address_nobody_is_told(connection: Connection) -> None:
+    assert await read_recipients(connection, await a_business(connection, email="")) == []
 
 
-async def test_all_businesses_are_found_by_the_rules_of_the_statement(world: World) -> None:
+async def test_all_businesses_are_found_by_the_rules_of_the_statement(connection: Connection) -> None:
     """FIND_OWED repeats the conditions of READ_STATEMENT and READ_RECIPIENTS: they must agree."""
     made = [
-        await world.business(owners=("a@x.example", "A@x.example", "b@x.example")),
-        await world.business(email="office@x.example"),
-        await world.business(),
-        await world.business(is_active=False, deleted_at=datetime.now(UTC)),
-        await world.business(owners=("c@x.example",)),
+        await a_business(connection, owners=("a@x.example", "A@x.example", "b@x.example")),
+        await a_business(connection, email="office@x.example"),
+        await a_business(connection),
+        await a_business(connection, is_active=False, deleted_at=datetime.now(UTC)),
+        await a_business(connection, owners=("c@x.example",)),
     ]
     for business in made[:4]:
-        await world.payment(await world.invoice(business), 4_000)
-        await world.payment(await world.invoice(business), 10_000)
-        await world.invoice(business, due_date=AS_OF)
-        await world.invoice(business, document_type="receipt")
-        credited = await world.invoice(business, status="finalized")
-        await world.invoice(business, document_type="credit_note", credited_invoice_id=credited)
+        await arrange.payment(connection, await late(connection, business), 4_000)
+        await arrange.payment(connection, await late(connection, business), 10_000)
+        await late(connection, business, due_date=AS_OF)
+        await late(connection, business, document_type="receipt")
+        credited = await late(connection, business, status="finalized")
+        await late(connection, business, document_type="credit_note", credited_invoice_id=credited)
     found = {
-        row["business_id"]: (row["invoices"], row["addresses"]) for row in await world.pool.fetch(FIND_OWED, AS_OF)
+        row["business_id"]: (row["invoices"], row["addresses"]) for row in await connection.fetch(FIND_OWED, AS_OF)
     }
     assert found == {
-        business: (len(amounts), len(await recipients(world, business)))
+        business: (len(amounts), len(await read_recipients(connection, business)))
         for business in made
-        if (amounts := await owed(world, business))
+        if (amounts := await owed(connection, business))
     }
     assert [found[business] for business in made[:3]] == [(1, 2), (1, 1), (1, 0)]
 

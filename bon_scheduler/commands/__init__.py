@@ -1,0 +1,28 @@
+"""
+What each command does, given settings and somewhere to report: returns the exit status.
+
+0 done, 1 a run ended badly, a check failed or a tick is not accounted for; wrong usage is a UsageError.
+"""
+
+from bon_scheduler.commands.act import migrate, pause, resume
+from bon_scheduler.commands.look import STATES, check, jobs, runs, show
+from bon_scheduler.commands.parsing import UsageError
+from bon_scheduler.commands.ticks import audit, timeline
+from bon_scheduler.commands.work import enqueue, run_once, serve
+
+__all__ = [
+    "STATES",
+    "UsageError",
+    "audit",
+    "check",
+    "enqueue",
+    "jobs",
+    "migrate",
+    "pause",
+    "resume",
+    "run_once",
+    "runs",
+    "serve",
+    "show",
+    "timeline",
+]

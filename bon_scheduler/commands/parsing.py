@@ -1,0 +1,116 @@
+"""Reading what a person typed: every fault says what, which value and the remedy."""
+
+import difflib
+import getpass
+import os
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+
+from bon_scheduler import db, history, service
+from bon_scheduler.config import Settings
+from bon_scheduler.jobs import AnyJob, Connection, Payload
+from bon_scheduler.runner import explain_payload
+
+__all__ = [
+    "BADLY",
+    "DONE",
+    "UsageError",
+    "find_job",
+    "parse_instant",
+    "parse_span",
+    "person",
+    "read_payload",
+    "reading",
+    "require_known",
+    "type_payload",
+]
+
+DONE, BADLY = 0, 1
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+class UsageError(Exception):
+    """The command was called wrongly; the message says what, which value and the remedy."""
+
+
+def parse_span(text: str) -> timedelta:
+    """Read `90s`, `10m`, `2h`, `7d` or `1w`."""
+    match = re.fullmatch(r"(\d+)([smhdw])", text.strip())
+    if not match:
+        raise UsageError(f'"{text}" is not a span of time. Write a number and a unit: 90s, 10m, 2h, 7d, 1w.')
+    return timedelta(**{UNITS[match[2]]: int(match[1])})
+
+
+def parse_instant(text: str, settings: Settings) -> datetime:
+    """Read an ISO instant; one without an offset is meant in BON_TIMEZONE."""
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise UsageError(
+            f'"{text}" is not an instant. Write it as 2026-11-23T06:00 or 2026-11-23T06:00:00+02:00.'
+        ) from error
+    return (instant if instant.tzinfo else instant.replace(tzinfo=settings.bon_timezone)).astimezone(UTC)
+
+
+def person() -> str:
+    """Return who asks: the user's name, or the number where a container has none."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return f"uid {os.getuid()}"
+
+
+def find_job(name: str) -> AnyJob:
+    """Return the job of that name in this version; raises UsageError."""
+    by_name = {job.name: job for job in service.JOBS}
+    if name in by_name:
+        return by_name[name]
+    raise UsageError(f'Unknown job "{name}".{_did_you_mean(name, list(by_name))}')
+
+
+async def require_known(connection: Connection, name: str) -> None:
+    """Raise UsageError for a job that neither this version nor the database knows."""
+    known = [row["name"] for row in await history.job_overview(connection)]
+    if name not in known:
+        declared = [job.name for job in service.JOBS]
+        raise UsageError(f'Unknown job "{name}".{_did_you_mean(name, [*known, *declared])}')
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    guess = f' Did you mean "{close[0]}"?' if close else ""
+    return f"{guess} List them with: python -m bon_scheduler jobs"
+
+
+def read_payload(text: str) -> dict[str, Any]:
+    """Read a JSON object; raises UsageError."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise UsageError(f'--payload is not JSON: {error}. Write it as \'{{"key": "value"}}\'.') from error
+    if not isinstance(value, dict):
+        raise UsageError(f"--payload must be a JSON object, not {type(value).__name__}. Write {{}} for none.")
+    return value
+
+
+def type_payload(job: AnyJob, value: Mapping[str, Any]) -> Payload:
+    """Return the payload as the job takes it; raises UsageError."""
+    try:
+        payload: Payload = job.payload.model_validate(value)
+    except ValidationError as error:
+        raise UsageError(explain_payload(job, error)) from error
+    return payload
+
+
+@asynccontextmanager
+async def reading(settings: Settings) -> AsyncIterator[Connection]:
+    """Borrow a connection to a database whose schema is there."""
+    async with db.open_pool(settings) as pool, pool.acquire() as connection:
+        await db.require_schema(connection)
+        yield connection

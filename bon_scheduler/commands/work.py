@@ -1,0 +1,125 @@
+"""Commands that make runs: serve, run-once, enqueue."""
+
+import asyncio
+import signal
+
+from bon_scheduler import history, ledger, once, service
+from bon_scheduler.clock import Clock
+from bon_scheduler.commands.parsing import (
+    BADLY,
+    DONE,
+    UsageError,
+    find_job,
+    parse_instant,
+    parse_span,
+    person,
+    read_payload,
+    reading,
+    require_known,
+    type_payload,
+)
+from bon_scheduler.config import Settings
+from bon_scheduler.ledger import Origin, Request
+from bon_scheduler.report import Report, format_counts
+
+__all__ = ["enqueue", "run_once", "serve"]
+
+
+async def serve(settings: Settings) -> int:
+    """Be the service until SIGTERM or SIGINT, then drain."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with service.serving(settings):
+        await stop.wait()
+    return DONE
+
+
+async def run_once(
+    settings: Settings,
+    report: Report,
+    clock: Clock,
+    *,
+    name: str,
+    payload: str,
+    fire_time: str | None,
+    send: bool,
+) -> int:
+    """Make one run now, work through what it causes, and report."""
+    job = find_job(name)
+    arguments = read_payload(payload)
+    if send:
+        if "send" not in job.payload.model_fields:
+            raise UsageError(f'"{name}" sends nothing by itself, so --send means nothing to it. Leave it out.')
+        arguments["send"] = True
+    now = clock.now()
+    instant = parse_instant(fire_time, settings) if fire_time else now
+    if instant > now:
+        raise UsageError(f"--fire-time {fire_time} is in the future. Give one that has passed, or none for now.")
+    async with service.machinery(settings, clock=clock) as parts:
+        result = await once.run_once(
+            parts.pool,
+            parts.runner,
+            parts.jobs,
+            job=job,
+            payload=type_payload(job, arguments),
+            fire_time=instant,
+            asked_by=person(),
+            concurrency=settings.worker_concurrency,
+        )
+    if report.as_json:
+        report.document(result.as_json())
+    else:
+        _show_result(report, result)
+    return DONE if result.went_well else BADLY
+
+
+def _show_result(report: Report, result: once.RunReport) -> None:
+    rows = [
+        (run["job"], run["state"], format_counts(run["counts"]), run["error"] or "")
+        for run in [result.run, *result.caused]
+    ]
+    report.table(["job", "outcome", "counts", "error"], rows)
+    report.say(f"run {result.run['run_id']}; more with: python -m bon_scheduler show {result.run['run_id']}")
+
+
+async def enqueue(
+    settings: Settings,
+    report: Report,
+    clock: Clock,
+    *,
+    name: str,
+    payload: str,
+    key: str | None,
+    after: str | None,
+    priority: int,
+) -> int:
+    """Ask for a run; say its id, or which run holds the key."""
+    arguments = read_payload(payload)
+    declared = {job.name: job for job in service.JOBS}
+    if name in declared:
+        arguments = type_payload(declared[name], arguments).model_dump(mode="json")
+    request = Request(
+        name,
+        arguments,
+        dedupe_key=key,
+        run_at=clock.now() + parse_span(after) if after else None,
+        priority=priority,
+        origin=Origin.PERSON,
+        asked_by=person(),
+    )
+    async with reading(settings) as connection:
+        if name not in declared:
+            await require_known(connection, name)
+        run_id = await ledger.enqueue(connection, request)
+        holder = await history.holder_of_key(connection, name, key) if run_id is None and key else None
+    answer = {"run_id": run_id or (holder or {}).get("run_id"), "duplicate": run_id is None}
+    if report.as_json:
+        report.document(answer)
+    elif run_id is not None:
+        report.say(str(run_id))
+    else:
+        state = holder["state"] if holder else "unknown"
+        report.say(f'The key "{key}" is held by run {answer["run_id"]}, which is {state}: nothing was enqueued.')
+    return DONE

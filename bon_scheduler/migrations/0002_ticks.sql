@@ -1,0 +1,94 @@
+-- Ticks that can be proved: what was in force when, what is paused, and the one way to record a tick.
+--
+-- Order of locks, as everywhere: jobs, then runs.
+
+-- Only `serve` writes it, and of several replicas only the newest (see `schedules.py`).
+create table schedules (
+    job            text not null references jobs (name),
+    effective_from timestamptz not null,   -- fire times later than this
+    expression     text,                   -- null: no schedule
+    timezone       text not null,
+    catch_up       text not null check (catch_up in ('skip', 'latest', 'all')),
+    grace          interval not null,
+    declared_by    text not null,          -- the version
+    primary key (job, effective_from)
+);
+
+alter table workers add column serves boolean not null default false;
+
+create table pauses (
+    job    text primary key references jobs (name),
+    since  timestamptz not null default now(),
+    by     text not null,
+    reason text not null check (reason <> '')
+);
+
+create table operator_actions (
+    id     bigint generated always as identity primary key,
+    at     timestamptz not null default now(),
+    by     text not null,
+    action text not null,
+    target text not null,
+    reason text not null check (reason <> '')
+);
+
+create index runs_ticks_of_job on runs (job, fire_time) include (state) where origin = 'schedule';
+create index runs_active_ticks on runs (job) where origin = 'schedule' and state in ('queued', 'running', 'retrying');
+
+alter table jobs drop column scheduled;
+
+
+-- Accounts for one fire time, once, whoever asks and however often; the job's last tick moves from exactly
+-- `previous` to `fire_time`, so that no fire time between can be passed over.
+--
+-- verdict: recorded · paused (recorded as such) · missed (recorded as such) · waits (a tick of this job is
+-- active, nothing is recorded) · stale (`previous` is not the last tick any more, nothing is recorded).
+create function record_tick(
+    job       text,
+    previous  timestamptz,
+    fire_time timestamptz,
+    missed    text,
+    out verdict text, out run_id uuid
+)
+language plpgsql
+set search_path = bon_scheduler, pg_temp
+as $$
+declare
+    pause pauses%rowtype;
+begin
+    -- A statement of its own, BEFORE looking at runs: the next one's snapshot must see what whoever held
+    -- this lock has recorded.
+    perform from jobs j where j.name = record_tick.job and j.last_tick = previous for no key update;
+    if not found or record_tick.fire_time <= previous then
+        verdict := 'stale';
+        return;
+    end if;
+    select * into pause from pauses p where p.job = record_tick.job;
+    if found then
+        verdict := 'paused';
+    elsif record_tick.missed is not null then
+        verdict := 'missed';
+    elsif exists (select from runs r
+                   where r.job = record_tick.job
+                     and r.origin = 'schedule'
+                     and r.state in ('queued', 'running', 'retrying')) then
+        verdict := 'waits';
+        return;
+    else
+        verdict := 'recorded';
+    end if;
+    update jobs j set last_tick = record_tick.fire_time where j.name = record_tick.job;
+    if verdict = 'recorded' then
+        run_id := enqueue(record_tick.job, fire_time => record_tick.fire_time, origin => 'schedule',
+                          asked_by => 'schedule');
+    else
+        insert into runs (job, fire_time, origin, asked_by, state, reason, finished_at)
+        values (record_tick.job, record_tick.fire_time, 'schedule', 'schedule', verdict::run_state,
+                case verdict when 'paused' then 'paused by ' || pause."by" || ': ' || pause.reason
+                             else record_tick.missed end,
+                clock_timestamp())
+        on conflict do nothing
+        returning id into run_id;
+    end if;
+end;
+$$;

@@ -1,0 +1,119 @@
+"""
+What was in force when: each job's schedule history, which ticks and audits are computed from.
+
+Every replica triggers by the history in the database, not by its own code, so two versions side by side
+never disagree about what is due. Only one of the living `serve` processes writes it: the one of the highest
+version, and of those the one that started last. An older version that restarts during a deploy changes
+nothing; after a rollback, when the newer ones are gone, it becomes the one that writes.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import structlog
+
+from bon_scheduler.jobs import CatchUp, Connection, Cron
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
+from bon_scheduler.timing import Period
+
+__all__ = ["declare", "read_histories"]
+
+log = structlog.get_logger()
+
+# $1 lease: interval, $2 worker. Whether this worker is the one whose schedules count.
+IS_DECLARER = """
+    select id = $2
+      from bon_scheduler.workers
+     where serves
+       and seen_at > clock_timestamp() - $1::interval
+     order by string_to_array(rtrim(regexp_replace(version, '[^0-9.].*$', ''), '.'), '.')::int[] desc,
+              started_at desc, id
+     limit 1
+"""
+# $1 job. BEFORE the history is read and written, so that no tick is recorded in between.
+LOCK_JOB = "select last_tick from bon_scheduler.jobs where name = $1 for no key update"
+# $1 job. Index: schedules_pkey.
+IN_FORCE = """
+    select expression, timezone, catch_up, grace
+      from bon_scheduler.schedules
+     where job = $1
+     order by effective_from desc
+     limit 1
+"""
+# $1 job, $2 effective from: timestamptz, $3 expression or null, $4 zone, $5 catch-up, $6 grace: interval,
+# $7 version. An instant after the job's last tick and after every period so far.
+DECLARE = """
+    insert into bon_scheduler.schedules
+           (job, effective_from, expression, timezone, catch_up, grace, declared_by)
+    select $1, greatest($2, j.last_tick, (select max(s.effective_from) + interval '1 microsecond'
+                                            from bon_scheduler.schedules s
+                                           where s.job = $1)),
+           $3, $4, $5, $6, $7
+      from bon_scheduler.jobs j
+     where j.name = $1
+    returning effective_from
+"""
+# $1 job, $2 effective from: timestamptz. A job owes nothing from before its first schedule.
+BEGIN_TICKS = "update bon_scheduler.jobs set last_tick = $2 where name = $1 and last_tick is null"
+HISTORIES = """
+    select job, effective_from, expression, timezone, catch_up, grace
+      from bon_scheduler.schedules
+     order by job, effective_from
+"""
+
+
+async def declare(
+    connection: Connection,
+    schedules: Mapping[str, Cron | None],
+    *,
+    zone: ZoneInfo,
+    now: datetime,
+    worker: UUID,
+    version: str,
+    lease: timedelta,
+) -> list[str]:
+    """
+    Put these schedules in force from `now` (UTC, aware) on, where they differ from what is.
+
+    `schedules` holds every job of this version, None where it has no schedule. Does nothing unless this
+    worker is the one whose schedules count. Returns the jobs whose schedule changed.
+    """
+    if not await connection.fetchval(IS_DECLARER, lease, worker, timeout=CALL_TIMEOUT_SECONDS):
+        return []
+    return [
+        job for job, cron in sorted(schedules.items()) if await _declare_one(connection, job, cron, zone, now, version)
+    ]
+
+
+async def _declare_one(
+    connection: Connection, job: str, cron: Cron | None, zone: ZoneInfo, now: datetime, version: str
+) -> bool:
+    async with connection.transaction():
+        await connection.execute(LOCK_JOB, job, timeout=CALL_TIMEOUT_SECONDS)
+        row = await connection.fetchrow(IN_FORCE, job, timeout=CALL_TIMEOUT_SECONDS)
+        wanted = _as_row(cron, zone)
+        if (row is None and cron is None) or (row is not None and tuple(row) == wanted):
+            return False
+        if row is not None and row["expression"] is None and cron is None:
+            return False
+        effective_from = await connection.fetchval(DECLARE, job, now, *wanted, version, timeout=CALL_TIMEOUT_SECONDS)
+        await connection.execute(BEGIN_TICKS, job, effective_from, timeout=CALL_TIMEOUT_SECONDS)
+    log.info("schedule.declared", job=job, expression=cron.expression if cron else None, since=effective_from)
+    return True
+
+
+def _as_row(cron: Cron | None, zone: ZoneInfo) -> tuple[str | None, str, str, timedelta]:
+    policy = cron or Cron("")
+    return (cron.expression if cron else None, zone.key, str(policy.catch_up), policy.grace)
+
+
+async def read_histories(connection: Connection) -> dict[str, list[Period]]:
+    """Return each job's schedule history, oldest first."""
+    histories: dict[str, list[Period]] = {}
+    for row in await connection.fetch(HISTORIES, timeout=CALL_TIMEOUT_SECONDS):
+        cron = Cron(row["expression"], CatchUp(row["catch_up"]), row["grace"]) if row["expression"] else None
+        period = Period(row["effective_from"], cron, ZoneInfo(row["timezone"]))
+        histories.setdefault(row["job"], []).append(period)
+    return histories

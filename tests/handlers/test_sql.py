@@ -1,0 +1,95 @@
+"""Every statement of the service, against the real schema: it is valid, and finds its index whatever its parameters."""
+
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import asyncpg
+import pytest
+
+import bon_scheduler
+import handlers
+import health
+from handlers.draft_cleanup import LOCK_STALE
+from handlers.overdue_detection import CLEAR_SETTLED, MARK_OVERDUE
+from handlers.session_cleanup import DELETE_EXPIRED
+from tests.conftest import Connection
+
+STATEMENT = re.compile(r"\b(select|update|insert|delete)\b", re.IGNORECASE)
+LITERALS_ONLY = re.compile(r"\b(status|is_overdue)\s*(=|<>|!=|(not\s+)?in\b|is\b)\s*(any\s*)?\(?\s*\$", re.IGNORECASE)
+
+
+def statements(*packages: ModuleType) -> Iterator[tuple[str, str]]:
+    """Yield each SQL constant of the packages as (`module.NAME`, text)."""
+    for package in packages:
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            for name, value in vars(importlib.import_module(found.name)).items():
+                if name.isupper() and isinstance(value, str) and STATEMENT.search(value):
+                    yield f"{found.name}.{name}", value
+
+
+async def fault_of(connection: Connection, sql: str) -> str | None:
+    try:
+        await connection.prepare(sql)
+    except asyncpg.PostgresError as error:
+        return str(error)
+    return None
+
+
+def indexes_in(plan: Any) -> set[str]:
+    if isinstance(plan, list):
+        return set().union(*map(indexes_in, plan))
+    if not isinstance(plan, dict):
+        return set()
+    return {plan["Index Name"]} if "Index Name" in plan else indexes_in(list(plan.values()))
+
+
+async def test_every_statement_is_valid_in_the_real_schema(connection: Connection) -> None:
+    found = dict(statements(bon_scheduler, handlers, health))
+    faults = {name: await fault_of(connection, sql) for name, sql in found.items()}
+    assert {name: fault for name, fault in faults.items() if fault} == {}
+
+
+def test_the_search_for_statements_finds_those_of_every_kind_of_module() -> None:
+    names = {name for name, _ in statements(bon_scheduler, handlers, health)}
+    assert names >= {
+        "bon_scheduler.ledger.ENQUEUE",
+        "bon_scheduler.mail.INTEND",
+        "handlers.digest.READ_STATEMENT",
+        "handlers.draft_cleanup.LOCK_STALE",
+    }
+
+
+def test_a_handler_never_takes_a_status_or_a_mark_as_a_parameter() -> None:
+    assert [name for name, sql in statements(handlers) if LITERALS_ONLY.search(sql)] == []
+
+
+@pytest.mark.parametrize(
+    "condition",
+    ["status = $1", "i.status=$2", "status = any ($1)", "status in ($1, $2)", "is_overdue = $3", "status <> $1"],
+)
+def test_the_search_for_parameters_finds_them_however_they_are_written(condition: str) -> None:
+    assert LITERALS_ONLY.search(condition)
+
+
+@pytest.mark.parametrize(
+    ("sql", "arguments", "index"),
+    [
+        (MARK_OVERDUE, "('2026-11-23')", "invoices_overdue_candidates_idx"),
+        (CLEAR_SETTLED, "", "invoices_overdue_reset_idx"),
+        (LOCK_STALE, "('2026-11-23', '1970-01-01', gen_random_uuid(), 500)", "invoices_draft_cleanup_idx"),
+        (DELETE_EXPIRED, "('2026-11-23', 500)", "session_expires_idx"),
+    ],
+    ids=["MARK_OVERDUE", "CLEAR_SETTLED", "LOCK_STALE", "DELETE_EXPIRED"],
+)
+async def test_a_statement_finds_its_index_whatever_its_parameters(
+    connection: Connection, sql: str, arguments: str, index: str
+) -> None:
+    await connection.execute("set enable_seqscan = off; set plan_cache_mode = force_generic_plan")
+    await connection.execute(f"prepare statement as {sql}")
+    plan: Any = await connection.fetchval(f"explain (format json) execute statement {arguments}")
+    assert index in indexes_in(json.loads(plan) if isinstance(plan, str) else plan)
