@@ -53,9 +53,10 @@ LAST_TICKS = """
       from bon_scheduler.jobs
      where name = any ($1) and last_tick is not null
 """
-# $1 job, $2 its last tick, $3 fire time: timestamptz, $4 why it is missed: text or null. One statement: the
-# job's last tick moves forwards, the run is recorded and it is asked for, or nothing is.
-RECORD_TICK = "select verdict, run_id from bon_scheduler.record_tick($1, $2, $3, $4)"
+# $1 job, $2 its last tick, $3 since when its schedule is in force, $4 fire time: timestamptz, $5 why it is
+# missed: text or null. One statement: the job's last tick moves forwards, the run is recorded and it is asked
+# for, or nothing is.
+RECORD_TICK = "select verdict, run_id from bon_scheduler.record_tick($1, $2, $3, $4, $5)"
 # $1 job, $2 payload: jsonb, $3 dedupe key, $4 run at, $5 priority, $6 fire time, $7 origin, $8 asked by,
 # $9 caused by.
 ENQUEUE = """
@@ -148,10 +149,22 @@ async def last_ticks(connection: Connection, jobs: Sequence[str]) -> dict[str, d
 
 
 async def record_tick(
-    connection: Connection, job: str, *, previous: datetime, fire_time: datetime, missed: str | None
+    connection: Connection,
+    job: str,
+    *,
+    previous: datetime,
+    in_force: datetime | None,
+    fire_time: datetime,
+    missed: str | None,
 ) -> TickVerdict:
-    """Account for the fire time after `previous`, to be run or missed for a reason; see the SQL function."""
-    row = await connection.fetchrow(RECORD_TICK, job, previous, fire_time, missed, timeout=CALL_TIMEOUT_SECONDS)
+    """
+    Account for the fire time after `previous`, to be run or missed for a reason; see the SQL function.
+
+    `in_force` is the start of the newest period of the schedule history it was planned by.
+    """
+    row = await connection.fetchrow(
+        RECORD_TICK, job, previous, in_force, fire_time, missed, timeout=CALL_TIMEOUT_SECONDS
+    )
     if row is None:
         raise LookupError("record_tick always returns one row")
     return TickVerdict(row["verdict"])

@@ -145,10 +145,15 @@ class Triggers:
             if done == MOST_TICKS_A_PASS:
                 return 0
             verdict = await ledger.record_tick(
-                connection, job, previous=last, fire_time=tick.fire_time, missed=tick.missed
+                connection,
+                job,
+                previous=last,
+                in_force=history[-1].effective_from,
+                fire_time=tick.fire_time,
+                missed=tick.missed,
             )
             if verdict is TickVerdict.STALE:
-                return 0  # another replica was first: look anew at what it left
+                return 0  # another replica was first, or declared a schedule: look anew
             if verdict is TickVerdict.WAITS:
                 return WAITING_SECONDS
             last = tick.fire_time

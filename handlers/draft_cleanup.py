@@ -11,7 +11,7 @@ that committed before the lock, and the lock keeps new ones out.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -68,26 +68,31 @@ DELETE_UNREFERENCED = """
 )
 async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
     """Delete drafts untouched for 30 days, with their items."""
-    total: Counter[str] = Counter(deleted=0, items=0, kept=0)
     since = ctx.fire_time - UNTOUCHED
     seen = BEGINNING
+    total: Counter[str] = Counter(deleted=0, items=0, kept=0)
+    whole: dict[UUID, Counter[str]] = {}
     while True:
         async with ctx.transaction() as tx:
             stale = await tx.fetch(LOCK_STALE, since, *seen, BATCH)
-            outcomes = await _delete_batch(tx, [(row["id"], row["business_id"]) for row in stale])
-            for outcome in outcomes:
-                total.update(outcome.counts)
-            await ctx.record(outcomes, on=tx)
-            if len(stale) < BATCH:
+            batch = await _delete_batch(tx, [(row["id"], row["business_id"]) for row in stale])
+            for business, found in batch.items():
+                total.update(found)
+                whole.setdefault(business, Counter()).update(found)
+            await ctx.record(_deleted(batch), on=tx)
+            last = len(stale) < BATCH
+            if last:
+                # What is kept only now: each attempt finds it again, and the ledger adds up.
+                await ctx.record(_kept(whole), on=tx)
                 await ctx.finish(dict(total), on=tx)
-        for outcome in outcomes:
-            log.info("drafts.cleaned", business_id=str(outcome.business_id), **outcome.counts)
-        if len(stale) < BATCH:
+        for business, found in batch.items():
+            log.info("drafts.cleaned", business_id=str(business), **found)
+        if last:
             return dict(total)
         seen = (stale[-1]["updated_at"], stale[-1]["id"])
 
 
-async def _delete_batch(tx: Connection, stale: Sequence[tuple[UUID, UUID]]) -> list[BusinessOutcome]:
+async def _delete_batch(tx: Connection, stale: Sequence[tuple[UUID, UUID]]) -> dict[UUID, Counter[str]]:
     drafts = [draft for draft, _ in stale]
     items = {row["invoice_id"]: row["items"] for row in await tx.fetch(COUNT_ITEMS, drafts)}
     deleted = {row["id"] for row in await tx.fetch(DELETE_UNREFERENCED, drafts)}
@@ -98,7 +103,20 @@ async def _delete_batch(tx: Connection, stale: Sequence[tuple[UUID, UUID]]) -> l
             found.update(deleted=1, items=items.get(draft, 0))
         else:
             found.update(kept=1)
+    return counts
+
+
+def _deleted(batch: Mapping[UUID, Counter[str]]) -> list[BusinessOutcome]:
     return [
-        BusinessOutcome(business, "done" if found["deleted"] else "kept", counts=dict(found))
-        for business, found in counts.items()
+        BusinessOutcome(business, counts={"deleted": found["deleted"], "items": found["items"]})
+        for business, found in batch.items()
+        if found["deleted"]
+    ]
+
+
+def _kept(whole: Mapping[UUID, Counter[str]]) -> list[BusinessOutcome]:
+    return [
+        BusinessOutcome(business, "done" if found["deleted"] else "kept", counts={"kept": found["kept"]})
+        for business, found in whole.items()
+        if found["kept"]
     ]

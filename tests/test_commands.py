@@ -212,7 +212,7 @@ async def test_runs_and_show_tell_what_happened(
     run_id = listed["runs"][0]["run_id"]
     shown = (await run_command("show", run_id, "--json", DATABASE_URL=database_url)).document
     assert [attempt["outcome"] for attempt in shown["attempts"]] == ["succeeded"]
-    assert sum(business["counts"]["deleted"] for business in shown["businesses"]) == 12
+    assert sum(business["counts"].get("deleted", 0) for business in shown["businesses"]) == 12
     people = await run_command("show", run_id, DATABASE_URL=database_url)
     assert "deleted 12, items 23, kept 4" in people.out
 
@@ -223,8 +223,8 @@ async def test_jobs_lists_the_next_fire_times_and_what_waits(database_url: str) 
         row["job"]: row for row in (await run_command("jobs", "--json", DATABASE_URL=database_url)).document["jobs"]
     }
     assert listed["generate-pdf"]["waiting"] == 1
-    assert listed["draft-cleanup"]["next_fire_time"] is not None
-    assert listed["overdue-digest"]["next_fire_time"] is None
+    assert len(listed["draft-cleanup"]["next_fire_times"]) == 3
+    assert listed["overdue-digest"]["next_fire_times"] == []
 
 
 async def test_serve_works_until_sigterm_and_exits_0(database_url: str, connection: Connection) -> None:

@@ -115,7 +115,9 @@ async def owe_since(connection: Connection, instant: datetime) -> None:
 async def account(
     connection: AnyConnection, fire_time: datetime = TICK, *, previous: datetime = BEFORE, missed: str | None = None
 ) -> TickVerdict:
-    return await ledger.record_tick(connection, "draft-cleanup", previous=previous, fire_time=fire_time, missed=missed)
+    return await ledger.record_tick(
+        connection, "draft-cleanup", previous=previous, in_force=None, fire_time=fire_time, missed=missed
+    )
 
 
 async def test_a_tick_is_recorded_once_however_many_replicas_notice_it(pool: Pool, connection: Connection) -> None:

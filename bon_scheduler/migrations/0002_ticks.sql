@@ -39,13 +39,16 @@ alter table jobs drop column scheduled;
 
 
 -- Accounts for one fire time, once, whoever asks and however often; the job's last tick moves from exactly
--- `previous` to `fire_time`, so that no fire time between can be passed over.
+-- `previous` to `fire_time`, so that no fire time between can be passed over. `in_force` is the start of the
+-- newest schedule that the caller planned by: one that was declared meanwhile makes the plan stale.
 --
 -- verdict: recorded · paused (recorded as such) · missed (recorded as such) · waits (a tick of this job is
--- active, nothing is recorded) · stale (`previous` is not the last tick any more, nothing is recorded).
+-- active, nothing is recorded) · stale (the plan is not of the present last tick and schedule, nothing is
+-- recorded).
 create function record_tick(
     job       text,
     previous  timestamptz,
+    in_force  timestamptz,
     fire_time timestamptz,
     missed    text,
     out verdict text, out run_id uuid
@@ -59,7 +62,10 @@ begin
     -- A statement of its own, BEFORE looking at runs: the next one's snapshot must see what whoever held
     -- this lock has recorded.
     perform from jobs j where j.name = record_tick.job and j.last_tick = previous for no key update;
-    if not found or record_tick.fire_time <= previous then
+    if not found
+       or record_tick.fire_time <= previous
+       or in_force is distinct from (select max(s.effective_from) from schedules s where s.job = record_tick.job)
+    then
         verdict := 'stale';
         return;
     end if;

@@ -10,10 +10,12 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from bon_scheduler import db
+from bon_scheduler import db, ledger, service
+from bon_scheduler.ledger import Request
+from bon_scheduler.runner import Delivery
 from handlers.draft_cleanup import draft_cleanup
 from tests import arrange
-from tests.conftest import Connection, RunJob
+from tests.conftest import Connection, MakeSettings, RunJob, SetClock
 from tests.waiting import until
 
 # The package's attribute of this name is the job, not the module.
@@ -29,6 +31,16 @@ WAITING = """
      where datname = current_database() and wait_event_type = 'Lock' and query ilike '%' || $1 || '%'
 """
 
+# Lets a statement delete one draft and no second.
+REFUSE_DELETE = """
+    create function refuse() returns trigger language plpgsql as $$
+    begin
+        if (select count(*) from public.invoices) < 4 then raise exception 'no more'; end if;
+        return old;
+    end $$;
+    create trigger refuse before delete on invoices for each row execute function refuse()
+"""
+
 
 async def invoices(connection: Connection) -> set[UUID]:
     return {row["id"] for row in await connection.fetch("select id from invoices")}
@@ -39,7 +51,7 @@ async def outcomes(connection: Connection, run_id: UUID) -> dict[UUID, tuple[str
     return {row["business_id"]: (row["outcome"], row["counts"]) for row in await connection.fetch(query, run_id)}
 
 
-async def pay(connection: Connection, business: UUID, draft: UUID) -> None:
+async def pay(connection: Connection, _: UUID, draft: UUID) -> None:
     await arrange.payment(connection, draft)
 
 
@@ -227,21 +239,43 @@ async def test_the_ledger_has_the_counts_of_each_business(run_job: RunJob, conne
     report = await run_job(draft_cleanup, fire_time=FIRED)
     assert await outcomes(connection, report.run["run_id"]) == {
         cleaned: ("done", {"deleted": 1, "items": 2, "kept": 1}),
-        keeps: ("kept", {"deleted": 0, "items": 0, "kept": 1}),
+        keeps: ("kept", {"kept": 1}),
     }
 
 
 async def test_the_counts_of_a_business_whose_drafts_are_in_several_batches_add_up(
     run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(module, "BATCH", 1)
     business = await arrange.business(connection)
-    for _ in range(5):
-        await arrange.item(connection, await arrange.draft(connection, business))
+    for days in (4, 3):
+        await arrange.item(connection, await arrange.draft(connection, business, updated_at=STALE - timedelta(days)))
+    for days in (2, 1):
+        await arrange.payment(connection, await arrange.draft(connection, business, updated_at=STALE - timedelta(days)))
     report = await run_job(draft_cleanup, fire_time=FIRED)
     assert await outcomes(connection, report.run["run_id"]) == {
-        business: ("done", {"deleted": 5, "items": 5, "kept": 0})
+        business: ("done", {"deleted": 2, "items": 2, "kept": 2})
     }
+
+
+async def test_a_second_attempt_does_not_count_again_what_is_kept(
+    make_settings: MakeSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH", 2)
+    business = await arrange.business(connection)
+    for days in (4, 3, 2):
+        await arrange.draft(connection, business, updated_at=STALE - timedelta(days))
+    kept = await arrange.draft(connection, business, updated_at=STALE - timedelta(5))
+    await arrange.payment(connection, kept)
+    # The second batch of the first attempt fails.
+    await connection.execute(REFUSE_DELETE)
+    async with service.machinery(make_settings(), clock=SetClock(FIRED)) as parts:
+        run_id = await ledger.enqueue(connection, Request(draft_cleanup.name, {}, fire_time=FIRED))
+        assert run_id is not None
+        await parts.runner.attempt(Delivery(run_id, draft_cleanup))
+        await connection.execute("drop trigger refuse on invoices")
+        await parts.runner.attempt(Delivery(run_id, draft_cleanup))
+    assert await outcomes(connection, run_id) == {business: ("done", {"deleted": 3, "items": 0, "kept": 1})}
 
 
 async def test_the_log_has_the_counts_of_each_business(
@@ -268,7 +302,7 @@ async def test_a_payment_that_is_being_recorded_is_never_erased(
         payment = other.transaction()
         await payment.start()
         await arrange.payment(other, draft)
-        run = asyncio.create_task(run_job(draft_cleanup, fire_time=FIRED))
+        run = asyncio.ensure_future(run_job(draft_cleanup, fire_time=FIRED))
 
         async def ended_or_waiting() -> bool:
             return run.done() or bool(await connection.fetchval(WAITING, "invoices"))
@@ -288,7 +322,7 @@ async def test_a_payment_that_comes_while_its_draft_is_being_deleted_is_refused_
         await held.start()
         # Stops the run between locking its batch and deleting it.
         await gate.execute("lock table emergency_allocation_numbers in access exclusive mode")
-        run = asyncio.create_task(run_job(draft_cleanup, fire_time=FIRED))
+        run = asyncio.ensure_future(run_job(draft_cleanup, fire_time=FIRED))
         await until(lambda: connection.fetchval(WAITING, "delete from invoices"))
         payment = asyncio.create_task(arrange.payment(other, draft))
         await until(lambda: connection.fetchval(WAITING, "insert into public.invoice_payments"))

@@ -163,9 +163,7 @@ async def test_a_mark_is_cleared_once_the_invoice_is_settled(run_job: RunJob, co
 async def test_a_mark_is_cleared_once_the_due_date_is_moved_to_where_it_is_not_past(
     run_job: RunJob, connection: Connection, status: str, due: date | None, is_cleared: bool
 ) -> None:
-    await arrange.invoice(
-        connection, await arrange.business(connection), status=status, due_date=due, is_overdue=True
-    )
+    await arrange.invoice(connection, await arrange.business(connection), status=status, due_date=due, is_overdue=True)
     await run_job(overdue_detection, fire_time=FIRED)
     assert (await marked(connection) == set()) is is_cleared
 

@@ -93,9 +93,7 @@ async def test_members_who_are_not_owners_get_none(run_job: RunJob, connection: 
     assert addressees(sink) == ["owner@shop.example"]
 
 
-async def test_a_business_that_is_not_active_gets_none(
-    run_job: RunJob, connection: Connection, sink: SmtpSink
-) -> None:
+async def test_a_business_that_is_not_active_gets_none(run_job: RunJob, connection: Connection, sink: SmtpSink) -> None:
     await owed(connection, "owner@closed.example", is_active=False, deleted_at=FIRED)
     await run_job(overdue_detection, fire_time=FIRED, **through(sink))
     assert addressees(sink) == []
