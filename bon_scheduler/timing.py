@@ -66,7 +66,7 @@ class Transition:
 
 def _simulate(expression: str, start: datetime) -> CronSim:
     fields = expression.split()
-    if len(fields) == FIELDS_WITH_SECONDS and fields[0] == "0":
+    if len(fields) == FIELDS_WITH_SECONDS and not fields[0].strip("0"):
         expression = " ".join(fields[1:])
     return CronSim(expression, start)
 
@@ -89,13 +89,40 @@ def describe_cron(expression: str) -> str:
 
 def fire_times(expression: str, zone: ZoneInfo, after: datetime) -> Iterator[datetime]:
     """Yield the fire times later than `after`, in order, in UTC."""
+    simulation = _simulate(expression, after.astimezone(zone))
+    if simulation.fixup_tz is None:
+        yield from _in_elapsed_time(expression, zone, after)
+        return
     last = after
-    for local in _simulate(expression, after.astimezone(zone)):
+    for local in simulation:
         instant = local.astimezone(UTC)
         # Started inside the repeated hour, cronsim may name an instant that is past.
         if instant > last:
             last = instant
             yield instant
+
+
+def _in_elapsed_time(expression: str, zone: ZoneInfo, after: datetime) -> Iterator[datetime]:
+    """
+    Yield the fire times of an expression with wildcards, from one change of the clocks to the next.
+
+    Between two changes the zone is a constant offset. Left to cross one by itself, cronsim 2.8 is wrong
+    where midnight is skipped (Cairo, Beirut, Santiago) or half an hour is (Lord Howe).
+    """
+    begin, seen, offset = after, after, _offset(zone, after)
+    while True:
+        for wall in _simulate(expression, begin.astimezone(UTC) + offset):
+            instant = wall - offset
+            changes = transitions(zone, seen, instant)
+            if changes:
+                # A second BEFORE the change, otherwise a fire time at its very instant would be lost.
+                begin, seen = changes[0].instant - timedelta(seconds=1), changes[0].instant
+                offset = _offset(zone, seen)
+                break
+            seen = instant
+            yield instant
+        else:
+            return
 
 
 def next_fire_time(expression: str, zone: ZoneInfo, after: datetime) -> datetime:

@@ -12,13 +12,13 @@ import io
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -36,7 +36,7 @@ from bon_scheduler.once import RunReport
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 MakeSettings: TypeAlias = Callable[..., Settings]
-RunJob: TypeAlias = Callable[..., Awaitable[RunReport]]
+RunJob: TypeAlias = Callable[..., Coroutine[Any, Any, RunReport]]
 
 TEMPLATE = f"bon_template_{os.getpid()}"
 numbers = count(1)

@@ -228,6 +228,18 @@ async def test_a_run_whose_worker_is_silent_is_taken_over_with_the_next_attempt(
     assert [row["outcome"] for row in outcomes] == ["lost", None]
 
 
+@pytest.mark.parametrize(("silent_seconds", "verdict"), [(14, Verdict.HELD), (16, Verdict.CLAIMED)])
+async def test_a_worker_is_presumed_dead_when_it_was_silent_for_its_lease(
+    connection: Connection, silent_seconds: int, verdict: Verdict
+) -> None:
+    run_id = await ask(connection)
+    await take(connection, run_id, await be_worker(connection))
+    await connection.execute(
+        "update bon_scheduler.workers set seen_at = now() - $1::interval", timedelta(seconds=silent_seconds)
+    )
+    assert (await take(connection, run_id, await be_worker(connection))).verdict is verdict
+
+
 async def test_a_run_that_kills_every_worker_ends_dead(connection: Connection) -> None:
     run_id = await ask(connection)
     for _ in range(3):
@@ -252,6 +264,22 @@ async def test_an_exclusive_job_has_no_two_runs_at_once(connection: Connection) 
     first, second = await ask(connection), await ask(connection)
     assert (await take(connection, first, worker, exclusive=True)).verdict is Verdict.CLAIMED
     assert (await take(connection, second, worker, exclusive=True)).verdict is Verdict.BUSY
+
+
+async def test_a_claim_of_an_exclusive_job_waits_for_another_that_is_about_to_commit(
+    database_url: str, connection: Connection
+) -> None:
+    worker = await be_worker(connection)
+    first, second = await ask(connection), await ask(connection)
+    async with db.connect(database_url) as committing:
+        transaction = committing.transaction()
+        await transaction.start()
+        assert (await take(committing, first, worker, exclusive=True)).verdict is Verdict.CLAIMED
+        claiming = asyncio.create_task(take(connection, second, worker, exclusive=True))
+        done, _ = await asyncio.wait([claiming], timeout=0.3)
+        assert not done
+        await transaction.commit()
+    assert (await claiming).verdict is Verdict.BUSY
 
 
 async def test_two_claims_of_an_exclusive_job_at_once_have_one_winner(pool: Pool, connection: Connection) -> None:

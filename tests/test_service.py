@@ -214,6 +214,29 @@ async def test_new_runs_are_worked_on_after_every_connection_was_killed(
         await until_ready(serving)
 
 
+async def test_new_runs_need_not_wait_for_an_old_handler_after_the_connections_were_killed(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    """PgQueuer reports a lost connection only when its last handler has ended."""
+
+    @job("a-quick-test")
+    async def quick(_: JobContext, __: NoPayload) -> Counts:
+        return {}
+
+    async with service.serving(make_settings(SHUTDOWN_SECONDS="0.1"), jobs=[sleeping(60), quick]) as serving:
+        await until_ready(serving)
+        long = await connection.fetchval(ASK)
+        await until_state(connection, long, "running")
+        await connection.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where datname = current_database() and pid <> pg_backend_pid()"
+        )
+        await until_state(
+            connection, await connection.fetchval("select bon_scheduler.enqueue('a-quick-test')"), "succeeded"
+        )
+        assert await state_of(connection, long) == "running"
+
+
 async def test_a_run_whose_queue_row_was_deleted_is_rescued(
     make_settings: MakeSettings, connection: Connection
 ) -> None:

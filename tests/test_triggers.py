@@ -140,6 +140,18 @@ async def test_an_older_version_that_restarts_during_a_deploy_changes_nothing(
     assert await expressions(connection) == ["*/15 * * * *", "*/10 * * * *"]
 
 
+async def test_a_schedule_declared_by_a_clock_that_lags_counts_from_the_last_tick_on(
+    pool: Pool, connection: Connection
+) -> None:
+    """Otherwise it would demand fire times that are behind the last tick, which only moves forwards."""
+    replica = await replica_of(pool, version="1.0")
+    await replica.look(FIRST)
+    lagging = await Replica(pool, {JOB: Cron("* * * * *")}, START, "1.1").start()
+    await lagging.look(FIRST - timedelta(seconds=40))
+    newest = "select max(effective_from) from bon_scheduler.schedules"
+    assert await connection.fetchval(newest) == FIRST
+
+
 async def test_versions_are_compared_as_numbers(pool: Pool, connection: Connection) -> None:
     await replica_of(pool, version="0.9.0")
     newer = await Replica(pool, {JOB: Cron("*/10 * * * *")}, START, "0.10.0rc1").start()

@@ -31,7 +31,7 @@ WAITING = """
      where datname = current_database() and wait_event_type = 'Lock' and query ilike '%' || $1 || '%'
 """
 
-# Lets a statement delete one draft and no second.
+# Lets the first of four drafts be deleted, and no other.
 REFUSE_DELETE = """
     create function refuse() returns trigger language plpgsql as $$
     begin
@@ -267,7 +267,6 @@ async def test_a_second_attempt_does_not_count_again_what_is_kept(
         await arrange.draft(connection, business, updated_at=STALE - timedelta(days))
     kept = await arrange.draft(connection, business, updated_at=STALE - timedelta(5))
     await arrange.payment(connection, kept)
-    # The second batch of the first attempt fails.
     await connection.execute(REFUSE_DELETE)
     async with service.machinery(make_settings(), clock=SetClock(FIRED)) as parts:
         run_id = await ledger.enqueue(connection, Request(draft_cleanup.name, {}, fire_time=FIRED))

@@ -81,8 +81,8 @@ async def test_a_business_that_is_owed_nothing_gets_none(
     business = await arrange.business(connection)
     await arrange.owner(connection, business, "owner@shop.example")
     await late(connection, business, due_date=TODAY)
-    await run_job(overdue_detection, fire_time=FIRED, **through(sink))
-    assert addressees(sink) == []
+    report = await run_job(overdue_detection, fire_time=FIRED, **through(sink))
+    assert (sendings(report), addressees(sink)) == ([], [])
 
 
 async def test_members_who_are_not_owners_get_none(run_job: RunJob, connection: Connection, sink: SmtpSink) -> None:
@@ -95,8 +95,8 @@ async def test_members_who_are_not_owners_get_none(run_job: RunJob, connection: 
 
 async def test_a_business_that_is_not_active_gets_none(run_job: RunJob, connection: Connection, sink: SmtpSink) -> None:
     await owed(connection, "owner@closed.example", is_active=False, deleted_at=FIRED)
-    await run_job(overdue_detection, fire_time=FIRED, **through(sink))
-    assert addressees(sink) == []
+    report = await run_job(overdue_detection, fire_time=FIRED, **through(sink))
+    assert (sendings(report), addressees(sink)) == ([], [])
 
 
 async def test_a_business_that_was_closed_after_its_digest_was_asked_for_gets_none(
@@ -112,8 +112,8 @@ async def test_owners_whose_addresses_differ_in_case_only_get_one(
     run_job: RunJob, connection: Connection, sink: SmtpSink
 ) -> None:
     await owed(connection, "Owner@Shop.example", "owner@shop.example")
-    await run_job(overdue_detection, fire_time=FIRED, **through(sink))
-    assert [address.lower() for address in addressees(sink)] == ["owner@shop.example"]
+    report = await run_job(overdue_detection, fire_time=FIRED, **through(sink))
+    assert (sendings(report), len(sink.messages)) == ([NOTHING | {"sent": 1}], 1)
 
 
 async def test_an_owner_of_two_businesses_gets_one_for_each(
@@ -164,6 +164,17 @@ async def test_each_business_has_a_run_of_its_own(run_job: RunJob, connection: C
     await run_job(overdue_detection, fire_time=FIRED, **through(sink))
     runs = await connection.fetch("select payload from bon_scheduler.runs where job = 'send-overdue-digest'")
     assert sorted(row["payload"]["business_id"] for row in runs) == sorted(map(str, businesses))
+
+
+async def test_the_digest_counts_businesses_invoices_and_letters(
+    run_job: RunJob, connection: Connection, sink: SmtpSink
+) -> None:
+    await owed(connection, "Owner@a.example", "owner@a.example", "other@a.example")
+    await late(connection, await owed(connection, email="office@b.example"))
+    await owed(connection)
+    report = await run_job(overdue_detection, fire_time=FIRED, **through(sink))
+    (counts,) = [run["counts"] for run in report.caused if run["job"] == "overdue-digest"]
+    assert (counts, len(sink.messages)) == ({"businesses": 3, "invoices": 4, "deliveries": 3}, 3)
 
 
 async def test_an_address_that_is_none_keeps_nobody_else_from_getting_theirs(
