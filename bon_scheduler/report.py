@@ -6,7 +6,7 @@ standard output is not a terminal, and NO_COLOR is honoured (rich does both).
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import Any
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["Report", "format_counts", "format_instant", "format_span"]
+__all__ = ["Report", "add_counts", "format_counts", "format_instant", "format_span"]
 
 STATE_STYLES = {
     "succeeded": "green",
@@ -50,6 +50,15 @@ def format_span(started: datetime | None, finished: datetime | None) -> str:
     if seconds < SECONDS_A_MINUTE:
         return f"{seconds:.1f} s"
     return f"{seconds / SECONDS_A_MINUTE:.1f} min"
+
+
+def add_counts(several: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Add counts up by name, in the order they first come."""
+    total: dict[str, int] = {}
+    for counts in several:
+        for name, count in counts.items():
+            total[name] = total.get(name, 0) + count
+    return total
 
 
 def format_counts(counts: Mapping[str, int] | None) -> str:

@@ -10,7 +10,7 @@ what is due, and account for it one statement a tick.
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -62,6 +62,7 @@ class Triggers:
         self._lease = lease
         self._metrics = metrics
         self._loop: asyncio.Task[None] | None = None
+        self._drift = clocks.drift()
 
     @property
     def alive(self) -> bool:
@@ -102,19 +103,24 @@ class Triggers:
 
     async def _wait(self, rang: asyncio.Event, seconds: float) -> None:
         """Wait until it rings, the seconds have passed, or the wall clock was set."""
-        drift = self._clocks.drift()
         deadline = asyncio.get_running_loop().time() + seconds
         while (left := deadline - asyncio.get_running_loop().time()) > 0:
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(min(left, LOOK_AT_CLOCKS_SECONDS)):
                     await rang.wait()
-            except TimeoutError:
-                if abs(self._clocks.drift() - drift) > NOTICED_STEP_SECONDS:
-                    log.warning("clock.stepped", seconds=round(self._clocks.drift() - drift))
-                    return
-            else:
+            # Also when it rang, otherwise a step just before a ring would go unreported.
+            if self._was_set() or rang.is_set():
                 rang.clear()
                 return
+
+    def _was_set(self) -> bool:
+        """Whether the wall clock was set since this was last asked; reported once."""
+        before, self._drift = self._drift, self._clocks.drift()
+        stepped = self._drift - before
+        if abs(stepped) <= NOTICED_STEP_SECONDS:
+            return False
+        log.warning("clock.stepped", seconds=round(stepped))
+        return True
 
     async def make_pass(self) -> float:
         """Declare what is not yet declared, account for all that is due; return the seconds to the next look."""

@@ -80,7 +80,13 @@ def _show(report: Report, found: Audit) -> None:
         )
     if (more := len(worth_naming) - MOST_SHOWN) > 0:
         report.say(f"and {more} more; all of them with --json")
-    report.say("\nEvery tick is accounted for." if found.sound else "\nNot every tick is accounted for.")
+    report.say(f"\n{_conclude(found)}")
+
+
+def _conclude(found: Audit) -> str:
+    if not found.ticks:
+        return "No tick was expected in this span: no schedule has been in force since a `serve` first declared one."
+    return "Every tick is accounted for." if found.sound else "Not every tick is accounted for."
 
 
 def _summary(job: str, found: Audit) -> list[object]:

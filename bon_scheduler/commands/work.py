@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from collections.abc import Mapping
 
 from bon_scheduler import history, ledger, once, service
 from bon_scheduler.clock import Clock
@@ -20,7 +21,7 @@ from bon_scheduler.commands.parsing import (
 )
 from bon_scheduler.config import Settings
 from bon_scheduler.ledger import Origin, Request
-from bon_scheduler.report import Report, format_counts
+from bon_scheduler.report import Report, add_counts, format_counts
 
 __all__ = ["enqueue", "run_once", "serve"]
 
@@ -76,11 +77,13 @@ async def run_once(
 
 
 def _show_result(report: Report, result: once.RunReport) -> None:
-    rows = [
-        (run["job"], run["state"], format_counts(run["counts"]), run["error"] or "")
-        for run in [result.run, *result.caused]
-    ]
-    report.table(["job", "outcome", "counts", "error"], rows)
+    alike: dict[tuple[str, str, str], list[Mapping[str, int]]] = {}
+    for run in [result.run, *result.caused]:
+        alike.setdefault((run["job"], run["state"], run["error"] or ""), []).append(run["counts"])
+    report.table(
+        ["job", "outcome", "runs", "counts", "error"],
+        [(job, state, len(c), format_counts(add_counts(c)), error) for (job, state, error), c in alike.items()],
+    )
     report.say(f"run {result.run['run_id']}; more with: python -m bon_scheduler show {result.run['run_id']}")
 
 

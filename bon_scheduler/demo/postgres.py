@@ -111,21 +111,23 @@ def running_postgres(
     *,
     directory: Path | None = None,
     settings: Mapping[str, str] = MappingProxyType({}),
+    environ: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[str]:
     """
     Run a server for the length of the context; yield the DSN of its superuser.
 
     Without `directory` everything is temporary. With it, data stays in a sub-directory named after
     the server's major version and is used again; the log is beside it. `settings` are added to, and
-    win over, `SETTINGS`. Enter it from the main thread, before the event loop: the server ends when
-    the *thread* that started it does. Raises PostgresUnavailableError with the end of the server's log.
+    win over, `SETTINGS`; `environ` is added to the server's environment. Enter it from the main thread,
+    before the event loop: the server ends when the *thread* that started it does. Raises
+    PostgresUnavailableError with the end of the server's log.
     """
     with _kept(directory) if directory is not None else _scratch() as home:
         log = home / "postgres.log"
         data = home / f"postgres-{_major_version(binaries)}"
         if not (data / "PG_VERSION").exists():
             _initialise(binaries, data, log)
-        server, port = _start(binaries, data, log, {**SETTINGS, **settings})
+        server, port = _start(binaries, data, log, {**SETTINGS, **settings}, environ)
         try:
             yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
         finally:
@@ -213,13 +215,15 @@ def _initialise(binaries: Path, data: Path, log: Path) -> None:
     unfinished.rename(data)
 
 
-def _start(binaries: Path, data: Path, log: Path, settings: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], int]:
+def _start(
+    binaries: Path, data: Path, log: Path, settings: Mapping[str, str], environ: Mapping[str, str]
+) -> tuple[subprocess.Popen[bytes], int]:
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     for _ in range(PORT_ATTEMPTS):
         port = _free_port()
         command = [str(binaries / "postgres"), "-D", str(data), "-p", str(port), *options]
         log_start_bytes = log.stat().st_size if log.exists() else 0
-        server = _spawn(command, log)
+        server = _spawn(command, log, environ)
         try:
             _wait_until_ready(server, data, log, log_start_bytes)
         except _PortTakenError:
@@ -238,7 +242,7 @@ def _free_port() -> int:
         return port
 
 
-def _spawn(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+def _spawn(command: list[str], log: Path, environ: Mapping[str, str] = MappingProxyType({})) -> subprocess.Popen[bytes]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     try:
         with log.open("ab") as output:
@@ -247,7 +251,7 @@ def _spawn(command: list[str], log: Path) -> subprocess.Popen[bytes]:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**environment, "TZ": "UTC", "LC_ALL": "C"},
+                env={**environment, "TZ": "UTC", "LC_ALL": "C", **environ},
                 # Ctrl-C reaches a terminal's whole group: we drain first, and only then stop the server.
                 start_new_session=True,
             )
