@@ -109,7 +109,8 @@ RECORD_OUTCOMES = """
     select $1, business_id, outcome, counts, error
       from unnest($2::uuid[], $3::text[], $4::jsonb[], $5::text[]) as t (business_id, outcome, counts, error)
     on conflict (run_id, business_id) do update
-       set outcome = excluded.outcome,
+       set outcome = case when o.outcome = 'done' and excluded.outcome = 'kept'
+                          then 'done' else excluded.outcome end,
            error = excluded.error,
            counts = (select coalesce(jsonb_object_agg(key, total), '{}')
                        from (select key, sum(value::bigint) as total

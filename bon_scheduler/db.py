@@ -4,6 +4,7 @@ The database: connections, their codecs and time-outs, and the migrations of sch
 Everything of ours and of PgQueuer's lives in that schema; nothing is ever created in `public`.
 """
 
+import asyncio
 import hashlib
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -41,6 +42,7 @@ __all__ = [
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
 CONNECT_TIMEOUT_SECONDS = 10
+CLOSE_TIMEOUT_SECONDS = 3
 COMMAND_TIMEOUT_SECONDS = 900
 """Longer than any job's own deadline; calls of the ledger give a shorter one each."""
 MIGRATION_LOCK = int.from_bytes(hashlib.sha256(b"bon_scheduler").digest()[:8], "big", signed=True)
@@ -158,7 +160,12 @@ async def open_pool(settings: Settings, *, size: int | None = None) -> AsyncIter
     try:
         yield pool
     finally:
-        await pool.close()
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
+                await pool.close()
+        except TimeoutError:
+            # A handler that will not end keeps its connection: its transaction is rolled back.
+            pool.terminate()
 
 
 @asynccontextmanager

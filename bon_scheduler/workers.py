@@ -100,7 +100,7 @@ async def _keep_alive(pool: Pool, worker: Worker, lease: timedelta, metrics: Met
                 if not await beat(connection, worker.id):
                     await register_worker(connection, worker)
                 await _rescue(connection, lease, metrics, rescue)
-        except TRANSIENT_ERRORS as error:
+        except Exception as error:  # noqa: BLE001 - whatever failed, the next beat is tried: without it runs are lost
             log.warning("heartbeat.failed", error=describe_error(error))
         await asyncio.sleep(lease.total_seconds() / 4)
 

@@ -352,6 +352,20 @@ async def test_counts_of_a_business_reported_twice_add_up(connection: Connection
     assert counts == {"deleted": 5, "kept": 1}
 
 
+async def test_a_later_attempt_that_only_keeps_does_not_hide_what_an_earlier_one_did(connection: Connection) -> None:
+    run_id, business = await ask(connection), uuid4()
+    for outcome in ("done", "kept"):
+        await attempts.record_outcomes(connection, run_id, [BusinessOutcome(business, outcome)])
+    assert await connection.fetchval("select outcome from bon_scheduler.business_outcomes") == "done"
+
+
+async def test_a_business_that_failed_and_then_went_well_is_done(connection: Connection) -> None:
+    run_id, business = await ask(connection), uuid4()
+    for outcome in ("failed", "done"):
+        await attempts.record_outcomes(connection, run_id, [BusinessOutcome(business, outcome)])
+    assert await connection.fetchval("select outcome from bon_scheduler.business_outcomes") == "done"
+
+
 async def test_a_retry_is_queued_for_later(connection: Connection) -> None:
     run_id = await ask(connection)
     ref = await take_hold(connection, run_id, await be_worker(connection))

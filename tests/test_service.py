@@ -1,7 +1,9 @@
 """The whole service, in this process and as real processes with real signals."""
 
 import asyncio
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -338,3 +340,20 @@ async def test_the_pool_gives_up_a_frozen_transaction_before_its_lease_ends(pool
     async with pool.acquire() as connection:
         limit = await connection.fetchval("show idle_in_transaction_session_timeout")
     assert limit == "10s"
+
+
+async def test_a_handler_that_swallows_its_cancellation_does_not_keep_the_service(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    @job("a-test")
+    async def stubborn(ctx: JobContext, _: NoPayload) -> Counts:
+        async with ctx.transaction():
+            for _ in range(100):
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.2)
+        return {}
+
+    before = time.monotonic()
+    async with service.serving(make_settings(SHUTDOWN_SECONDS="0.1"), jobs=[stubborn]):
+        await until_state(connection, await connection.fetchval(ASK), "running")
+    assert time.monotonic() - before < 15

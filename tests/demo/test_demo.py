@@ -38,18 +38,18 @@ async def test_nothing_survives_a_demo_that_is_ended(tmp_path: Path, number: sig
     async for line in process.stdout:
         if line.startswith(b"Serving"):
             break
-    assert await servers_of(tmp_path)
+    assert servers_of(tmp_path)
     process.send_signal(number)
     assert await process.wait() == status
 
     async def gone() -> bool:
-        return not await servers_of(tmp_path)
+        return not servers_of(tmp_path)
 
     await until(gone)
     assert len(list((tmp_path / "digests").glob("*.html"))) == 13
 
 
-async def servers_of(directory: Path) -> list[str]:
+def servers_of(directory: Path) -> list[str]:
     """The command lines of processes that work in a directory."""
     found = []
     for cmdline in Path("/proc").glob("[0-9]*/cmdline"):

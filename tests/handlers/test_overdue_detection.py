@@ -27,7 +27,7 @@ async def marked(connection: Connection) -> set[UUID]:
 
 
 async def touched(connection: Connection) -> set[UUID]:
-    """Whose `updated_at` has moved."""
+    """Whose `updated_at` has moved: also of what was marked and, in the same run, cleared again."""
     query = "select id from invoices where updated_at > now() - interval '1 minute'"
     return {row["id"] for row in await connection.fetch(query)}
 
@@ -86,8 +86,8 @@ async def test_due_yesterday_is_overdue_and_due_today_later_or_never_is_not(
     run_job: RunJob, connection: Connection, due: date | None, is_marked: bool
 ) -> None:
     await arrange.invoice(connection, await arrange.business(connection), due_date=due)
-    await run_job(overdue_detection, fire_time=FIRED)
-    assert bool(await marked(connection)) is is_marked
+    report = await run_job(overdue_detection, fire_time=FIRED)
+    assert (report.run["counts"]["marked"], len(await marked(connection))) == (is_marked, is_marked)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,12 @@ async def test_today_is_the_date_in_israel_whatever_the_date_in_utc(
     late = await arrange.invoice(connection, business, due_date=today - timedelta(days=1))
     await arrange.invoice(connection, business, due_date=today)
     await run_job(overdue_detection, fire_time=fire_time)
-    assert await marked(connection) == {late}
+    assert (await marked(connection), await touched(connection)) == ({late}, {late})
 
 
-@pytest.mark.parametrize("zone", ["Pacific/Kiritimati", "Pacific/Pago_Pago"])
+@pytest.mark.parametrize(("zone", "hour"), [("Pacific/Kiritimati", 12), ("Pacific/Pago_Pago", 8)])
 async def test_today_does_not_depend_on_the_time_zone_of_the_database_session(
-    run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch, zone: str
+    run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch, zone: str, hour: int
 ) -> None:
     options = db._options
 
@@ -124,8 +124,8 @@ async def test_today_does_not_depend_on_the_time_zone_of_the_database_session(
     late = await arrange.invoice(connection, business, due_date=YESTERDAY)
     await arrange.invoice(connection, business, due_date=TODAY)
     monkeypatch.setattr(db, "_options", in_zone)
-    await run_job(overdue_detection, fire_time=datetime(2026, 11, 23, 12, tzinfo=UTC))
-    assert await marked(connection) == {late}
+    await run_job(overdue_detection, fire_time=datetime(2026, 11, 23, hour, tzinfo=UTC))
+    assert (await marked(connection), await touched(connection)) == ({late}, {late})
 
 
 async def test_neither_the_type_of_a_document_nor_its_amount_keeps_it_from_being_marked(
