@@ -73,6 +73,10 @@ class Service:
         """Whether an event of that name was logged."""
         return any(line["event"] == event for line in self.events)
 
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """Return the events of that name."""
+        return [line for line in self.events if line["event"] == event]
+
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal; return the exit status."""
         if self.process.returncode is None:

@@ -348,7 +348,7 @@ async def test_a_handler_that_swallows_its_cancellation_does_not_keep_the_servic
     @job("a-test")
     async def stubborn(ctx: JobContext, _: NoPayload) -> Counts:
         async with ctx.transaction():
-            for _ in range(100):
+            for _nap in range(100):
                 with suppress(asyncio.CancelledError):
                     await asyncio.sleep(0.2)
         return {}
