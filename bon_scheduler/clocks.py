@@ -8,8 +8,8 @@ only moves forwards, so ticks recorded early would be lost for as long as the ju
 
 - Two or three within a minute of each other: their median, and the anchor follows it.
 - The wall and the database both ahead of the anchor: the anchor, until they have agreed for ten minutes.
-- No two agree, or there is no anchor yet and the other two differ: the earliest. A tick may then be late,
-  never early, and the disagreement is reported.
+- No two agree, or there is no anchor yet and the other two differ: the earliest that is not behind what is in
+  the ledger already. A tick may then be late, never early, and the disagreement is reported.
 """
 
 import time
@@ -27,7 +27,8 @@ __all__ = ["Clocks", "seconds_since_boot"]
 TOLERANCE = timedelta(seconds=60)
 CONFIRM_SECONDS = 600.0
 READ_TIMEOUT_SECONDS = 5.0
-DATABASE_NOW = "select clock_timestamp()"
+# The newest tick was recorded at an instant that was believed then: a clock behind it is wrong.
+DATABASE_NOW = "select clock_timestamp() as now, max(last_tick) as newest_tick from bon_scheduler.jobs"
 
 log = structlog.get_logger()
 
@@ -58,6 +59,12 @@ class Clocks:
         self._anchor: _Anchor | None = None
         self._ahead_since: float | None = None
         self._agreed = True
+        self._latest: datetime | None = None
+
+    @property
+    def latest(self) -> datetime:
+        """The latest of the clocks when they were last judged: what is past by it is past by all."""
+        return self._latest or self._wall.now()
 
     def drift(self) -> float:
         """Return wall time less unsettable time, in seconds: a change of it is a step of the wall clock."""
@@ -66,19 +73,27 @@ class Clocks:
     async def read(self, connection: Connection) -> datetime:
         """Return the present instant (UTC, aware) that is believed, asking the database for its own."""
         asked = self._elapsed()
-        database = await connection.fetchval(DATABASE_NOW, timeout=READ_TIMEOUT_SECONDS)
+        row = await connection.fetchrow(DATABASE_NOW, timeout=READ_TIMEOUT_SECONDS)
         answered = self._elapsed()
-        return self.believe(database + timedelta(seconds=(answered - asked) / 2), answered)
+        if row is None:
+            raise LookupError("an aggregate always returns one row")
+        database = row["now"] + timedelta(seconds=(answered - asked) / 2)
+        return self.believe(database, answered, row["newest_tick"])
 
-    def believe(self, database: datetime, seconds: float) -> datetime:
-        """Judge the clocks, given the database's reading and the unsettable clock's, in seconds."""
+    def believe(self, database: datetime, seconds: float, newest_tick: datetime | None = None) -> datetime:
+        """
+        Judge the clocks.
+
+        `database` is its reading, `seconds` the unsettable clock's, `newest_tick` the newest in the ledger.
+        """
         wall = self._wall.now()
+        self._latest = max(wall, database)
         outer_agree = abs(wall - database) <= TOLERANCE
         if self._anchor is None:
             self._report(outer_agree, wall, database, None)
             if outer_agree:
                 self._anchor = _Anchor(min(wall, database), seconds)
-            return min(wall, database)
+            return _earliest(newest_tick, wall, database)
         anchored = self._anchor.at(seconds)
         middle = sorted((wall, database, anchored))[1]
         together = abs(wall - anchored) <= TOLERANCE or abs(database - anchored) <= TOLERANCE
@@ -88,7 +103,7 @@ class Clocks:
             self._anchor = _Anchor(middle, seconds)
             return middle
         if not outer_agree:
-            return min(wall, database, anchored)
+            return _earliest(newest_tick, wall, database, anchored)
         return self._doubt(middle, anchored, seconds)
 
     def _doubt(self, outer: datetime, anchored: datetime, seconds: float) -> datetime:
@@ -115,3 +130,9 @@ class Clocks:
             database=database.isoformat(),
             anchor=anchored.isoformat() if anchored else None,
         )
+
+
+def _earliest(newest_tick: datetime | None, *clocks: datetime) -> datetime:
+    """Return the earliest of the clocks that are not behind the newest tick; the latest if all are."""
+    possible = [clock for clock in clocks if newest_tick is None or clock >= newest_tick - TOLERANCE]
+    return min(possible, default=max(clocks))

@@ -7,7 +7,7 @@ version, and of those the one that started last. An older version that restarts 
 nothing; after a rollback, when the newer ones are gone, it becomes the one that writes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -43,7 +43,7 @@ IN_FORCE = """
      limit 1
 """
 # $1 job, $2 effective from: timestamptz, $3 expression or null, $4 zone, $5 catch-up, $6 grace: interval,
-# $7 version. An instant after the job's last tick and after every period so far.
+# $7 version. From an instant after the job's last tick and after every period so far.
 DECLARE = """
     insert into bon_scheduler.schedules
            (job, effective_from, expression, timezone, catch_up, grace, declared_by)
@@ -67,9 +67,11 @@ HISTORIES = """
 async def declare(
     connection: Connection,
     schedules: Mapping[str, Cron | None],
+    histories: Mapping[str, Sequence[Period]],
     *,
     zone: ZoneInfo,
     now: datetime,
+    latest: datetime,
     worker: UUID,
     version: str,
     lease: timedelta,
@@ -77,31 +79,38 @@ async def declare(
     """
     Put these schedules in force from `now` (UTC, aware) on, where they differ from what is.
 
-    `schedules` holds every job of this version, None where it has no schedule. Does nothing unless this
-    worker is the one whose schedules count. Returns the jobs whose schedule changed.
+    `schedules` holds every job of this version, None where it has no schedule; `histories` is what
+    `read_histories` gave. A job's first is in force from `latest` on, the latest of all clocks: it owes
+    nothing from the past by any of them. Does nothing unless this worker is the one whose schedules count.
+    Returns the jobs whose schedule changed.
     """
-    if not await connection.fetchval(IS_DECLARER, lease, worker, timeout=CALL_TIMEOUT_SECONDS):
+    differing = {job: cron for job, cron in schedules.items() if _differs(histories.get(job, ()), cron, zone)}
+    if not differing or not await connection.fetchval(IS_DECLARER, lease, worker, timeout=CALL_TIMEOUT_SECONDS):
         return []
-    return [
-        job for job, cron in sorted(schedules.items()) if await _declare_one(connection, job, cron, zone, now, version)
-    ]
+    for job, cron in sorted(differing.items()):
+        begin = now if job in histories else latest
+        await _declare_one(connection, job, _as_row(cron, zone), begin, version)
+    return sorted(differing)
+
+
+def _differs(history: Sequence[Period], cron: Cron | None, zone: ZoneInfo) -> bool:
+    in_force = history[-1] if history else None
+    if cron is None:
+        return in_force is not None and in_force.cron is not None
+    return in_force is None or (in_force.cron, in_force.zone.key) != (cron, zone.key)
 
 
 async def _declare_one(
-    connection: Connection, job: str, cron: Cron | None, zone: ZoneInfo, now: datetime, version: str
-) -> bool:
+    connection: Connection, job: str, wanted: tuple[str | None, str, str, timedelta], begin: datetime, version: str
+) -> None:
     async with connection.transaction():
         await connection.execute(LOCK_JOB, job, timeout=CALL_TIMEOUT_SECONDS)
         row = await connection.fetchrow(IN_FORCE, job, timeout=CALL_TIMEOUT_SECONDS)
-        wanted = _as_row(cron, zone)
-        if (row is None and cron is None) or (row is not None and tuple(row) == wanted):
-            return False
-        if row is not None and row["expression"] is None and cron is None:
-            return False
-        effective_from = await connection.fetchval(DECLARE, job, now, *wanted, version, timeout=CALL_TIMEOUT_SECONDS)
+        if row is not None and tuple(row) == wanted:
+            return  # another replica was first
+        effective_from = await connection.fetchval(DECLARE, job, begin, *wanted, version, timeout=CALL_TIMEOUT_SECONDS)
         await connection.execute(BEGIN_TICKS, job, effective_from, timeout=CALL_TIMEOUT_SECONDS)
-    log.info("schedule.declared", job=job, expression=cron.expression if cron else None, since=effective_from)
-    return True
+    log.info("schedule.declared", job=job, expression=wanted[0], since=effective_from)
 
 
 def _as_row(cron: Cron | None, zone: ZoneInfo) -> tuple[str | None, str, str, timedelta]:

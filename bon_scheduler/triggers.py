@@ -126,16 +126,20 @@ class Triggers:
         """Declare what is not yet declared, account for all that is due; return the seconds to the next look."""
         async with self._pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
             now = await self._clocks.read(connection)
-            await schedules.declare(
+            histories = await schedules.read_histories(connection)
+            changed = await schedules.declare(
                 connection,
                 self._declared,
+                histories,
                 zone=self._zone,
                 now=now,
+                latest=self._clocks.latest,
                 worker=self._worker.id,
                 version=self._worker.version,
                 lease=self._lease,
             )
-            histories = await schedules.read_histories(connection)
+            if changed:
+                histories = await schedules.read_histories(connection)
             last_ticks = await ledger.last_ticks(connection, list(histories))
             wait = PASS_SECONDS
             for job, last in last_ticks.items():

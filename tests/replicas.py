@@ -26,6 +26,10 @@ class BelievedClocks(Clocks):
         super().__init__(SetClock(instant))
         self.instant = instant
 
+    @property
+    def latest(self) -> datetime:
+        return self.instant
+
     async def read(self, connection: Connection) -> datetime:
         del connection
         return self.instant

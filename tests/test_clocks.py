@@ -31,13 +31,13 @@ class World:
     def now(self) -> datetime:
         return TRUE + timedelta(seconds=self.passed)
 
-    def believe(self) -> datetime:
+    def believe(self, newest_tick: datetime | None = None) -> datetime:
         self._wall.instant = self.now + self.wall_off
-        return self.clocks.believe(self.now + self.database_off, self.passed)
+        return self.clocks.believe(self.now + self.database_off, self.passed, newest_tick)
 
-    def off(self) -> timedelta:
+    def off(self, newest_tick: datetime | None = None) -> timedelta:
         """How far the believed instant is from the true one."""
-        return self.believe() - self.now
+        return self.believe(newest_tick) - self.now
 
 
 @given(wall=SMALL, database=SMALL)
@@ -79,6 +79,13 @@ def test_both_clocks_jumping_ahead_are_not_believed_until_they_have_agreed_for_l
     assert world.off() == timedelta(0)
     world.passed = 15.0 + CONFIRM_SECONDS
     assert world.off() == jump
+
+
+@given(behind=st.integers(16 * 60 + 1, 48 * 3600).map(lambda seconds: timedelta(seconds=seconds)), wall=st.booleans())
+def test_without_an_anchor_a_clock_that_is_behind_the_ledger_is_not_believed(behind: timedelta, wall: bool) -> None:
+    """Otherwise a lone replica whose clock is a day behind at its start would fire nothing."""
+    world = World(wall_off=-behind if wall else timedelta(0), database_off=timedelta(0) if wall else -behind)
+    assert world.off(newest_tick=TRUE - timedelta(minutes=15)) == timedelta(0)
 
 
 def test_a_jump_that_is_taken_back_in_time_leaves_no_trace() -> None:

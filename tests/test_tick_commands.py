@@ -81,6 +81,12 @@ async def test_an_audit_lists_a_miss_with_its_reason_and_whether_it_was_made_goo
     assert len(result.document["dead"]) == 1
 
 
+@pytest.mark.parametrize("since", ["7d", "2026-11-23", "2026-11-23T06:00", "2026-11-23T06:00:00Z"])
+async def test_an_audit_takes_a_span_or_an_instant(database_url: str, since: str) -> None:
+    result = await run_command("audit", "--since", since, DATABASE_URL=database_url)
+    assert (result.status, "No tick was expected" in result.out) == (0, True)
+
+
 async def test_a_timeline_marks_the_gap_and_the_fold(database_url: str) -> None:
     spring = await run_command(
         "timeline", "--from", "2026-03-26T12:00", "--days", "1", "--json", DATABASE_URL=database_url

@@ -7,8 +7,9 @@ import pytest
 
 from bon_scheduler import CatchUp, Cron, operate
 from bon_scheduler.audit import Verdict, audit
+from bon_scheduler.clocks import Clocks
 from bon_scheduler.db import Pool
-from tests.conftest import Connection
+from tests.conftest import Connection, SetClock
 from tests.replicas import JOB, QUARTERS, Replica
 
 START = datetime(2026, 11, 23, 4, 0, 30, tzinfo=UTC)
@@ -41,6 +42,16 @@ async def expressions(connection: Connection) -> list[str | None]:
 
 async def test_a_first_deployment_owes_nothing_from_the_past(pool: Pool, connection: Connection) -> None:
     await replica_of(pool)
+    assert await ticks(connection) == []
+
+
+async def test_a_first_schedule_owes_nothing_from_the_past_by_any_clock(pool: Pool, connection: Connection) -> None:
+    """With a wall clock that is a day behind, a day of ticks would be owed, and most of them missed."""
+    replica = await Replica(pool, {JOB: QUARTERS}, START).start()
+    replica.triggers._clocks = Clocks(SetClock(datetime.now(UTC) - timedelta(days=1)))
+    before = datetime.now(UTC)
+    await replica.triggers.make_pass()
+    assert await connection.fetchval("select effective_from from bon_scheduler.schedules") >= before
     assert await ticks(connection) == []
 
 

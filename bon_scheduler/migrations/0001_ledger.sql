@@ -68,7 +68,7 @@ create table attempts (
     attempt    integer not null,
     worker     uuid not null,
     host       text not null,
-    started_at timestamptz not null default now(),
+    started_at timestamptz not null,
     ended_at   timestamptz,
     outcome    text check (outcome in
                  ('succeeded', 'partial', 'failed', 'timed_out', 'lost', 'given_back', 'dead')),
@@ -249,7 +249,8 @@ begin
        set state = 'running', attempt = claim.attempt, worker = by_worker,
            started_at = coalesce(r.started_at, clock_timestamp())
      where r.id = run.id;
-    insert into attempts (run_id, attempt, worker, host) values (run.id, claim.attempt, by_worker, by_host);
+    insert into attempts (run_id, attempt, worker, host, started_at)
+    values (run.id, claim.attempt, by_worker, by_host, clock_timestamp());
     verdict := 'claimed';
 end;
 $$;
