@@ -59,12 +59,12 @@ class Clocks:
         self._anchor: _Anchor | None = None
         self._ahead_since: float | None = None
         self._agreed = True
-        self._latest: datetime | None = None
+        self._database: datetime | None = None
 
     @property
-    def latest(self) -> datetime:
-        """The latest of the clocks when they were last judged: what is past by it is past by all."""
-        return self._latest or self._wall.now()
+    def database(self) -> datetime:
+        """What the database's clock said when it was last judged; the wall's before that."""
+        return self._database or self._wall.now()
 
     def drift(self) -> float:
         """Return wall time less unsettable time, in seconds: a change of it is a step of the wall clock."""
@@ -87,7 +87,7 @@ class Clocks:
         `database` is its reading, `seconds` the unsettable clock's, `newest_tick` the newest in the ledger.
         """
         wall = self._wall.now()
-        self._latest = max(wall, database)
+        self._database = database
         outer_agree = abs(wall - database) <= TOLERANCE
         if self._anchor is None:
             self._report(outer_agree, wall, database, None)

@@ -71,7 +71,7 @@ async def declare(
     *,
     zone: ZoneInfo,
     now: datetime,
-    latest: datetime,
+    first: datetime,
     worker: UUID,
     version: str,
     lease: timedelta,
@@ -80,15 +80,14 @@ async def declare(
     Put these schedules in force from `now` (UTC, aware) on, where they differ from what is.
 
     `schedules` holds every job of this version, None where it has no schedule; `histories` is what
-    `read_histories` gave. A job's first is in force from `latest` on, the latest of all clocks: it owes
-    nothing from the past by any of them. Does nothing unless this worker is the one whose schedules count.
-    Returns the jobs whose schedule changed.
+    `read_histories` gave. A job's first is in force from `first` on, which one clock names for all replicas.
+    Does nothing unless this worker is the one whose schedules count. Returns the jobs whose schedule changed.
     """
     differing = {job: cron for job, cron in schedules.items() if _differs(histories.get(job, ()), cron, zone)}
     if not differing or not await connection.fetchval(IS_DECLARER, lease, worker, timeout=CALL_TIMEOUT_SECONDS):
         return []
     for job, cron in sorted(differing.items()):
-        begin = now if job in histories else latest
+        begin = now if job in histories else first
         await _declare_one(connection, job, _as_row(cron, zone), begin, version)
     return sorted(differing)
 

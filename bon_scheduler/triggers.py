@@ -133,7 +133,7 @@ class Triggers:
                 histories,
                 zone=self._zone,
                 now=now,
-                latest=self._clocks.latest,
+                first=self._clocks.database,
                 worker=self._worker.id,
                 version=self._worker.version,
                 lease=self._lease,

@@ -27,7 +27,7 @@ class BelievedClocks(Clocks):
         self.instant = instant
 
     @property
-    def latest(self) -> datetime:
+    def database(self) -> datetime:
         return self.instant
 
     async def read(self, connection: Connection) -> datetime:

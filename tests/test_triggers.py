@@ -45,13 +45,16 @@ async def test_a_first_deployment_owes_nothing_from_the_past(pool: Pool, connect
     assert await ticks(connection) == []
 
 
-async def test_a_first_schedule_owes_nothing_from_the_past_by_any_clock(pool: Pool, connection: Connection) -> None:
-    """With a wall clock that is a day behind, a day of ticks would be owed, and most of them missed."""
+@pytest.mark.parametrize("off", [timedelta(days=-1), timedelta(0), timedelta(days=1)])
+async def test_a_first_schedule_is_in_force_from_now_on_though_this_machines_clock_is_wrong(
+    pool: Pool, connection: Connection, off: timedelta
+) -> None:
+    """A day behind, a day of ticks would be owed and mostly missed; a day ahead, none would come for a day."""
     replica = await Replica(pool, {JOB: QUARTERS}, START).start()
-    replica.triggers._clocks = Clocks(SetClock(datetime.now(UTC) - timedelta(days=1)))
-    before = datetime.now(UTC)
+    replica.triggers._clocks = Clocks(SetClock(datetime.now(UTC) + off))
     await replica.triggers.make_pass()
-    assert await connection.fetchval("select effective_from from bon_scheduler.schedules") >= before
+    late = "select clock_timestamp() - effective_from from bon_scheduler.schedules"
+    assert timedelta(0) <= await connection.fetchval(late) < timedelta(seconds=10)
     assert await ticks(connection) == []
 
 
