@@ -177,13 +177,14 @@ async def _until_ended(connection: Connection, run_id: UUID) -> list[Row]:
     """Wait for the run and all it causes; return them."""
     async with asyncio.timeout(LONGEST_SECONDS):
         while True:
+            # The run BEFORE what it caused, and their states in one look: a run that has ended has its own
+            # in the same look, because they commit together.
             root = await history.find_run(connection, run_id)
-            family = [root] if root else []
-            for run in await history.descendants(connection, run_id):
-                found = await history.find_run(connection, run["run_id"])
-                family += [found] if found else []
+            caused = await history.descendants(connection, run_id)
+            family = [*([root] if root else []), *caused]
             if all(run["state"] not in OPEN_STATES for run in family):
-                return family
+                found = [await history.find_run(connection, run["run_id"]) for run in family]
+                return [run for run in found if run]
             await asyncio.sleep(LOOK_AGAIN_SECONDS)
 
 
