@@ -104,7 +104,7 @@ Zone = Annotated[ZoneInfo, BeforeValidator(_zone), PlainSerializer(str)]
 class Settings(BaseSettings):
     """Everything the service can be told from outside, validated."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", arbitrary_types_allowed=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", arbitrary_types_allowed=True)
 
     database_url: SecretStr
     database_listen_url: SecretStr | None = None
@@ -220,7 +220,7 @@ class _Faults:
     lines: list[str]
 
     def add(self, name: str, what: str) -> None:
-        self.lines.append(f"{name}: {what}" if name else what)
+        self.lines.append(f"{name}: {what}")
 
 
 def _read_values(environ: Mapping[str, str], faults: _Faults) -> dict[str, str]:
@@ -314,7 +314,7 @@ def load_settings(
         settings = Settings(**values)
     except ValidationError as error:
         for item in error.errors(include_url=False):
-            name = str(item["loc"][0]).upper() if item["loc"] else ""
+            name = str(item["loc"][0]).upper()
             if f"{name}_FILE:" in "\n".join(faults.lines):
                 continue
             faults.add(name, _explain(name, item["type"], item["msg"], item.get("input")))
@@ -329,7 +329,7 @@ def _explain(name: str, kind: str, message: str, value: object) -> str:
         return "is not set"
     text = message.removeprefix("Value error, ")
     text = text[:1].lower() + text[1:] if text.startswith("Input") else text
-    return text if not name or name in SECRETS else f'{text} (it is "{value}")'
+    return text if name in SECRETS else f'{text} (it is "{value}")'
 
 
 def _message(faults: _Faults) -> str:

@@ -3,7 +3,7 @@
 import typing
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date, datetime
 from typing import TypeVar
 from uuid import UUID
@@ -34,7 +34,6 @@ class AttemptContext:
     pool: Pool
     resources: Mapping[type, object]
     ended: str | None = None
-    counts: Counts = field(default_factory=dict)
     _finishing: str | None = None
 
     @property
@@ -109,5 +108,4 @@ class AttemptContext:
     async def finish(self, counts: Counts, *, on: Connection) -> Counts:
         """End the run in the handler's last transaction; return the counts."""
         self._finishing = await attempts.finish(on, self.ref, counts)
-        self.counts = counts
         return counts

@@ -19,10 +19,10 @@ import asyncpg
 import structlog
 
 from bon_scheduler import db
-from bon_scheduler.attempts import Verdict
+from bon_scheduler.attempts import Claim, Verdict
 from bon_scheduler.jobs import AnyJob
 from bon_scheduler.log import describe_error
-from bon_scheduler.runner import Attempted, Delivery, Runner
+from bon_scheduler.runner import Delivery, Runner
 
 # AFTER db, which names our schema to PgQueuer before its first import.
 from pgqueuer.adapters.drivers.asyncpg import AsyncpgDriver  # isort: skip
@@ -84,7 +84,7 @@ class Engine:
         self._runner = runner
         self._concurrency = concurrency
         self._lease = lease
-        self._attempts: dict[UUID, asyncio.Task[Attempted]] = {}
+        self._attempts: dict[UUID, asyncio.Task[Claim]] = {}
         self._stopping = asyncio.Event()
         self._driver: _WatchedDriver | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -188,10 +188,10 @@ class Engine:
             task.add_done_callback(partial(self._forget, run))
         await _first_of(asyncio.shield(task), over.wait())
         ended = task.done() and not task.cancelled() and task.exception() is None
-        if ended and task.result().claim.verdict is Verdict.BUSY:
+        if ended and task.result().verdict is Verdict.BUSY:
             raise RetryRequested(delay=BUSY_WAIT, reason="another run of this job is active")
 
-    def _forget(self, run: Delivery, task: asyncio.Task[Attempted]) -> None:
+    def _forget(self, run: Delivery, task: asyncio.Task[Claim]) -> None:
         del self._attempts[run.run_id]
         if not task.cancelled() and (error := task.exception()):
             # The run stays as the ledger has it; the reconciliation pass delivers it again.

@@ -73,8 +73,7 @@ async def run_once(
     concurrency: int,
 ) -> RunReport:
     """Make one attempt at a new run of `job`, work through what it causes, and report when all has ended."""
-    claim = await _ask_and_claim(pool, runner, job, payload, fire_time, asked_by)
-    run_id = claim.ref.run_id if claim.ref else UUID(int=0)
+    run_id, claim = await _ask_and_claim(pool, runner, job, payload, fire_time, asked_by)
     try:
         await runner.execute(job, claim, ONE_ATTEMPT)
     except asyncio.CancelledError:
@@ -96,7 +95,7 @@ async def run_once(
 
 async def _ask_and_claim(
     pool: Pool, runner: Runner, job: AnyJob, payload: Payload, fire_time: datetime, asked_by: str
-) -> Claim:
+) -> tuple[UUID, Claim]:
     request = Request(
         job.name,
         payload.model_dump(mode="json"),
@@ -115,7 +114,7 @@ async def _ask_and_claim(
                 f'"{job.name}" is already running on {claim.holder_host} since {since}. '
                 "Wait for it to end; see it with: python -m bon_scheduler runs --state running"
             )
-    return claim
+    return run_id, claim
 
 
 async def _work_through(pool: Pool, runner: Runner, jobs: Mapping[str, AnyJob], root: UUID, concurrency: int) -> None:

@@ -43,7 +43,7 @@ from bon_scheduler.metrics import Metrics
 from bon_scheduler.timing import next_fire_time
 from bon_scheduler.workers import Worker
 
-__all__ = ["Attempted", "Delivery", "Runner", "explain_payload"]
+__all__ = ["Delivery", "Runner", "explain_payload"]
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -56,14 +56,6 @@ class Delivery:
 
     run_id: UUID
     job: AnyJob
-
-
-@dataclass(frozen=True, slots=True)
-class Attempted:
-    """What became of one delivery: the claim's verdict, and the run's state if it was attempted."""
-
-    claim: Claim
-    state: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +112,12 @@ class Runner:
         self._deadman = deadman
         self._recordings: set[asyncio.Task[object]] = set()
 
-    async def attempt(self, run: Delivery, *, retry: Retry | None = None) -> Attempted:
-        """Claim the run and, if it is ours, make one attempt at it."""
-        policy = retry or run.job.retry
+    async def attempt(self, run: Delivery) -> Claim:
+        """Claim the run and, if it is ours, make one attempt at it; return what the claim said."""
         async with self._pool.acquire() as connection:
-            claim = await self.claim(connection, run, policy)
-        return await self.execute(run.job, claim, policy)
+            claim = await self.claim(connection, run, run.job.retry)
+        await self.execute(run.job, claim, run.job.retry)
+        return claim
 
     async def claim(self, connection: Connection, run: Delivery, retry: Retry) -> Claim:
         """Take the run for this worker; jobs with a schedule are exclusive."""
@@ -139,14 +131,14 @@ class Runner:
             exclusive=run.job.schedule is not None,
         )
 
-    async def execute(self, job: AnyJob, claim: Claim, retry: Retry) -> Attempted:
+    async def execute(self, job: AnyJob, claim: Claim, retry: Retry) -> None:
         """Make the attempt that `claim` allows; do nothing when it allows none."""
         if claim.verdict is Verdict.EXHAUSTED:
             log.error("run.ended", job=job.name, outcome="dead", error="its worker died in every attempt")
             self._metrics.attempt_ended(job.name, "dead", 0.0, {}, self._clock.now())
             self._deadman.ended(job.name, "dead")
         if claim.ref is None:
-            return Attempted(claim)
+            return
         ctx = self._context(job, claim, claim.ref)
         with bound_contextvars(
             job=job.name,
@@ -164,7 +156,6 @@ class Runner:
             state = await self._settle(ctx, ending)
             seconds = time.perf_counter() - started
             self._report(job, state, ending, seconds)
-        return Attempted(claim, state)
 
     async def settled(self) -> None:
         """Wait until everything that was being recorded is recorded."""
