@@ -14,18 +14,20 @@ from typing import Any
 from uuid import UUID
 
 from bon_scheduler.jobs import BusinessOutcome, Connection, Counts, LostRunError
-from bon_scheduler.ledger import BULK, CALL_TIMEOUT_SECONDS, Origin, redeliver
+from bon_scheduler.ledger import BULK, CALL_TIMEOUT_SECONDS, Origin, deliver
 
 __all__ = [
     "Claim",
     "RunRef",
     "Verdict",
-    "attempt_lost",
     "claim",
     "fail",
     "fence",
     "finish",
+    "forsake",
     "give_back",
+    "held_by",
+    "lose",
     "record_outcomes",
 ]
 
@@ -97,11 +99,25 @@ GIVE_BACK = """
     )
     select id from returned
 """
-# $1 run, $2 attempt: closes the book on an attempt that lost its run.
-ATTEMPT_LOST = """
-    update bon_scheduler.attempts
-       set ended_at = clock_timestamp(), outcome = 'lost', error = $3
-     where run_id = $1 and attempt = $2 and ended_at is null
+# $1 run, $2 attempt, $3 error. Closes the book on an attempt that lost its run; what ended it before stays.
+LOSE = """
+    with lost as (
+        update bon_scheduler.attempts
+           set ended_at = clock_timestamp(), outcome = 'lost', error = $3
+         where run_id = $1 and attempt = $2 and ended_at is null
+        returning outcome
+    )
+    select coalesce((select outcome from lost),
+                    (select outcome from bon_scheduler.attempts where run_id = $1 and attempt = $2))
+"""
+# $1 worker. Index: runs_held.
+HELD_BY = "select id, attempt from bon_scheduler.runs where worker = $1 and state = 'running'"
+# $1 run, $2 attempt, $3 worker. The attempt stays counted; whoever claims the run next closes the book on it.
+FORSAKE = """
+    update bon_scheduler.runs
+       set worker = null
+     where id = $1 and attempt = $2 and worker = $3 and state = 'running'
+    returning id
 """
 # $1 run, $2 businesses: uuid[], $3 outcomes: text[], $4 counts: jsonb[], $5 errors: text[].
 RECORD_OUTCOMES = """
@@ -212,7 +228,7 @@ async def fail(connection: Connection, ref: RunRef, *, outcome: str, error: str,
         if state is None:
             raise LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
         if wait is not None:
-            await redeliver(connection, ref.run_id)
+            await deliver(connection, ref.run_id)
     return state
 
 
@@ -223,13 +239,31 @@ async def give_back(connection: Connection, ref: RunRef) -> bool:
             GIVE_BACK, ref.run_id, ref.attempt, ref.worker, timeout=CALL_TIMEOUT_SECONDS
         )
         if returned is not None:
-            await redeliver(connection, ref.run_id)
+            await deliver(connection, ref.run_id)
     return returned is not None
 
 
-async def attempt_lost(connection: Connection, ref: RunRef, error: str) -> None:
-    """Note that an attempt lost its run."""
-    await connection.execute(ATTEMPT_LOST, ref.run_id, ref.attempt, error, timeout=CALL_TIMEOUT_SECONDS)
+async def lose(connection: Connection, ref: RunRef, error: str) -> str:
+    """
+    Note that an attempt lost its run, unless it ended otherwise before; return its outcome.
+
+    A write whose answer was lost in an outage finds here that it took effect.
+    """
+    return str(await connection.fetchval(LOSE, ref.run_id, ref.attempt, error, timeout=CALL_TIMEOUT_SECONDS))
+
+
+async def held_by(connection: Connection, worker: UUID) -> set[RunRef]:
+    """Return what the ledger says this worker is working on."""
+    rows = await connection.fetch(HELD_BY, worker, timeout=CALL_TIMEOUT_SECONDS)
+    return {RunRef(row["id"], row["attempt"], worker) for row in rows}
+
+
+async def forsake(connection: Connection, ref: RunRef) -> bool:
+    """Let go of a run that nobody here works on, as when the answer to a claim was lost; False when it has ended."""
+    return (
+        await connection.fetchval(FORSAKE, ref.run_id, ref.attempt, ref.worker, timeout=CALL_TIMEOUT_SECONDS)
+        is not None
+    )
 
 
 async def record_outcomes(connection: Connection, run_id: UUID, outcomes: Iterable[BusinessOutcome]) -> None:

@@ -3,7 +3,7 @@
 import typing
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import TypeVar
 from uuid import UUID
@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 from bon_scheduler import attempts, ledger
 from bon_scheduler.attempts import RunRef
 from bon_scheduler.db import Pool
-from bon_scheduler.jobs import BusinessOutcome, Connection, Counts, Job, P
+from bon_scheduler.jobs import BusinessOutcome, Connection, Counts, Job, LostRunError, P
 from bon_scheduler.ledger import Origin, Request
 
 __all__ = ["AttemptContext"]
@@ -35,6 +35,8 @@ class AttemptContext:
     resources: Mapping[type, object]
     ended: str | None = None
     _finishing: str | None = None
+    _open: set[Connection] = field(default_factory=set)
+    _severed: bool = False
 
     @property
     def run_id(self) -> UUID:
@@ -70,12 +72,24 @@ class AttemptContext:
     async def transaction(self) -> AsyncIterator[Connection]:
         """Open a transaction whose commit is refused once another attempt owns the run."""
         async with self.pool.acquire() as connection:
-            async with connection.transaction():
-                yield connection
-                if self._finishing is None:
-                    # Last, just before the commit: a claim waits for this lock, never for the handler's work.
-                    await attempts.fence(connection, self.ref)
-            self.ended = self._finishing
+            if self._severed:
+                raise LostRunError(f"attempt {self.attempt} of run {self.run_id} was given up")
+            self._open.add(connection)
+            try:
+                async with connection.transaction():
+                    yield connection
+                    if self._finishing is None:
+                        # Last, just before the commit: a claim waits for this lock, never for the handler's work.
+                        await attempts.fence(connection, self.ref)
+                self.ended = self._finishing
+            finally:
+                self._open.discard(connection)
+
+    def sever(self) -> None:
+        """Cut the transactions of a handler that does not end, so that the server rolls them back; open no more."""
+        self._severed = True
+        for connection in list(self._open):
+            connection.terminate()
 
     async def enqueue(self, job: Job[P], payload: P, *, on: Connection, dedupe_key: str | None = None) -> UUID | None:
         """Ask for a run caused by this one; None when the key is taken."""

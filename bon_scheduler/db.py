@@ -7,7 +7,8 @@ Everything of ours and of PgQueuer's lives in that schema; nothing is ever creat
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Iterator
+import socket
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -19,6 +20,7 @@ import orjson
 
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Connection
+from bon_scheduler.pooling import PooledConnection, keeps_sessions
 
 # BEFORE PgQueuer is imported, otherwise it settles on the connection's search path.
 os.environ["PGQUEUER_SCHEMA"] = "bon_scheduler"
@@ -30,13 +32,16 @@ __all__ = [
     "TRANSIENT_ERRORS",
     "DatabaseUnavailableError",
     "Pool",
+    "PoolerError",
     "SchemaBehindError",
     "connect",
     "explain_unavailable",
     "migrating",
     "migration_sql",
+    "open_control_pool",
     "open_pool",
     "require_schema",
+    "require_sessions",
 ]
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -45,6 +50,11 @@ CONNECT_TIMEOUT_SECONDS = 10
 CLOSE_TIMEOUT_SECONDS = 3
 COMMAND_TIMEOUT_SECONDS = 900
 """Longer than any job's own deadline; calls of the ledger give a shorter one each."""
+CONTROL_TIMEOUT_SECONDS = 20
+CLIENT_CHECK_INTERVAL = "5s"
+"""How often a server that works on a long statement looks whether the worker that asked is still there."""
+KEEPALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
+UNSUPPORTED_STARTUP = "unsupported startup parameter"
 MIGRATION_LOCK = int.from_bytes(hashlib.sha256(b"bon_scheduler").digest()[:8], "big", signed=True)
 
 CREATE_HISTORY = """
@@ -67,13 +77,21 @@ TRANSIENT_ERRORS = (
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
+    asyncpg.PostgresSystemError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.ReadOnlySQLTransactionError,
 )
-"""What a database that is restarting, away or full raises: worth the same call again."""
+"""What a database that is restarting, away, full or failed over raises: worth the same call again."""
 IN_OUR_SCHEMA = "set local search_path = bon_scheduler, pg_temp;\n"
 
 
 class DatabaseUnavailableError(Exception):
     """The database cannot be reached or refuses us; the message says where and what to do."""
+
+
+class PoolerError(Exception):
+    """An address leads through a pooler that breaks what it is needed for; the message says the remedy."""
 
 
 class SchemaBehindError(Exception):
@@ -119,6 +137,11 @@ def explain_unavailable(url: str) -> Iterator[None]:
     except asyncpg.InvalidCatalogNameError as error:
         raise DatabaseUnavailableError(f"{_target(url)} does not exist. Create it, or correct DATABASE_URL.") from error
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        if UNSUPPORTED_STARTUP in str(error):
+            raise PoolerError(
+                f"{_target(url)} is behind a connection pooler (PgBouncer). Set DATABASE_LISTEN_URL to the server's "
+                "own address as well; DATABASE_URL may then go through the pooler."
+            ) from error
         what = type(error).__name__ if isinstance(error, TimeoutError) else str(error) or type(error).__name__
         raise DatabaseUnavailableError(
             f"Cannot connect to {_target(url)}: {what.splitlines()[0]}. "
@@ -133,30 +156,74 @@ async def _set_codecs(connection: Connection) -> None:
         )
 
 
-def _options(lease_seconds: float | None) -> dict[str, Any]:
+async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    _watch_peer(connection)
+    await _set_codecs(connection)
+
+
+def _watch_peer(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    """Have the system find out, within half a minute, that a server is gone without a word."""
+    transport = connection._transport  # type: ignore[attr-defined] # noqa: SLF001 - asyncpg has no door to its socket
+    peer = transport.get_extra_info("socket")
+    if peer.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
+    for name, value in KEEPALIVE.items():
+        if (option := getattr(socket, name, None)) is not None:  # not every system knows each
+            peer.setsockopt(socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP, option, value)
+
+
+def _options(*, settings: Settings | None, pooled: bool, command_seconds: float) -> dict[str, Any]:
     server_settings = {"application_name": "bon_scheduler", "TimeZone": "UTC"}
-    if lease_seconds is not None:
-        # Shorter than the lease: a frozen worker must neither block its successor nor hold BON's rows.
-        server_settings["idle_in_transaction_session_timeout"] = str(int(lease_seconds * 1000 * 2 / 3))
+    if settings is not None and not pooled:
+        server_settings |= {
+            "idle_in_transaction_session_timeout": str(_idle_limit_ms(settings)),
+            "client_connection_check_interval": CLIENT_CHECK_INTERVAL,
+        }
     return {
         "timeout": CONNECT_TIMEOUT_SECONDS,
-        "command_timeout": COMMAND_TIMEOUT_SECONDS,
+        "command_timeout": command_seconds,
         "server_settings": server_settings,
     }
 
 
+def _idle_limit_ms(settings: Settings) -> int:
+    """Shorter than the lease: a frozen worker must neither block its successor nor hold BON's rows."""
+    return int(settings.lease_seconds * 1000 * 2 / 3)
+
+
 @asynccontextmanager
-async def open_pool(settings: Settings, *, size: int | None = None) -> AsyncIterator[Pool]:
-    """Open a pool, of DATABASE_POOL_SIZE unless `size` is given; raises DatabaseUnavailableError."""
-    url = settings.database_url.get_secret_value()
+async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
+    """
+    Open a pool of DATABASE_POOL_SIZE on DATABASE_URL; raises DatabaseUnavailableError.
+
+    With DATABASE_LISTEN_URL set, DATABASE_URL is taken to lead through a pooler in transaction mode.
+    """
+    pooled = settings.database_listen_url is not None
+
+    async def prepare_pooled(connection: PooledConnection) -> None:
+        connection.idle_limit_ms = _idle_limit_ms(settings)
+        async with connection.transaction():
+            await _prepare(connection)
+
+    options = _options(settings=settings, pooled=pooled, command_seconds=COMMAND_TIMEOUT_SECONDS)
+    if pooled:
+        options |= {"connection_class": PooledConnection, "statement_cache_size": 0, "init": prepare_pooled}
+    async with _pool(settings.database_url.get_secret_value(), settings.database_pool_size, options) as pool:
+        yield pool
+
+
+@asynccontextmanager
+async def open_control_pool(settings: Settings, size: int) -> AsyncIterator[Pool]:
+    """Open a pool for short calls on the server's own address, each limited in time."""
+    options = _options(settings=settings, pooled=False, command_seconds=CONTROL_TIMEOUT_SECONDS)
+    async with _pool(settings.listen_url, size, options) as pool:
+        yield pool
+
+
+@asynccontextmanager
+async def _pool(url: str, size: int, options: Mapping[str, Any]) -> AsyncIterator[Pool]:
     with explain_unavailable(url):
-        pool = await asyncpg.create_pool(
-            url,
-            min_size=1,
-            max_size=size or settings.database_pool_size,
-            init=_set_codecs,
-            **_options(settings.lease_seconds),
-        )
+        pool = await asyncpg.create_pool(url, **{"min_size": 1, "max_size": size, "init": _prepare, **options})
     try:
         yield pool
     finally:
@@ -169,20 +236,42 @@ async def open_pool(settings: Settings, *, size: int | None = None) -> AsyncIter
 
 
 @asynccontextmanager
-async def connect(url: str, *, codecs: bool = True) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+async def connect(
+    url: str, *, codecs: bool = True, command_seconds: float = COMMAND_TIMEOUT_SECONDS
+) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """
     Open one connection of its own; raises DatabaseUnavailableError.
 
     `codecs=False` leaves JSON as text, as PgQueuer expects it.
     """
     with explain_unavailable(url):
-        connection = await asyncpg.connect(url, **_options(None))
+        connection = await asyncpg.connect(
+            url, **_options(settings=None, pooled=False, command_seconds=command_seconds)
+        )
     try:
+        _watch_peer(connection)
         if codecs:
             await _set_codecs(connection)
         yield connection
-    finally:
-        await connection.close(timeout=CONNECT_TIMEOUT_SECONDS)
+    except BaseException:
+        # Cut, not closed: a server that does not answer would not answer a farewell either.
+        connection.terminate()
+        raise
+    await connection.close(timeout=CLOSE_TIMEOUT_SECONDS)
+
+
+async def require_sessions(settings: Settings) -> None:
+    """Raise PoolerError where LISTEN would hear nothing: behind a pooler in transaction mode."""
+    url = settings.listen_url
+    async with connect(url) as one, connect(url) as other:
+        if await keeps_sessions(one, other):
+            return
+    name = "DATABASE_LISTEN_URL" if settings.database_listen_url else "DATABASE_URL"
+    raise PoolerError(
+        f"{name} leads to {_target(url)} through a connection pooler in transaction mode, where notifications are "
+        "lost and the service would be half deaf. Set DATABASE_LISTEN_URL to the server's own address; "
+        "DATABASE_URL may then go through the pooler."
+    )
 
 
 @asynccontextmanager

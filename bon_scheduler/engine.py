@@ -39,9 +39,12 @@ log = structlog.get_logger()
 BUSY_WAIT = timedelta(seconds=1)
 """How long a run waits when another run of its job is active."""
 POLL = timedelta(seconds=5)
-QUERY_LIMIT_SECONDS = 10.0
+LOOK_SECONDS = 3.0
+QUERY_LIMIT_SECONDS = 6.0
+"""With LOOK_SECONDS, within how long the loss of LISTEN is noticed."""
 FAREWELL_SECONDS = 2.0
-LONGEST_REBUILD_WAIT_SECONDS = 5.0
+LONGEST_REBUILD_WAIT_SECONDS = 2.0
+LISTENS = "select exists (select from pg_listening_channels())"
 
 
 class _WatchedDriver(AsyncpgDriver):
@@ -62,6 +65,13 @@ class _WatchedDriver(AsyncpgDriver):
     async def add_listener(self, channel: str, callback: NotifyCallback) -> None:
         await super().add_listener(channel, callback)
         self.listening.set()
+
+    async def keep_listening(self) -> None:
+        """Return when this connection no longer listens, whoever or whatever took that from it."""
+        await self.listening.wait()
+        while (await self.fetch(LISTENS))[0]["exists"]:  # noqa: ASYNC110 - nobody says when a LISTEN is gone
+            await asyncio.sleep(LOOK_SECONDS)
+        self.broken.set()
 
     async def _watched(self, query: Awaitable[T]) -> T:
         # PgQueuer by itself reports a failed query only once its last handler has ended.
@@ -122,7 +132,9 @@ class Engine:
         finally:
             self._stopping.set()
             await self._drain(drain)
-            await asyncio.wait([self._supervisor])
+            await asyncio.wait([self._supervisor], timeout=FAREWELL_SECONDS)
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor], timeout=FAREWELL_SECONDS)
 
     async def _drain(self, patience: timedelta) -> None:
         if self._attempts:
@@ -167,9 +179,13 @@ class Engine:
                     shutdown_on_listener_failure=True,
                 )
             )
-            await _first_of(asyncio.shield(running), driver.broken.wait(), self._stopping.wait())
+            await _first_of(
+                asyncio.shield(running), driver.keep_listening(), driver.broken.wait(), self._stopping.wait()
+            )
             over.set()
             manager.shutdown.set()
+            if driver.broken.is_set():
+                connection.terminate()  # otherwise PgQueuer would wait for answers on it
             await asyncio.wait([running], timeout=FAREWELL_SECONDS)
             running.cancel()
             await asyncio.wait([running], timeout=FAREWELL_SECONDS)
@@ -180,10 +196,12 @@ class Engine:
 
     async def _deliver(self, over: asyncio.Event, row: QueueRow) -> None:
         """PgQueuer's entrypoint: start the attempt in a task of ours, and wait for it or for our end."""
+        if self._stopping.is_set():
+            raise RetryRequested(delay=timedelta(0), reason="this worker is stopping")
         run = Delivery(UUID((row.payload or b"").decode()), self._jobs[row.entrypoint])
         task = self._attempts.get(run.run_id)
         if task is None:
-            task = asyncio.create_task(self._runner.attempt(run))
+            task = asyncio.create_task(self._runner.attempt(run), name=f"attempt {run.job.name} {run.run_id}")
             self._attempts[run.run_id] = task
             task.add_done_callback(partial(self._forget, run))
         await _first_of(asyncio.shield(task), over.wait())

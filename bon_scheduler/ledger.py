@@ -24,6 +24,7 @@ __all__ = [
     "TickVerdict",
     "UnknownJobError",
     "cancel_run",
+    "deliver",
     "enqueue",
     "enqueue_many",
     "last_ticks",
@@ -33,7 +34,7 @@ __all__ = [
     "register_jobs",
 ]
 
-CALL_TIMEOUT_SECONDS = 15
+CALL_TIMEOUT_SECONDS = 10
 BULK = 1000
 """Rows handed over in one statement."""
 
@@ -76,7 +77,9 @@ CANCEL_QUEUED = """
      where id = $1 and state in ('queued', 'retrying')
     returning id
 """
-REDELIVER = "select bon_scheduler.deliver($1, $2)"
+DELIVER = "select bon_scheduler.deliver($1)"
+# $1 run, $2 lease: interval.
+REDELIVER = "select bon_scheduler.redeliver($1, $2)"
 # $1 lease: interval, $2 job names: text[]. Runs that have not ended, that no living worker holds and that no
 # queue row would bring to one. Index: runs_unfinished.
 ORPHANS = """
@@ -215,9 +218,14 @@ async def cancel_run(connection: Connection, run_id: UUID, reason: str) -> bool:
     return (await connection.fetchval(CANCEL_QUEUED, run_id, reason, timeout=CALL_TIMEOUT_SECONDS)) is not None
 
 
-async def redeliver(connection: Connection, run_id: UUID, delay: timedelta = timedelta(0)) -> bool:
+async def deliver(connection: Connection, run_id: UUID) -> bool:
     """Make a queue row for a run that has not ended; False when one is there already."""
-    return bool(await connection.fetchval(REDELIVER, run_id, delay, timeout=CALL_TIMEOUT_SECONDS))
+    return bool(await connection.fetchval(DELIVER, run_id, timeout=CALL_TIMEOUT_SECONDS))
+
+
+async def redeliver(connection: Connection, run_id: UUID, lease: timedelta) -> bool:
+    """Do the same for an orphan: a queue row that was picked and silent for longer than `lease` makes room."""
+    return bool(await connection.fetchval(REDELIVER, run_id, lease, timeout=CALL_TIMEOUT_SECONDS))
 
 
 async def orphans(connection: Connection, jobs: Sequence[str], lease: timedelta) -> list[tuple[UUID, str]]:

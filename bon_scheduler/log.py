@@ -6,6 +6,7 @@ attempt carries them. Fields that could hold a secret, an address or a person's
 name are blanked whatever a caller passes, and addresses inside texts are masked.
 """
 
+import asyncio
 import logging
 import re
 import sys
@@ -101,3 +102,8 @@ def where(error: BaseException) -> list[str]:
     return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)][
         -12:
     ]
+
+
+def where_now(task: "asyncio.Task[object]") -> list[str]:
+    """Return the frames a task waits in, innermost last, without any values."""
+    return [f"{f.f_code.co_filename}:{f.f_lineno} {f.f_code.co_name}" for f in task.get_stack()][-12:]

@@ -1,8 +1,9 @@
 """
 One attempt: claim the run, bind the log, call the handler within its deadline, record how it ended.
 
-It must survive whatever a handler does: raise, hang, swallow its cancellation's cause, return late,
-lose its run. A handler's exception never leaves this module; only our own cancellation does.
+It must survive whatever a handler does: raise, hang, swallow its cancellation, return late, lose its run. A handler
+runs in a task of its own; one that does not end when it is cancelled is abandoned, its transactions are cut, and
+the attempt goes on without it. A handler's exception never leaves this module; only our own cancellation does.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -26,6 +27,7 @@ from bon_scheduler.clock import Clock
 from bon_scheduler.context import AttemptContext
 from bon_scheduler.db import TRANSIENT_ERRORS, Pool
 from bon_scheduler.deadman import Deadman
+from bon_scheduler.heartbeat import Heartbeat
 from bon_scheduler.jobs import (
     AnyJob,
     Connection,
@@ -37,8 +39,8 @@ from bon_scheduler.jobs import (
     Retry,
     RetryLaterError,
 )
-from bon_scheduler.ledger import Origin
-from bon_scheduler.log import describe_error, where
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Origin
+from bon_scheduler.log import describe_error, where, where_now
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.timing import next_fire_time
 from bon_scheduler.workers import Worker
@@ -47,7 +49,10 @@ __all__ = ["Delivery", "Runner", "explain_payload"]
 
 T = TypeVar("T")
 log = structlog.get_logger()
-LONGEST_RECORDING_WAIT_SECONDS = 5.0
+LONGEST_RECORDING_WAIT_SECONDS = 2.0
+DEADLINE_GRACE_SECONDS = 5.0
+"""How long a handler may take to end once it is cancelled: to roll back, or to save what cannot be undone."""
+SHUTDOWN_GRACE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,18 @@ class Delivery:
 
     run_id: UUID
     job: AnyJob
+
+
+class _EscapedError(Exception):
+    """What a handler raised that is no Exception, described."""
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """An attempt of this process: without `ref` while its claim is on the way."""
+
+    ref: RunRef | None = None
+    dropped: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +102,33 @@ def _explain(error: BaseException) -> str:
     return text
 
 
+async def _invoke(job: AnyJob, ctx: AttemptContext, payload: Payload) -> Counts:
+    try:
+        return await job.handler(ctx, payload)
+    except (SystemExit, asyncio.CancelledError) as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        # As it is, it would end the event loop, or pass for a cancellation of ours.
+        raise _EscapedError(describe_error(error)) from error
+
+
+def _judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> _Ending:
+    """Say how a handler's own end is to be taken; `wait` is its policy's."""
+    error = handler.exception()
+    if error is None:
+        return _Ending("succeeded", handler.result())
+    if isinstance(error, LostRunError):
+        return _Ending("lost", error=str(error))
+    if isinstance(error, NeverRetryError):
+        return _Ending("dead", error=describe_error(error))
+    if isinstance(error, RetryLaterError):
+        return _Ending("failed", error=describe_error(error), wait=None if wait is None else error.after)
+    text = str(error) if isinstance(error, _EscapedError) else _explain(error)
+    log.warning("handler.raised", error=text, where=where(error))
+    return _Ending("failed", error=text, wait=wait)
+
+
 class Runner:
     """Makes attempts for one worker; safe to call concurrently."""
 
@@ -92,47 +136,89 @@ class Runner:
         self,
         *,
         pool: Pool,
+        control: Pool,
         worker: Worker,
+        heartbeat: Heartbeat,
         resources: Mapping[type, object],
         schedules: Mapping[str, Cron],
         zone: ZoneInfo,
-        lease: timedelta,
         clock: Clock,
         metrics: Metrics,
         deadman: Deadman,
     ) -> None:
         self._pool = pool
+        self._control = control
         self._worker = worker
+        self._heartbeat = heartbeat
         self._resources = resources
         self._schedules = schedules
         self._zone = zone
-        self._lease = lease
         self._clock = clock
         self._metrics = metrics
         self._deadman = deadman
-        self._recordings: set[asyncio.Task[object]] = set()
+        self._recordings: dict[UUID, asyncio.Task[Any]] = {}
+        self._under_way: dict[UUID, _UnderWay] = {}
+        self._abandoned: set[asyncio.Task[Counts]] = set()
+
+    @property
+    def under_way(self) -> dict[UUID, RunRef | None]:
+        """The attempts of this process by run, until they are recorded; None for one whose claim is on the way."""
+        return {run_id: attempt.ref for run_id, attempt in self._under_way.items()}
+
+    @property
+    def abandoned(self) -> int:
+        """How many handlers were cancelled and have not ended since."""
+        return len(self._abandoned)
+
+    def drop(self, ref: RunRef) -> None:
+        """Stop an attempt whose run is no longer its own: another took it over, or a person cancelled it."""
+        attempt = self._under_way.get(ref.run_id)
+        if attempt is not None and attempt.ref == ref:
+            attempt.dropped.set()
 
     async def attempt(self, run: Delivery) -> Claim:
         """Claim the run and, if it is ours, make one attempt at it; return what the claim said."""
-        async with self._pool.acquire() as connection:
+        async with self._control.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
             claim = await self.claim(connection, run, run.job.retry)
         await self.execute(run.job, claim, run.job.retry)
         return claim
 
     async def claim(self, connection: Connection, run: Delivery, retry: Retry) -> Claim:
         """Take the run for this worker; jobs with a schedule are exclusive."""
-        return await attempts.claim(
-            connection,
-            run.run_id,
-            worker=self._worker.id,
-            host=self._worker.host,
-            lease=self._lease,
-            allowed=retry.attempts,
-            exclusive=run.job.schedule is not None,
-        )
+        under_way = self._under_way[run.run_id] = _UnderWay()
+        try:
+            claim = await attempts.claim(
+                connection,
+                run.run_id,
+                worker=self._worker.id,
+                host=self._worker.host,
+                lease=self._heartbeat.patience,
+                allowed=retry.attempts,
+                exclusive=run.job.schedule is not None,
+            )
+            under_way.ref = claim.ref
+        finally:
+            if under_way.ref is None:
+                del self._under_way[run.run_id]
+        return claim
 
     async def execute(self, job: AnyJob, claim: Claim, retry: Retry) -> None:
         """Make the attempt that `claim` allows; do nothing when it allows none."""
+        try:
+            await self._execute(job, claim, retry)
+        finally:
+            if claim.ref is not None:
+                self._end(claim.ref.run_id)
+
+    def _end(self, run_id: UUID) -> None:
+        """Forget an attempt, but not before what happened to it is recorded."""
+        recording = self._recordings.get(run_id)
+        if recording is None:
+            self._under_way.pop(run_id, None)
+        else:
+            recording.add_done_callback(lambda _: self._under_way.pop(run_id, None))
+
+    async def _execute(self, job: AnyJob, claim: Claim, retry: Retry) -> None:
         if claim.verdict is Verdict.EXHAUSTED:
             log.error("run.ended", job=job.name, outcome="dead", error="its worker died in every attempt")
             self._metrics.attempt_ended(job.name, "dead", 0.0, {}, self._clock.now())
@@ -160,7 +246,7 @@ class Runner:
     async def settled(self) -> None:
         """Wait until everything that was being recorded is recorded."""
         while self._recordings:
-            await asyncio.wait(set(self._recordings))
+            await asyncio.wait(set(self._recordings.values()))
 
     def _context(self, job: AnyJob, claim: Claim, ref: RunRef) -> AttemptContext:
         now = self._clock.now()
@@ -182,72 +268,99 @@ class Runner:
             payload: Payload = job.payload.model_validate(claim.payload)
         except ValidationError as error:
             return _Ending("dead", error=explain_payload(job, error))
-        last = ctx.attempt - claim.given_back >= retry.attempts
-        deadline = asyncio.timeout(job.timeout.total_seconds())
+        handler = asyncio.create_task(_invoke(job, ctx, payload), name=f"{job.name} {ctx.run_id}/{ctx.attempt}")
         try:
-            async with deadline:
-                counts = await job.handler(ctx, payload)
-            return _Ending("succeeded", counts)
-        except asyncio.CancelledError as error:
-            if (task := asyncio.current_task()) and task.cancelling():
-                await self._stop(ctx)
-                raise
-            ending = _Ending("failed", error=describe_error(error))
-        except LostRunError as error:
-            return _Ending("lost", error=str(error))
-        except NeverRetryError as error:
-            return _Ending("dead", error=describe_error(error))
-        except RetryLaterError as error:
-            ending = _Ending("failed", error=describe_error(error), wait=error.after)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a handler never stops the service
-            timed_out = isinstance(error, TimeoutError) and deadline.expired()
-            text = f"timed out after {job.timeout}" if timed_out else _explain(error)
-            log.warning("handler.raised", error=text, where=where(error))
-            ending = _Ending("timed_out" if timed_out else "failed", error=text)
-        wait = None if last else ending.wait or retry.wait(ctx.attempt)
-        return replace(ending, wait=wait)
+            stopped = await self._watch(job, ctx, handler)
+        except asyncio.CancelledError:
+            await self._give_back(ctx, handler)
+            raise
+        number = ctx.attempt - claim.given_back
+        wait = None if number >= retry.attempts else retry.wait(number)
+        if stopped is not None and (not handler.done() or handler.cancelled() or handler.exception()):
+            return replace(stopped, wait=wait)
+        return _judge(handler, wait)
 
-    async def _stop(self, ctx: AttemptContext) -> None:
-        """Give the run back, because this process is stopping."""
+    async def _watch(self, job: AnyJob, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> _Ending | None:
+        """Wait for the handler, and stop it when its time is over or its run is lost; then say why."""
+        dropped = asyncio.create_task(self._under_way[ctx.run_id].dropped.wait())
+        try:
+            seconds = job.timeout.total_seconds()
+            await asyncio.wait({handler, dropped}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if handler.done():
+                return None
+            ending = (
+                _Ending("lost", error="another attempt owns the run")
+                if dropped.done()
+                else _Ending("timed_out", error=f"timed out after {job.timeout}")
+            )
+            await self._stop(ctx, handler, DEADLINE_GRACE_SECONDS)
+            return ending
+        finally:
+            dropped.cancel()
+
+    async def _stop(self, ctx: AttemptContext, handler: asyncio.Task[Counts], grace_seconds: float) -> None:
+        """Cancel a handler; abandon it, its transactions cut, when it has not ended after the grace."""
+        handler.cancel()
+        await asyncio.wait({handler}, timeout=grace_seconds)
+        if handler.done():
+            return
+        ctx.sever()
+        self._abandoned.add(handler)
+        handler.add_done_callback(self._bury)
+        log.error("handler.abandoned", grace_seconds=grace_seconds, where=where_now(handler))
+
+    def _bury(self, handler: asyncio.Task[Counts]) -> None:
+        self._abandoned.discard(handler)
+        error = None if handler.cancelled() else handler.exception()
+        log.warning("handler.ended_late", task=handler.get_name(), error=describe_error(error) if error else None)
+
+    async def _give_back(self, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> None:
+        """Stop the handler and give the run back, because this process is stopping."""
+        if not handler.done():
+            await self._stop(ctx, handler, SHUTDOWN_GRACE_SECONDS)
         if ctx.ended is None:
-            await self._record(lambda connection: attempts.give_back(connection, ctx.ref))
+            await self._record(ctx, lambda connection: attempts.give_back(connection, ctx.ref))
         log.info("run.given_back" if ctx.ended is None else "run.ended", outcome=ctx.ended)
 
     async def _settle(self, ctx: AttemptContext, ending: _Ending) -> str:
-        """Record how the attempt ended; return the run's state."""
+        """Record how the attempt ended; return the run's state, or how the run was lost."""
         if ctx.ended is not None:
             if ending.outcome != "succeeded":
                 log.error("handler.raised_after_finish", error=ending.error)
             return ctx.ended
         try:
             if ending.outcome == "succeeded":
-                return await self._record(lambda c: attempts.finish(c, ctx.ref, ending.counts))
+                return await self._record(ctx, lambda c: attempts.finish(c, ctx.ref, ending.counts))
             if ending.outcome != "lost":
                 error, wait = ending.error or "", ending.wait
                 return await self._record(
-                    lambda c: attempts.fail(c, ctx.ref, outcome=ending.outcome, error=error, wait=wait)
+                    ctx, lambda c: attempts.fail(c, ctx.ref, outcome=ending.outcome, error=error, wait=wait)
                 )
         except LostRunError:
             pass
-        await self._record(lambda c: attempts.attempt_lost(c, ctx.ref, "another attempt owns the run"))
-        self._metrics.fenced.labels(ctx.job_name).inc()
-        return "lost"
+        outcome = await self._record(ctx, lambda c: attempts.lose(c, ctx.ref, "another attempt owns the run"))
+        if outcome == ending.outcome != "lost":
+            # The first try at recording took effect, and only its answer was lost.
+            return "dead" if ending.wait is None else "retrying"
+        if outcome == "lost":
+            self._metrics.fenced.labels(ctx.job_name).inc()
+        return outcome
 
-    async def _record(self, write: Callable[[Connection], Awaitable[T]]) -> T:
+    async def _record(self, ctx: AttemptContext, write: Callable[[Connection], Awaitable[T]]) -> T:
         """Write to the ledger through outages and cancellation: what happened must be known."""
         task = asyncio.create_task(self._write(write))
-        self._recordings.add(task)
-        task.add_done_callback(self._recordings.discard)
+        self._recordings[ctx.run_id] = task
+        task.add_done_callback(lambda _: self._recordings.pop(ctx.run_id, None))
         return await asyncio.shield(task)
 
     async def _write(self, write: Callable[[Connection], Awaitable[T]]) -> T:
         wait = 0.1
         while True:
             try:
-                async with self._pool.acquire() as connection:
+                async with self._control.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
                     return await write(connection)
             except TRANSIENT_ERRORS as error:
-                if self._pool.is_closing():
+                if self._control.is_closing():
                     raise
                 log.warning("ledger.unreachable", error=describe_error(error), retry_in_seconds=wait)
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
@@ -255,7 +368,7 @@ class Runner:
 
     def _report(self, job: AnyJob, state: str, ending: _Ending, seconds: float) -> None:
         fields = {"outcome": state, "duration_ms": round(seconds * 1000), "counts": dict(ending.counts)}
-        if state in {"succeeded", "partial"}:
+        if state in {"succeeded", "partial", "cancelled"}:
             log.info("run.ended", **fields)
         else:
             retry_in = round(ending.wait.total_seconds(), 1) if ending.wait else None

@@ -5,6 +5,7 @@ The composition root: everything is built here, in one stack, and nowhere else.
 queue, the triggers and the health server. Nothing else imports handlers or health.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -17,23 +18,28 @@ from bon_scheduler import db, ledger
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.clocks import Clocks
 from bon_scheduler.config import Settings, ShaamMode, load_settings
-from bon_scheduler.db import Pool
+from bon_scheduler.db import TRANSIENT_ERRORS, Pool
 from bon_scheduler.deadman import Deadman
 from bon_scheduler.engine import Engine
+from bon_scheduler.heartbeat import Heartbeat
 from bon_scheduler.jobs import AnyJob, Cron
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
+from bon_scheduler.log import describe_error
 from bon_scheduler.mail import Mailer
 from bon_scheduler.metrics import Metrics
+from bon_scheduler.reconcile import Reconciler
 from bon_scheduler.runner import Runner
 from bon_scheduler.shaam import Shaam, TokenCipher
 from bon_scheduler.timing import check_cron
 from bon_scheduler.triggers import Triggers
-from bon_scheduler.workers import Worker, working
+from bon_scheduler.workers import Worker, register_worker, retire_worker
 from handlers import JOBS
 
 __all__ = ["JOBS", "Machinery", "Serving", "machinery", "prepare", "read_settings", "schedules_of", "serving"]
 
 log = structlog.get_logger()
-CONTROL_CONNECTIONS = 3
+CONTROL_CONNECTIONS = 4
+FAREWELL_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +47,14 @@ class Machinery:
     """What works on runs in this process."""
 
     pool: Pool
-    """For handlers, and for what the runner writes of them."""
+    """For handlers."""
     control: Pool
-    """For heartbeats, ticks and probes, which busy handlers must not keep waiting."""
+    """For the ledger, ticks and probes, which busy handlers must not keep waiting."""
     jobs: Mapping[str, AnyJob]
     schedules: Mapping[str, Cron]
     worker: Worker
+    heartbeat: Heartbeat
+    reconciler: Reconciler
     runner: Runner
     metrics: Metrics
 
@@ -96,28 +104,55 @@ async def machinery(
     clock = clock or SystemClock()
     lease = timedelta(seconds=settings.lease_seconds)
     schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker(serves=serves)
-    names = [job.name for job in jobs]
+    await db.require_sessions(settings)
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(db.open_pool(settings))
-        control = await stack.enter_async_context(db.open_pool(settings, size=CONTROL_CONNECTIONS))
+        control = await stack.enter_async_context(db.open_control_pool(settings, CONTROL_CONNECTIONS))
         async with control.acquire() as connection:
             await db.require_schema(connection)
             await ledger.register_jobs(connection, jobs)
-        await stack.enter_async_context(
-            working(control, worker, lease=lease, metrics=metrics, rescue=names if serves else ())
-        )
+        await stack.enter_async_context(_registered(control, worker))
+        beating = Heartbeat(url=settings.listen_url, worker=worker, lease=lease).running()
+        heartbeat = await stack.enter_async_context(beating)
         runner = Runner(
             pool=pool,
+            control=control,
             worker=worker,
+            heartbeat=heartbeat,
             resources=await stack.enter_async_context(_resources(settings, pool)),
             schedules=schedules,
             zone=settings.bon_timezone,
-            lease=lease,
             clock=clock,
             metrics=metrics,
             deadman=await stack.enter_async_context(Deadman.watching(settings.deadman_urls)),
         )
-        yield Machinery(pool, control, {job.name: job for job in jobs}, schedules, worker, runner, metrics)
+        reconciling = Reconciler(
+            pool=control,
+            runner=runner,
+            worker=worker,
+            heartbeat=heartbeat,
+            lease=lease,
+            metrics=metrics,
+            rescue=[job.name for job in jobs] if serves else (),
+        ).running()
+        reconciler = await stack.enter_async_context(reconciling)
+        by_name = {job.name: job for job in jobs}
+        yield Machinery(pool, control, by_name, schedules, worker, heartbeat, reconciler, runner, metrics)
+
+
+@asynccontextmanager
+async def _registered(pool: Pool, worker: Worker) -> AsyncIterator[None]:
+    """Be in the list of workers inside the block."""
+    async with pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
+        await register_worker(connection, worker)
+    try:
+        yield
+    finally:
+        try:
+            async with asyncio.timeout(FAREWELL_SECONDS), pool.acquire(timeout=FAREWELL_SECONDS) as connection:
+                await retire_worker(connection, worker.id)
+        except TRANSIENT_ERRORS as error:
+            log.warning("worker.not_retired", error=describe_error(error))
 
 
 @asynccontextmanager
@@ -162,6 +197,8 @@ async def serving(
             control=parts.control,
             engine=engine,
             triggers=triggers,
+            heartbeat=parts.heartbeat,
+            reconciler=parts.reconciler,
             metrics=parts.metrics,
             worker=parts.worker,
         )

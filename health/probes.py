@@ -7,13 +7,17 @@ whether the queue would bring a run here and whether this process is draining.
 
 import asyncio
 import time
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 from bon_scheduler import audit, db, history
 from bon_scheduler.db import TRANSIENT_ERRORS, Pool, SchemaBehindError
 from bon_scheduler.engine import Engine
+from bon_scheduler.heartbeat import Heartbeat
+from bon_scheduler.jobs import Connection
 from bon_scheduler.metrics import Metrics
+from bon_scheduler.reconcile import Reconciler
 from bon_scheduler.triggers import Triggers
 from bon_scheduler.workers import Worker
 
@@ -32,6 +36,8 @@ class Probes:
     """The pool that is asked."""
     engine: Engine
     triggers: Triggers
+    heartbeat: Heartbeat
+    reconciler: Reconciler
     metrics: Metrics
     worker: Worker
     started: float = field(default_factory=time.monotonic)
@@ -41,6 +47,8 @@ class Probes:
         checks = {
             "engine": _up(self.engine.alive or self.engine.draining),
             "triggers": _up(self.triggers.alive or self.engine.draining),
+            "heartbeat": _up(self.heartbeat.alive),
+            "reconciler": _up(self.reconciler.alive),
         }
         return self._answer(checks)
 
@@ -61,7 +69,7 @@ class Probes:
         self.metrics.pool_connections.labels("idle").set(idle)
         self.metrics.pool_connections.labels("used").set(size - idle)
         try:
-            async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self.control.acquire() as connection:
+            async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self._control() as connection:
                 depths, ages = await history.queue_depths(connection), await history.queue_ages(connection)
                 owed = await audit.unaccounted(connection)
         except TRANSIENT_ERRORS:
@@ -77,10 +85,14 @@ class Probes:
             await asyncio.sleep(1)
             self.metrics.loop_lag.observe(max(0.0, time.monotonic() - before - 1))
 
+    def _control(self) -> AbstractAsyncContextManager[Connection]:
+        """Borrow a connection; with a time-out, so that one which hangs is cut instead of waited for."""
+        return self.control.acquire(timeout=DATABASE_LIMIT_SECONDS / 2)
+
     async def _check_database(self) -> dict[str, Any]:
         before = time.monotonic()
         try:
-            async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self.control.acquire() as connection:
+            async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self._control() as connection:
                 await db.require_schema(connection)
         except SchemaBehindError as error:
             return {"status": "down", "reason": str(error)}

@@ -380,7 +380,7 @@ async def test_a_run_whose_queue_row_vanished_is_found_and_delivered_again(conne
     run_id = await ask(connection)
     await connection.execute("delete from bon_scheduler.pgqueuer")
     assert await ledger.orphans(connection, ["draft-cleanup"], LEASE) == [(run_id, "draft-cleanup")]
-    assert await ledger.redeliver(connection, run_id)
+    assert await ledger.redeliver(connection, run_id, LEASE)
     assert await ledger.orphans(connection, ["draft-cleanup"], LEASE) == []
 
 
@@ -393,7 +393,7 @@ async def test_a_run_that_a_living_worker_holds_is_no_orphan(connection: Connect
 
 async def test_delivering_again_makes_no_second_queue_row(connection: Connection) -> None:
     run_id = await ask(connection)
-    assert not await ledger.redeliver(connection, run_id)
+    assert not await ledger.redeliver(connection, run_id, LEASE)
     assert await queued(connection) == 1
 
 

@@ -116,8 +116,8 @@ async def test_today_does_not_depend_on_the_time_zone_of_the_database_session(
 ) -> None:
     options = db._options
 
-    def in_zone(lease_seconds: float | None) -> dict[str, Any]:
-        whole = options(lease_seconds)
+    def in_zone(**given: Any) -> dict[str, Any]:
+        whole = options(**given)
         return {**whole, "server_settings": {**whole["server_settings"], "TimeZone": zone}}
 
     business = await arrange.business(connection)
