@@ -12,9 +12,9 @@ import typer
 
 from bon_scheduler import commands, db, service
 from bon_scheduler.clock import SystemClock
-from bon_scheduler.commands import UsageError
+from bon_scheduler.commands import INTERRUPTED, UsageError
 from bon_scheduler.config import LogFormat, LogLevel, Settings, SettingsError
-from bon_scheduler.db import DatabaseUnavailableError, SchemaBehindError
+from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
 from bon_scheduler.ledger import UnknownJobError
 from bon_scheduler.log import configure_logging, describe_error
 from bon_scheduler.once import AlreadyRunningError
@@ -26,11 +26,11 @@ EXIT_STATUS: dict[type[Exception], int] = {
     SettingsError: 2,
     UsageError: 2,
     UnknownJobError: 2,
+    PoolerError: 2,
     AlreadyRunningError: 4,
     DatabaseUnavailableError: 1,
     SchemaBehindError: 1,
 }
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="bon-scheduler",

@@ -11,7 +11,7 @@ from enum import StrEnum
 from bon_scheduler import db
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
-from bon_scheduler.db import DatabaseUnavailableError, SchemaBehindError
+from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
 from bon_scheduler.jobs import Connection
 
 __all__ = ["Finding", "Level", "check_deployment"]
@@ -99,10 +99,11 @@ class Finding:
 async def check_deployment(settings: Settings, clock: Clock) -> list[Finding]:
     """Look at everything; an unreachable database ends the look early."""
     try:
-        async with db.connect(settings.database_url.get_secret_value()) as connection:
+        async with db.connect(settings.listen_url) as connection:
             return [
                 Finding("settings", Level.OK, "every setting is usable"),
                 await _check_server(connection),
+                await _check_sessions(settings),
                 await _check_clock(connection, clock),
                 *await _check_columns(connection),
                 *await _check_indexes(connection),
@@ -125,6 +126,15 @@ async def _check_server(connection: Connection) -> Finding:
         f"PostgreSQL {number} is not one this version was tried on",
         "Use 15 to 18.",
     )
+
+
+async def _check_sessions(settings: Settings) -> Finding:
+    try:
+        await db.require_sessions(settings)
+    except PoolerError as error:
+        what, _, remedy = str(error).partition(". ")
+        return Finding("notifications", Level.FAILURE, what, remedy)
+    return Finding("notifications", Level.OK, "LISTEN hears what is notified")
 
 
 async def _check_clock(connection: Connection, clock: Clock) -> Finding:

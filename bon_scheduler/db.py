@@ -11,6 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import resources
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -237,17 +238,20 @@ async def _pool(url: str, size: int, options: Mapping[str, Any]) -> AsyncIterato
 
 @asynccontextmanager
 async def connect(
-    url: str, *, codecs: bool = True, command_seconds: float = COMMAND_TIMEOUT_SECONDS
+    url: str,
+    *,
+    settings: Settings | None = None,
+    codecs: bool = True,
+    command_seconds: float = COMMAND_TIMEOUT_SECONDS,
 ) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """
     Open one connection of its own; raises DatabaseUnavailableError.
 
-    `codecs=False` leaves JSON as text, as PgQueuer expects it.
+    `codecs=False` leaves JSON as text, as PgQueuer expects it; with `settings` transactions are limited as in a pool.
     """
     with explain_unavailable(url):
-        connection = await asyncpg.connect(
-            url, **_options(settings=None, pooled=False, command_seconds=command_seconds)
-        )
+        options = _options(settings=settings, pooled=False, command_seconds=command_seconds)
+        connection = await asyncpg.connect(url, **options)
     try:
         _watch_peer(connection)
         if codecs:
@@ -261,16 +265,16 @@ async def connect(
 
 
 async def require_sessions(settings: Settings) -> None:
-    """Raise PoolerError where LISTEN would hear nothing: behind a pooler in transaction mode."""
+    """Raise PoolerError where LISTEN would hear nothing or limits be lost: behind a pooler."""
     url = settings.listen_url
-    async with connect(url) as one, connect(url) as other:
-        if await keeps_sessions(one, other):
+    async with connect(url, settings=settings) as one, connect(url) as other:
+        limit = await one.fetchval("select current_setting('idle_in_transaction_session_timeout')::interval")
+        if limit == timedelta(milliseconds=_idle_limit_ms(settings)) and await keeps_sessions(one, other):
             return
     name = "DATABASE_LISTEN_URL" if settings.database_listen_url else "DATABASE_URL"
     raise PoolerError(
-        f"{name} leads to {_target(url)} through a connection pooler in transaction mode, where notifications are "
-        "lost and the service would be half deaf. Set DATABASE_LISTEN_URL to the server's own address; "
-        "DATABASE_URL may then go through the pooler."
+        f"{name} leads to {_target(url)} through a connection pooler, where notifications or the limits of a session "
+        "are lost. Set DATABASE_LISTEN_URL to the server's own address; DATABASE_URL may then go through the pooler."
     )
 
 

@@ -7,10 +7,12 @@ What each command does, given settings and somewhere to report: returns the exit
 from bon_scheduler.commands.act import migrate, pause, resume
 from bon_scheduler.commands.look import STATES, check, jobs, runs, show
 from bon_scheduler.commands.parsing import UsageError
+from bon_scheduler.commands.signals import INTERRUPTED
 from bon_scheduler.commands.ticks import audit, timeline
 from bon_scheduler.commands.work import enqueue, run_once, serve
 
 __all__ = [
+    "INTERRUPTED",
     "STATES",
     "UsageError",
     "audit",

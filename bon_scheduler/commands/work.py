@@ -1,8 +1,9 @@
 """Commands that make runs: serve, run-once, enqueue."""
 
-import asyncio
-import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+import structlog
 
 from bon_scheduler import history, ledger, once, service
 from bon_scheduler.clock import Clock
@@ -19,21 +20,29 @@ from bon_scheduler.commands.parsing import (
     require_known,
     type_payload,
 )
+from bon_scheduler.commands.signals import end_now, stopping_on_signals
 from bon_scheduler.config import Settings
+from bon_scheduler.jobs import AnyJob
 from bon_scheduler.ledger import Origin, Request
 from bon_scheduler.report import Report, add_counts, format_counts
 
 __all__ = ["enqueue", "run_once", "serve"]
 
+log = structlog.get_logger()
+LEAVING = timedelta(seconds=3)
+"""How long leaving may take once attempts have had SHUTDOWN_SECONDS to finish."""
 
-async def serve(settings: Settings) -> int:
-    """Be the service until SIGTERM or SIGINT, then drain."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with service.serving(settings):
-        await stop.wait()
+
+async def serve(settings: Settings, jobs: Sequence[AnyJob] = service.JOBS) -> int:
+    """Be the service until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
+    patience = timedelta(seconds=settings.shutdown_seconds) + LEAVING
+    with stopping_on_signals(patience) as stop:
+        async with service.serving(settings, jobs=jobs) as serving:
+            await stop.wait()
+        if left := serving.machinery.runner.abandoned:
+            # Their runs were given back and their transactions cut; nothing would end them.
+            log.warning("service.left_handlers_behind", handlers=left)
+            end_now(DONE)
     return DONE
 
 
