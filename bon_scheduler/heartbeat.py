@@ -49,7 +49,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._pulse = self._looked = time.monotonic()
         self._told_seconds = 0.0
-        self._beaten: float | None = None
+        self._beaten = seconds_since_boot()
         self._steady_since: float | None = None
         self._loop_thread = threading.get_ident()
 
@@ -64,17 +64,14 @@ class Heartbeat:
         For how long another worker must have been silent to be taken for dead: the lease, and
         for ever until this one has been heard without a break for a lease after an outage.
         """
-        steady = self._steady_since
-        if steady is not None and seconds_since_boot() - steady < self._lease.total_seconds():
-            return NOBODY_IS_DEAD
-        beaten = self._beaten
-        silent = beaten is not None and seconds_since_boot() - beaten > self._lease.total_seconds()
-        return NOBODY_IS_DEAD if silent else self._lease
+        now, seconds = seconds_since_boot(), self._lease.total_seconds()
+        steady = self._steady_since is None or now - self._steady_since >= seconds
+        return self._lease if steady and now - self._beaten <= seconds else NOBODY_IS_DEAD
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Heartbeat"]:
         """Beat inside the block. The worker is registered before."""
-        self._loop_thread = threading.get_ident()
+        self._beaten, self._loop_thread = seconds_since_boot(), threading.get_ident()
         self._thread.start()
         pulse = asyncio.create_task(self._show_pulse(), name="pulse")
         try:
@@ -108,7 +105,7 @@ class Heartbeat:
 
     def _note_beat(self) -> None:
         now = seconds_since_boot()
-        if self._beaten is not None and now - self._beaten > self._lease.total_seconds():
+        if now - self._beaten > self._lease.total_seconds():
             self._steady_since = now
             log.warning("heartbeat.resumed", silent_seconds=round(now - self._beaten, 1))
         self._beaten = now
@@ -117,7 +114,8 @@ class Heartbeat:
         """Wait for the next beat, with an eye on the event loop; while it is wedged there is no next."""
         until = time.monotonic() + seconds
         while not self._stopping.is_set():
-            await asyncio.sleep(min(LOOK_SECONDS, max(0.0, until - time.monotonic())))
+            left_seconds = until - time.monotonic()
+            await asyncio.sleep(min(LOOK_SECONDS, left_seconds) if left_seconds > 0 else LOOK_SECONDS)
             now = time.monotonic()
             if now - self._looked > BLOCKED_AFTER_SECONDS:
                 self._pulse = now  # this thread stood still as well: the whole process was frozen
@@ -138,5 +136,5 @@ class Heartbeat:
             level(
                 "loop.blocked",
                 seconds=round(still_seconds, 1),
-                stack=[f"{entry.filename}:{entry.lineno} {entry.name}" for entry in stack],
+                frames=[f"{entry.filename}:{entry.lineno} {entry.name}" for entry in stack],
             )

@@ -1,0 +1,234 @@
+"""What the ledger says and what is so are brought together, by the whole service."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from bon_scheduler import Counts, JobContext, NoPayload, Retry, attempts, job, runner, service
+from bon_scheduler.attempts import RunRef
+from bon_scheduler.jobs import AnyJob
+from bon_scheduler.jobs import Connection as AnyConnection
+from tests.conftest import Connection, MakeSettings
+from tests.waiting import until
+
+ASK = "select bon_scheduler.enqueue('a-test')"
+QUICK = Retry(attempts=3, delay=timedelta(milliseconds=20))
+STATE = "select state::text from bon_scheduler.runs"
+OUTCOMES = "select outcome from bon_scheduler.attempts order by attempt"
+
+
+async def until_state(connection: Connection, *states: str) -> str:
+    async def look() -> str | None:
+        state = await connection.fetchval(STATE)
+        return state if state in states else None
+
+    return str(await until(look))
+
+
+async def outcomes(connection: Connection) -> list[str]:
+    return [row["outcome"] for row in await connection.fetch(OUTCOMES)]
+
+
+class Endless:
+    """A job that runs until it is stopped, and knows whether it was."""
+
+    def __init__(self) -> None:
+        self.stopped = asyncio.Event()
+
+        @job("a-test", retry=QUICK)
+        async def endless(_: JobContext, __: NoPayload) -> Counts:
+            try:
+                await asyncio.sleep(600)
+            except asyncio.CancelledError:
+                self.stopped.set()
+                raise
+            return {}
+
+        self.job: AnyJob = endless
+
+
+async def test_an_attempt_whose_run_was_taken_over_is_stopped(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    endless = Endless()
+    async with service.serving(make_settings(LEASE_SECONDS="2", SHUTDOWN_SECONDS="0.1"), jobs=[endless.job]) as serving:
+        await connection.execute(ASK)
+        await until_state(connection, "running")
+        await connection.execute("update bon_scheduler.runs set attempt = 2, worker = gen_random_uuid()")
+        async with asyncio.timeout(5):
+            await endless.stopped.wait()
+
+        async def counted() -> bool:
+            fenced = serving.machinery.metrics.fenced.labels("a-test")
+            return bool(fenced._value.get() == 1)
+
+        await until(counted)
+    assert (await outcomes(connection))[0] == "lost"
+
+
+async def test_a_run_that_a_person_cancelled_is_stopped_and_not_counted_as_fenced(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    endless = Endless()
+    async with service.serving(make_settings(LEASE_SECONDS="2"), jobs=[endless.job]) as serving:
+        await connection.execute(ASK)
+        await until_state(connection, "running")
+        await connection.execute(
+            "update bon_scheduler.attempts set ended_at = clock_timestamp(), outcome = 'cancelled';"
+            "update bon_scheduler.runs set state = 'cancelled', finished_at = clock_timestamp()"
+        )
+        async with asyncio.timeout(5):
+            await endless.stopped.wait()
+
+        async def forgotten() -> bool:
+            return not serving.machinery.runner.under_way
+
+        await until(forgotten)
+        assert serving.machinery.metrics.fenced.labels("a-test")._value.get() == 0
+    assert (await connection.fetchval(STATE), await outcomes(connection)) == ("cancelled", ["cancelled"])
+
+
+async def test_a_run_whose_claim_was_never_answered_is_let_go_of_and_run(
+    make_settings: MakeSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim committed and its answer was lost: the ledger says it is ours, and we know nothing of it."""
+    claim = attempts.claim
+    cut = iter([True])
+
+    async def claim_without_answer(*arguments: Any, **options: Any) -> Any:
+        answer = await claim(*arguments, **options)
+        if next(cut, False):
+            raise ConnectionResetError("cut after the commit")
+        return answer
+
+    monkeypatch.setattr(attempts, "claim", claim_without_answer)
+
+    @job("a-test", retry=QUICK)
+    async def quick(_: JobContext, __: NoPayload) -> Counts:
+        return {}
+
+    async with service.serving(make_settings(LEASE_SECONDS="2"), jobs=[quick]):
+        await connection.execute(ASK)
+        assert await until_state(connection, "succeeded", "dead") == "succeeded"
+    assert await outcomes(connection) == ["lost", "succeeded"]
+
+
+@pytest.mark.parametrize(
+    ("write", "fails", "state", "expected"),
+    [("finish", False, "succeeded", ["succeeded"]), ("fail", True, "dead", ["failed", "failed", "failed"])],
+)
+async def test_a_recording_whose_answer_was_lost_took_effect_once(
+    make_settings: MakeSettings,
+    connection: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    write: str,
+    fails: bool,
+    state: str,
+    expected: list[str],
+) -> None:
+    real: Callable[..., Awaitable[str]] = getattr(attempts, write)
+    answered: set[RunRef] = set()
+
+    async def without_answer(on: AnyConnection, ref: RunRef, *arguments: Any, **options: Any) -> str:
+        answer = await real(on, ref, *arguments, **options)
+        if ref not in answered:
+            answered.add(ref)
+            raise ConnectionResetError("cut after the commit")
+        return answer
+
+    monkeypatch.setattr(attempts, write, without_answer)
+
+    @job("a-test", retry=QUICK)
+    async def handler(_: JobContext, __: NoPayload) -> Counts:
+        if fails:
+            raise ValueError("no")
+        return {}
+
+    async with service.serving(make_settings(), jobs=[handler]) as serving:
+        await connection.execute(ASK)
+        assert await until_state(connection, "succeeded", "dead") == state
+
+        async def recorded() -> bool:
+            return not serving.machinery.runner.under_way
+
+        await until(recorded)
+        assert serving.machinery.metrics.fenced.labels("a-test")._value.get() == 0
+    assert await outcomes(connection) == expected
+
+
+async def test_a_read_only_database_delays_a_recording_and_loses_nothing(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    """A primary that failed over: it answers, and refuses every write."""
+    await connection.execute("""
+        create table read_only ();
+        create function refuse() returns trigger language plpgsql as $$
+        begin raise exception 'cannot execute UPDATE in a read-only transaction' using errcode = '25006'; end $$;
+    """)
+    refused = asyncio.Event()
+
+    @job("a-test", retry=QUICK)
+    async def handler(ctx: JobContext, __: NoPayload) -> Counts:
+        await connection.execute("create trigger refuse before update on bon_scheduler.runs execute function refuse()")
+        refused.set()
+        return {"attempt": ctx.attempt}
+
+    async with service.serving(make_settings(LEASE_SECONDS="2"), jobs=[handler]):
+        await connection.execute(ASK)
+        await refused.wait()
+        await asyncio.sleep(1)  # several tries at recording fail
+        assert await connection.fetchval(STATE) == "running"
+        await connection.execute("drop trigger refuse on bon_scheduler.runs")
+        assert await until_state(connection, "succeeded", "dead") == "succeeded"
+    assert await outcomes(connection) == ["succeeded"]
+
+
+async def test_a_queue_row_in_a_dead_hand_makes_room(make_settings: MakeSettings, connection: Connection) -> None:
+    @job("a-test", retry=QUICK)
+    async def quick(_: JobContext, __: NoPayload) -> Counts:
+        return {}
+
+    await service.prepare(make_settings(), jobs=[quick])
+    await connection.execute(ASK)
+    await connection.execute(
+        "update bon_scheduler.pgqueuer set status = 'picked', queue_manager_id = gen_random_uuid(),"
+        " heartbeat = clock_timestamp() - interval '1 minute', execute_after = clock_timestamp() + interval '1 hour'"
+    )
+    async with service.serving(make_settings(LEASE_SECONDS="2"), jobs=[quick]):
+        assert await until_state(connection, "succeeded") == "succeeded"
+
+
+async def test_a_handler_that_swallows_its_cancellation_is_abandoned_and_its_transaction_cut(
+    make_settings: MakeSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "DEADLINE_GRACE_SECONDS", 0.2)
+    await connection.execute("create table counter (n int); insert into counter values (0)")
+    let_go = asyncio.Event()
+
+    @job("a-test", retry=QUICK, timeout=timedelta(seconds=0.5))
+    async def stubborn(ctx: JobContext, _: NoPayload) -> Counts:
+        async with ctx.transaction() as tx:
+            await tx.execute("update counter set n = n + 1")
+            while ctx.attempt == 1 and not let_go.is_set():
+                try:
+                    await let_go.wait()
+                except asyncio.CancelledError:
+                    continue
+            return await ctx.finish({}, on=tx)
+
+    async with service.serving(make_settings(), jobs=[stubborn]) as serving:
+        await connection.execute(ASK)
+        # The second attempt updates the same row: it could not while the first still held it.
+        assert await until_state(connection, "succeeded", "dead") == "succeeded"
+        assert serving.machinery.runner.abandoned == 1
+        let_go.set()
+
+        async def buried() -> bool:
+            return serving.machinery.runner.abandoned == 0
+
+        await until(buried)
+    assert await outcomes(connection) == ["timed_out", "succeeded"]
+    assert await connection.fetchval("select n from counter") == 1
