@@ -61,9 +61,10 @@ class Machinery:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """A service that is up: its machinery, and the port its probes answer on."""
+    """A service that is up: its machinery, what brings it runs, and the port its probes answer on."""
 
     machinery: Machinery
+    engine: Engine
     port: int
 
 
@@ -208,6 +209,6 @@ async def serving(
             triggers.running(),
         ):
             log.info("service.started", port=port, version=parts.worker.version, jobs=sorted(parts.jobs))
-            yield Serving(parts, port)
+            yield Serving(parts, engine, port)
             log.info("service.stopping", attempts=engine.active)
     log.info("service.stopped")

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,11 +86,11 @@ class Service:
 
 
 @asynccontextmanager
-async def serve(**environ: str) -> AsyncIterator[Service]:
-    """Start `serve`, wait until it is ready, and see to it that it ends."""
+async def serve(*, program: Sequence[str] = ("bon_scheduler", "serve"), **environ: str) -> AsyncIterator[Service]:
+    """Start `serve`, or another program that serves, wait until it is ready, and see to it that it ends."""
     environment = {"HEALTH_PORT": "0", "HEALTH_HOST": "127.0.0.1", **environ}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "bon_scheduler", "serve", env=_environment(environment), stderr=asyncio.subprocess.PIPE
+        sys.executable, "-m", *program, env=_environment(environment), stderr=asyncio.subprocess.PIPE
     )
     service = Service(process, [])
     reading = asyncio.create_task(_read_events(service))
