@@ -19,6 +19,7 @@ from bon_scheduler.ledger import UnknownJobError
 from bon_scheduler.log import configure_logging, describe_error
 from bon_scheduler.once import AlreadyRunningError
 from bon_scheduler.report import Report
+from bon_scheduler.revise import RefusedError
 
 __all__ = ["app", "main"]
 
@@ -27,6 +28,7 @@ EXIT_STATUS: dict[type[Exception], int] = {
     UsageError: 2,
     UnknownJobError: 2,
     PoolerError: 2,
+    RefusedError: 2,
     AlreadyRunningError: 4,
     DatabaseUnavailableError: 1,
     SchemaBehindError: 1,
@@ -46,6 +48,7 @@ JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's name; list 
 PayloadText = Annotated[str, typer.Option("--payload", metavar="JSON", help="The run's arguments.")]
 
 Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; it is recorded.")]
+RunIds = Annotated[list[str] | None, typer.Argument(metavar="RUN_ID…", help="List them with: runs")]
 
 
 def _run(as_json: bool, call: Callable[[Settings, Report], Coroutine[Any, Any, int]]) -> None:
@@ -130,7 +133,7 @@ def runs(
 
 @app.command()
 def show(run_id: Annotated[str, typer.Argument(metavar="RUN_ID")], as_json: AsJson = False) -> None:
-    """Show one run: attempts, businesses, what caused it and what it caused."""
+    """Show one run: attempts, businesses, what caused it and what it caused, what operators did to it."""
     _run(as_json, lambda settings, report: commands.show(settings, report, run=run_id))
 
 
@@ -179,6 +182,40 @@ def pause(job: JobName, reason: Reason, as_json: AsJson = False) -> None:
 def resume(job: JobName, reason: Reason, as_json: AsJson = False) -> None:
     """Have a paused job's ticks run again."""
     _run(as_json, lambda settings, report: commands.resume(settings, report, name=job, reason=reason))
+
+
+@app.command()
+def retry(
+    reason: Reason,
+    run_ids: RunIds = None,
+    dead: Annotated[bool, typer.Option("--dead", help="All dead runs, of one job with --job.")] = False,
+    job: Annotated[str | None, typer.Option(help="With --dead: only this job's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run dead, partial or cancelled runs again, with as many attempts as a new one; all of those named or none."""
+    _run(
+        as_json,
+        lambda settings, report: commands.retry(
+            settings, report, runs=run_ids or [], dead=dead, job=job, reason=reason
+        ),
+    )
+
+
+@app.command()
+def cancel(
+    reason: Reason,
+    run_ids: RunIds = None,
+    waiting: Annotated[bool, typer.Option("--waiting", help="All of --job that wait for a worker.")] = False,
+    job: Annotated[str | None, typer.Option(help="With --waiting: this job's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cancel runs that wait, are held, run (wherever that is) or are dead; all of those named or none."""
+    _run(
+        as_json,
+        lambda settings, report: commands.cancel(
+            settings, report, runs=run_ids or [], waiting=waiting, job=job, reason=reason
+        ),
+    )
 
 
 @app.command()

@@ -46,13 +46,15 @@ FENCE = """
      where id = $1 and attempt = $2 and worker = $3 and state = 'running'
        for share
 """
-# $1 run, $2 attempt, $3 worker, $4 counts: jsonb. `partial` when the handler reported a failed business.
+# $1 run, $2 attempt, $3 worker, $4 counts: jsonb. `partial` when the handler reported a failed business, since a
+# person last retried the run.
 FINISH = """
     with finished as (
         update bon_scheduler.runs r
            set counts = $4, error = null, finished_at = clock_timestamp(),
                state = case when exists (select from bon_scheduler.business_outcomes o
-                                          where o.run_id = r.id and o.outcome = 'failed')
+                                          where o.run_id = r.id and o.outcome = 'failed'
+                                            and o.attempt > r.retried_after)
                             then 'partial' else 'succeeded' end::bon_scheduler.run_state
          where id = $1 and attempt = $2 and worker = $3 and state = 'running'
         returning id, attempt, state
@@ -121,13 +123,15 @@ FORSAKE = """
 """
 # $1 run, $2 businesses: uuid[], $3 outcomes: text[], $4 counts: jsonb[], $5 errors: text[].
 RECORD_OUTCOMES = """
-    insert into bon_scheduler.business_outcomes as o (run_id, business_id, outcome, counts, error)
-    select $1, business_id, outcome, counts, error
+    insert into bon_scheduler.business_outcomes as o (run_id, business_id, outcome, counts, error, attempt)
+    select $1, business_id, outcome, counts, error,
+           (select greatest(r.attempt, 1) from bon_scheduler.runs r where r.id = $1)
       from unnest($2::uuid[], $3::text[], $4::jsonb[], $5::text[]) as t (business_id, outcome, counts, error)
     on conflict (run_id, business_id) do update
        set outcome = case when o.outcome = 'done' and excluded.outcome = 'kept'
                           then 'done' else excluded.outcome end,
            error = excluded.error,
+           attempt = excluded.attempt,
            counts = (select coalesce(jsonb_object_agg(key, total), '{}')
                        from (select key, sum(value::bigint) as total
                                from (select * from jsonb_each_text(o.counts)

@@ -16,6 +16,7 @@ from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
 __all__ = [
     "OPEN_STATES",
     "Row",
+    "actions_on",
     "attempts_of",
     "businesses_of",
     "caused_by",
@@ -57,18 +58,32 @@ ATTEMPTS_OF = """
      where run_id = $1
      order by attempt
 """
-# $1 run. Index: business_outcomes_pkey.
+# $1 run. Indexes: business_outcomes_pkey, runs_pkey. `failed_before`: it failed, then a person retried the run,
+# and nothing was said of it since.
 BUSINESSES_OF = """
-    select business_id, outcome, counts, error
-      from bon_scheduler.business_outcomes
-     where run_id = $1
-     order by outcome = 'failed' desc, business_id
+    select o.business_id,
+           case when o.outcome = 'failed' and o.attempt <= r.retried_after
+                then 'failed_before' else o.outcome end as outcome,
+           o.counts, o.error
+      from bon_scheduler.business_outcomes o
+      join bon_scheduler.runs r on r.id = o.run_id
+     where o.run_id = $1
+     order by o.outcome = 'failed' desc, o.attempt <= r.retried_after, o.business_id
+"""
+# $1 target: the text of a run's id. Index: operator_actions_target.
+ACTIONS_ON = """
+    select at, by, action, reason
+      from bon_scheduler.operator_actions
+     where target = $1
+     order by id
 """
 # $1 run. Index: business_outcomes_pkey.
 OUTCOME_TOTALS = """
-    select count(*) as touched, count(*) filter (where outcome = 'failed') as failed
-      from bon_scheduler.business_outcomes
-     where run_id = $1
+    select count(*) as touched,
+           count(*) filter (where o.outcome = 'failed' and o.attempt > r.retried_after) as failed
+      from bon_scheduler.business_outcomes o
+      join bon_scheduler.runs r on r.id = o.run_id
+     where o.run_id = $1
 """
 # $1 run. Index: runs_caused_by.
 CAUSED_BY = """
@@ -153,6 +168,11 @@ async def attempts_of(connection: Connection, run_id: UUID) -> list[Row]:
 async def businesses_of(connection: Connection, run_id: UUID) -> list[Row]:
     """Return what the run did for each business, failures first."""
     return await _rows(connection, BUSINESSES_OF, run_id)
+
+
+async def actions_on(connection: Connection, run_id: UUID) -> list[Row]:
+    """Return what operators did to the run, first to last."""
+    return await _rows(connection, ACTIONS_ON, str(run_id))
 
 
 async def outcome_totals(connection: Connection, run_id: UUID) -> Row:

@@ -2,7 +2,8 @@
 The ledger of runs: every run is one row from the moment it is asked for until it is pruned.
 
 Asking (`enqueue`), ticks (`record_tick`) and delivery (`redeliver`, `orphans`) are here; what an
-attempt does to its run is in `attempts`. No other module writes these tables.
+attempt does to its run is in `attempts`, what a person does to it in `revise`. No other module writes
+these tables.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +24,6 @@ __all__ = [
     "Request",
     "TickVerdict",
     "UnknownJobError",
-    "cancel_run",
     "deliver",
     "enqueue",
     "enqueue_many",
@@ -69,13 +69,6 @@ ENQUEUE_MANY = """
     select count(bon_scheduler.enqueue($1, payload, dedupe_key => key, origin => 'run',
                                        asked_by => $4, caused_by => $5))
       from unnest($2::jsonb[], $3::text[]) as t (payload, key)
-"""
-# $1 run, $2 reason. Only a run that has not started.
-CANCEL_QUEUED = """
-    update bon_scheduler.runs
-       set state = 'cancelled', reason = $2, finished_at = clock_timestamp()
-     where id = $1 and state in ('queued', 'retrying')
-    returning id
 """
 DELIVER = "select bon_scheduler.deliver($1)"
 # $1 run, $2 lease: interval.
@@ -211,11 +204,6 @@ async def enqueue_many(
             ENQUEUE_MANY, job, [payload for payload, _ in part], [key for _, key in part], asked_by, caused_by
         )
     return new
-
-
-async def cancel_run(connection: Connection, run_id: UUID, reason: str) -> bool:
-    """Cancel a run that has not started; False when it has."""
-    return (await connection.fetchval(CANCEL_QUEUED, run_id, reason, timeout=CALL_TIMEOUT_SECONDS)) is not None
 
 
 async def deliver(connection: Connection, run_id: UUID) -> bool:

@@ -12,12 +12,13 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from bon_scheduler import history, ledger
+from bon_scheduler import history, ledger, revise
 from bon_scheduler.attempts import Claim, Verdict
 from bon_scheduler.db import Pool
 from bon_scheduler.history import OPEN_STATES, Row
 from bon_scheduler.jobs import AnyJob, Payload, Retry
 from bon_scheduler.ledger import Origin, Request
+from bon_scheduler.revise import Action
 from bon_scheduler.runner import Delivery, Runner
 
 __all__ = ["AlreadyRunningError", "RunReport", "run_once"]
@@ -79,7 +80,9 @@ async def run_once(
     except asyncio.CancelledError:
         # Given back by the runner; a person who interrupts does not want another replica to go on with it.
         async with pool.acquire() as connection:
-            await ledger.cancel_run(connection, run_id, "interrupted")
+            await revise.revise(
+                connection, Action.CANCEL, [run_id], states=OPEN_STATES, by=asked_by, reason="interrupted"
+            )
         raise
     await _work_through(pool, runner, jobs, run_id, concurrency)
     async with pool.acquire() as connection:
@@ -112,7 +115,8 @@ async def _ask_and_claim(
             since = f"{claim.holder_since:%Y-%m-%d %H:%M:%S} UTC" if claim.holder_since else "an unknown time"
             raise AlreadyRunningError(
                 f'"{job.name}" is already running on {claim.holder_host} since {since}. '
-                "Wait for it to end; see it with: python -m bon_scheduler runs --state running"
+                "Wait for it to end; see it with: python -m bon_scheduler runs --state running; "
+                "stop it with: python -m bon_scheduler cancel RUN_ID --reason …"
             )
     return run_id, claim
 

@@ -9,7 +9,8 @@ the attempt goes on without it. A handler's exception never leaves this module; 
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -52,7 +53,6 @@ log = structlog.get_logger()
 LONGEST_RECORDING_WAIT_SECONDS = 2.0
 DEADLINE_GRACE_SECONDS = 5.0
 """How long a handler may take to end once it is cancelled: to roll back, or to save what cannot be undone."""
-SHUTDOWN_GRACE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +129,21 @@ def _judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> _Ending:
     return _Ending("failed", error=text, wait=wait)
 
 
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await what must not be cut short, however often this task is cancelled meanwhile."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
+    task.result()
+
+
 class Runner:
-    """Makes attempts for one worker; safe to call concurrently."""
+    """
+    Makes attempts for one worker; safe to call concurrently.
+
+    `farewell` is how long a handler may take to end when this process is stopping.
+    """
 
     def __init__(
         self,
@@ -145,6 +158,7 @@ class Runner:
         clock: Clock,
         metrics: Metrics,
         deadman: Deadman,
+        farewell: timedelta,
     ) -> None:
         self._pool = pool
         self._control = control
@@ -156,6 +170,7 @@ class Runner:
         self._clock = clock
         self._metrics = metrics
         self._deadman = deadman
+        self._farewell = farewell
         self._recordings: dict[UUID, asyncio.Task[Any]] = {}
         self._under_way: dict[UUID, _UnderWay] = {}
         self._abandoned: set[asyncio.Task[Counts]] = set()
@@ -272,7 +287,7 @@ class Runner:
         try:
             stopped = await self._watch(job, ctx, handler)
         except asyncio.CancelledError:
-            await self._give_back(ctx, handler)
+            await _to_its_end(self._give_back(ctx, handler))
             raise
         number = ctx.attempt - claim.given_back
         wait = None if number >= retry.attempts else retry.wait(number)
@@ -317,7 +332,7 @@ class Runner:
     async def _give_back(self, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> None:
         """Stop the handler and give the run back, because this process is stopping."""
         if not handler.done():
-            await self._stop(ctx, handler, SHUTDOWN_GRACE_SECONDS)
+            await self._stop(ctx, handler, self._farewell.total_seconds())
         if ctx.ended is None:
             await self._record(ctx, lambda connection: attempts.give_back(connection, ctx.ref))
         log.info("run.given_back" if ctx.ended is None else "run.ended", outcome=ctx.ended)

@@ -40,6 +40,10 @@ __all__ = ["JOBS", "Machinery", "Serving", "machinery", "prepare", "read_setting
 log = structlog.get_logger()
 CONTROL_CONNECTIONS = 4
 FAREWELL_SECONDS = 2.0
+SERVICE_FAREWELL = timedelta(seconds=1)
+"""A service has given its handlers SHUTDOWN_SECONDS before."""
+PERSON_FAREWELL = timedelta(seconds=30)
+"""Nobody sends a person's process a kill: what cannot be undone is saved first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,7 @@ async def machinery(
             clock=clock,
             metrics=metrics,
             deadman=await stack.enter_async_context(Deadman.watching(settings.deadman_urls)),
+            farewell=SERVICE_FAREWELL if serves else PERSON_FAREWELL,
         )
         reconciling = Reconciler(
             pool=control,

@@ -81,6 +81,26 @@ async def test_an_audit_lists_a_miss_with_its_reason_and_whether_it_was_made_goo
     assert len(result.document["dead"]) == 1
 
 
+async def test_an_audit_lists_what_was_cancelled_and_how_to_run_again_what_is_dead(
+    pool: Pool, connection: Connection, database_url: str
+) -> None:
+    begin = await month_of_quarters(pool, connection)
+    changed = {
+        state: await connection.fetchval(
+            "update bon_scheduler.runs set state = $1::text::bon_scheduler.run_state, reason = 'wrong data'"
+            " where fire_time = $2 returning id",
+            state,
+            begin + timedelta(minutes=14) + tick * QUARTER,
+        )
+        for tick, state in ((5, "cancelled"), (6, "dead"))
+    }
+    result = await run_command("audit", "--since", "31d", DATABASE_URL=database_url)
+    assert result.status == 0
+    assert [" cancelled " in line and "wrong data" in line for line in result.out.splitlines()].count(True) == 1
+    assert "retry RUN_ID --reason …" in result.out
+    assert f"Dead, the latest first: {changed['dead']}\n" in result.out
+
+
 @pytest.mark.parametrize("since", ["7d", "2026-11-23", "2026-11-23T06:00", "2026-11-23T06:00:00Z"])
 async def test_an_audit_takes_a_span_or_an_instant(database_url: str, since: str) -> None:
     result = await run_command("audit", "--since", since, DATABASE_URL=database_url)

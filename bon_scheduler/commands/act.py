@@ -1,11 +1,25 @@
-"""Commands that change more than one run: migrate, pause, resume."""
+"""Commands that change something: migrate the schema, pause and resume jobs, retry and cancel runs."""
+
+from collections import Counter
+from collections.abc import Sequence
 
 from bon_scheduler import operate, service
-from bon_scheduler.commands.parsing import DONE, UsageError, person, reading, require_known
+from bon_scheduler.commands.parsing import (
+    DONE,
+    UsageError,
+    person,
+    read_reason,
+    read_run_ids,
+    reading,
+    require_known,
+)
 from bon_scheduler.config import Settings
 from bon_scheduler.report import Report
+from bon_scheduler.revise import Action, Revised
 
-__all__ = ["migrate", "pause", "resume"]
+__all__ = ["cancel", "migrate", "pause", "resume", "retry"]
+
+BECOMES = {Action.RETRY: "queued", Action.CANCEL: "cancelled"}
 
 
 async def migrate(settings: Settings, report: Report) -> int:
@@ -29,12 +43,11 @@ async def resume(settings: Settings, report: Report, *, name: str, reason: str) 
 
 
 async def _change(settings: Settings, report: Report, name: str, reason: str, *, pausing: bool) -> int:
-    if not reason.strip():
-        raise UsageError("--reason is empty. Say why: it is recorded, and shown by `jobs` and `audit`.")
+    why = read_reason(reason)
     act = operate.pause_job if pausing else operate.resume_job
     async with reading(settings) as connection:
         await require_known(connection, name)
-        changed = await act(connection, name, by=person(), reason=reason.strip())
+        changed = await act(connection, name, by=person(), reason=why)
     word = "paused" if pausing else "resumed"
     if report.as_json:
         report.document({"job": name, "paused": pausing, "changed": changed})
@@ -43,3 +56,70 @@ async def _change(settings: Settings, report: Report, name: str, reason: str, *,
     else:
         report.say(f"{name} was {'paused' if pausing else 'not paused'} already: nothing changed.")
     return DONE
+
+
+async def retry(
+    settings: Settings, report: Report, *, runs: Sequence[str], dead: bool, job: str | None, reason: str
+) -> int:
+    """Queue runs again that ended dead, partial or cancelled."""
+    if bool(runs) is dead:
+        raise UsageError("Say which runs: either RUN_ID… or --dead. List them with: python -m bon_scheduler runs")
+    if job is not None and not dead:
+        raise UsageError("--job narrows --dead, and means nothing to runs that are named. Leave it out.")
+    run_ids, why, by = read_run_ids(runs), read_reason(reason), person()
+    async with reading(settings) as connection:
+        if job is not None:
+            await require_known(connection, job)
+        if dead:
+            with report.progress("queueing dead runs again"):
+                revised = await operate.retry_dead(connection, job, by=by, reason=why)
+        else:
+            revised = await operate.retry_runs(connection, run_ids, by=by, reason=why)
+    _tell(settings, report, Action.RETRY, revised)
+    return DONE
+
+
+async def cancel(
+    settings: Settings, report: Report, *, runs: Sequence[str], waiting: bool, job: str | None, reason: str
+) -> int:
+    """Cancel runs that wait, run or are dead."""
+    if bool(runs) is waiting:
+        raise UsageError(
+            "Say which runs: either RUN_ID… or --waiting --job JOB. List them with: python -m bon_scheduler runs"
+        )
+    if waiting is (job is None):
+        raise UsageError("--waiting and --job JOB go together: all runs of one job that wait. Give both or neither.")
+    run_ids, why, by = read_run_ids(runs), read_reason(reason), person()
+    async with reading(settings) as connection:
+        if job is not None:
+            await require_known(connection, job)
+            with report.progress("cancelling runs that wait"):
+                revised = await operate.cancel_waiting(connection, job, by=by, reason=why)
+        else:
+            revised = await operate.cancel_runs(connection, run_ids, by=by, reason=why)
+    _tell(settings, report, Action.CANCEL, revised)
+    return DONE
+
+
+def _tell(settings: Settings, report: Report, action: Action, revised: Sequence[Revised]) -> None:
+    running = sum(run.was == "running" for run in revised)
+    seconds = settings.lease_seconds / 4
+    if report.as_json:
+        report.document(
+            {
+                "action": action,
+                "changed": len(revised),
+                "runs": [{"run_id": run.run_id, "job": run.job, "was": run.was} for run in revised],
+                "stops_within_seconds": seconds if running else None,
+            }
+        )
+        return
+    for (job, was), count in sorted(Counter((run.job, run.was) for run in revised).items()):
+        report.say(f"{job}: {count:,} {'run that was' if count == 1 else 'runs that were'} {was} → {BECOMES[action]}.")
+    if running:
+        report.say(
+            f"What was running can commit nothing more, and its worker stops it within a quarter of its lease "
+            f"({seconds:g} s)."
+        )
+    if not revised:
+        report.say("There is no such run: nothing changed.")

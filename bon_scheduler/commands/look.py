@@ -1,12 +1,19 @@
 """Commands that look: jobs, runs, show, check. They change nothing."""
 
 from itertools import islice
-from uuid import UUID
 
 from bon_scheduler import history, operate, service
 from bon_scheduler.check import Level, check_deployment
 from bon_scheduler.clock import Clock
-from bon_scheduler.commands.parsing import BADLY, DONE, UsageError, parse_span, reading, require_known
+from bon_scheduler.commands.parsing import (
+    BADLY,
+    DONE,
+    UsageError,
+    parse_span,
+    read_run_ids,
+    reading,
+    require_known,
+)
 from bon_scheduler.config import Settings
 from bon_scheduler.report import Report, format_counts, format_span
 from bon_scheduler.timing import describe_cron, fire_times
@@ -61,6 +68,11 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
             for row in overview
         ],
     )
+    if any(row["dead"] for row in overview):
+        report.say(
+            "\nDead runs: see why with `runs --state dead` and `show RUN_ID`; mend the cause, then "
+            "`retry RUN_ID --reason …` or `retry --dead --job JOB --reason …`."
+        )
     return DONE
 
 
@@ -105,11 +117,8 @@ async def runs(
 
 
 async def show(settings: Settings, report: Report, *, run: str) -> int:
-    """Show one run: attempts, businesses, what caused it and what it caused."""
-    try:
-        run_id = UUID(run)
-    except ValueError as error:
-        raise UsageError(f'"{run}" is not a run\'s id. List runs with: python -m bon_scheduler runs') from error
+    """Show one run: attempts, businesses, what caused it and what it caused, what operators did to it."""
+    (run_id,) = read_run_ids([run])
     async with reading(settings) as connection:
         found = await history.find_run(connection, run_id)
         if found is None:
@@ -117,8 +126,10 @@ async def show(settings: Settings, report: Report, *, run: str) -> int:
         attempts = await history.attempts_of(connection, run_id)
         businesses = await history.businesses_of(connection, run_id)
         caused = await history.caused_by(connection, run_id)
+        actions = await history.actions_on(connection, run_id)
     if report.as_json:
-        report.document({**found, "attempts": attempts, "businesses": businesses, "caused": caused})
+        lists = {"attempts": attempts, "businesses": businesses, "caused": caused, "actions": actions}
+        report.document({**found, **lists})
         return DONE
     instants = ("fire_time", "run_at", "enqueued_at", "started_at", "finished_at")
     report.facts(
@@ -158,6 +169,12 @@ async def show(settings: Settings, report: Report, *, run: str) -> int:
             ["run", "job", "outcome", "counts"],
             [(row["run_id"], row["job"], row["state"], format_counts(row["counts"])) for row in caused],
             title="\nCaused",
+        )
+    if actions:
+        report.table(
+            ["when", "action", "by", "reason"],
+            [(report.instant(row["at"]), row["action"], row["by"], row["reason"]) for row in actions],
+            title="\nOperators",
         )
     return DONE
 

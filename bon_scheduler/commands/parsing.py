@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import orjson
 from pydantic import ValidationError
@@ -26,6 +27,8 @@ __all__ = [
     "parse_span",
     "person",
     "read_payload",
+    "read_reason",
+    "read_run_ids",
     "reading",
     "require_known",
     "type_payload",
@@ -86,6 +89,28 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     guess = f' Did you mean "{close[0]}"?' if close else ""
     return f"{guess} List them with: python -m bon_scheduler jobs"
+
+
+def read_run_ids(texts: Sequence[str]) -> list[UUID]:
+    """Read runs' ids, each once, in their order; raises UsageError that names all that are none."""
+    run_ids: dict[UUID, None] = {}
+    faults = []
+    for text in texts:
+        try:
+            run_ids[UUID(text)] = None
+        except ValueError:
+            faults.append(f'"{text}"')
+    if faults:
+        what = "is not a run's id" if len(faults) == 1 else "are not runs' ids"
+        raise UsageError(f"{', '.join(faults)} {what}. List runs with: python -m bon_scheduler runs")
+    return list(run_ids)
+
+
+def read_reason(text: str) -> str:
+    """Read why an operator acts; raises UsageError when nothing is said."""
+    if not text.strip():
+        raise UsageError("--reason is empty. Say why: it is recorded, and shown by `show`, `jobs` and `audit`.")
+    return text.strip()
 
 
 def read_payload(text: str) -> dict[str, Any]:

@@ -17,8 +17,17 @@ from bon_scheduler.timing import Transition, fire_times, transitions
 
 __all__ = ["audit", "timeline"]
 
-LISTED = (Verdict.GAP, Verdict.MISSED, Verdict.DEAD, Verdict.HELD, Verdict.PAUSED, Verdict.UNEXPECTED)
+LISTED = (
+    Verdict.GAP,
+    Verdict.MISSED,
+    Verdict.DEAD,
+    Verdict.HELD,
+    Verdict.PAUSED,
+    Verdict.CANCELLED,
+    Verdict.UNEXPECTED,
+)
 MOST_SHOWN = 50
+MOST_NAMED = 3
 MOST_DAYS = 3660
 
 
@@ -68,7 +77,10 @@ def _as_document(found: Audit) -> dict[str, Any]:
 def _show(report: Report, found: Audit) -> None:
     jobs = sorted({tick.job for tick in found.ticks})
     report.table(
-        ["job", "expected", "ran", "late", "median lateness", "worst", "missed", "resolved", "paused", "dead", "gaps"],
+        [
+            *("job", "expected", "ran", "late", "median lateness", "worst"),
+            *("missed", "resolved", "paused", "dead", "cancelled", "gaps"),
+        ],
         [_summary(job, found) for job in jobs],
         title=f"Ticks from {report.instant(found.since)} to {report.instant(found.until)}",
     )
@@ -82,6 +94,11 @@ def _show(report: Report, found: Audit) -> None:
     if (more := len(worth_naming) - MOST_SHOWN) > 0:
         report.say(f"and {more} more; all of them with --json")
     report.say(f"\n{_conclude(found)}")
+    if dead := found.of(Verdict.DEAD):
+        report.say(
+            "Once the cause is mended, dead ticks run again with: python -m bon_scheduler retry RUN_ID --reason …"
+        )
+        report.say(f"Dead, the latest first: {', '.join(str(tick.run_id) for tick in dead[: -MOST_NAMED - 1 : -1])}")
 
 
 def _conclude(found: Audit) -> str:
@@ -105,6 +122,7 @@ def _summary(job: str, found: Audit) -> list[object]:
         sum(tick.resolved is True for tick in ticks),
         count[Verdict.PAUSED],
         count[Verdict.DEAD],
+        count[Verdict.CANCELLED],
         count[Verdict.GAP],
     ]
 

@@ -14,6 +14,7 @@ import pytest
 import bon_scheduler
 import handlers
 import health
+from bon_scheduler.history import ACTIONS_ON
 from handlers.draft_cleanup import LOCK_STALE
 from handlers.overdue_detection import CLEAR_SETTLED, MARK_OVERDUE
 from handlers.session_cleanup import DELETE_EXPIRED
@@ -85,8 +86,9 @@ def test_the_search_for_parameters_finds_them_however_they_are_written(condition
         (CLEAR_SETTLED, "", "invoices_overdue_reset_idx"),
         (LOCK_STALE, "('2026-11-23', '1970-01-01', gen_random_uuid(), 500)", "invoices_draft_cleanup_idx"),
         (DELETE_EXPIRED, "('2026-11-23', 500)", "session_expires_idx"),
+        (ACTIONS_ON, "('00000000-0000-0000-0000-000000000000')", "operator_actions_target"),
     ],
-    ids=["MARK_OVERDUE", "CLEAR_SETTLED", "LOCK_STALE", "DELETE_EXPIRED"],
+    ids=["MARK_OVERDUE", "CLEAR_SETTLED", "LOCK_STALE", "DELETE_EXPIRED", "ACTIONS_ON"],
 )
 async def test_a_statement_finds_its_index_whatever_its_parameters(
     connection: Connection, sql: str, arguments: str, index: str
