@@ -117,8 +117,11 @@ async def test_a_run_whose_claim_was_never_answered_is_let_go_of_and_run(
 
 
 @pytest.mark.parametrize(
-    ("write", "fails", "state", "expected"),
-    [("finish", False, "succeeded", ["succeeded"]), ("fail", True, "dead", ["failed", "failed", "failed"])],
+    ("write", "fails", "states", "expected"),
+    [
+        ("finish", False, {"succeeded": 1}, ["succeeded"]),
+        ("fail", True, {"retrying": 2, "dead": 1}, ["failed", "failed", "failed"]),
+    ],
 )
 async def test_a_recording_whose_answer_was_lost_took_effect_once(
     make_settings: MakeSettings,
@@ -126,7 +129,7 @@ async def test_a_recording_whose_answer_was_lost_took_effect_once(
     monkeypatch: pytest.MonkeyPatch,
     write: str,
     fails: bool,
-    state: str,
+    states: dict[str, int],
     expected: list[str],
 ) -> None:
     real: Callable[..., Awaitable[str]] = getattr(attempts, write)
@@ -149,12 +152,14 @@ async def test_a_recording_whose_answer_was_lost_took_effect_once(
 
     async with service.serving(make_settings(), jobs=[handler]) as serving:
         await connection.execute(ASK)
-        assert await until_state(connection, "succeeded", "dead") == state
+        await until_state(connection, "succeeded", "dead")
 
         async def recorded() -> bool:
             return not serving.machinery.runner.under_way
 
         await until(recorded)
+        counted = serving.machinery.metrics._runs
+        assert {state: counted.labels("a-test", state)._value.get() for state in states} == states
         assert serving.machinery.metrics.fenced.labels("a-test")._value.get() == 0
     assert await outcomes(connection) == expected
 
