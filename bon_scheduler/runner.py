@@ -354,8 +354,8 @@ class Runner:
         except LostRunError:
             pass
         outcome = await self._record(ctx, lambda c: attempts.lose(c, ctx.ref, "another attempt owns the run"))
-        if outcome == ending.outcome != "lost":
-            # The first try at recording took effect, and only its answer was lost.
+        if outcome == ending.outcome and outcome not in {"succeeded", "lost"}:
+            # The first try at recording a failure took effect, and only its answer was lost.
             return "dead" if ending.wait is None else "retrying"
         if outcome == "lost":
             self._metrics.fenced.labels(ctx.job_name).inc()
