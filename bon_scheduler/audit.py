@@ -35,6 +35,8 @@ TICKS = """
        and r.fire_time <= $2
 """
 NOW = "select clock_timestamp()"
+# $1 since: timestamptz. Index: pruning_pkey. What was pruned is not a gap.
+RETAINED_SINCE = "select greatest($1, ticks_until) from bon_scheduler.pruning"
 
 
 class Verdict(StrEnum):
@@ -130,9 +132,10 @@ class Audit:
 
 
 async def audit(connection: Connection, since: datetime) -> Audit:
-    """Audit every job from `since` (UTC, aware) until now, by the database's clock."""
+    """Audit every job from `since` (UTC, aware), or what the ledger still holds, until now by the database's clock."""
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         until = await connection.fetchval(NOW)
+        since = await connection.fetchval(RETAINED_SINCE, since)
         histories = await schedules.read_histories(connection)
         last_ticks = await ledger.last_ticks(connection, list(histories))
         rows = await connection.fetch(TICKS, since, until, timeout=CALL_TIMEOUT_SECONDS)

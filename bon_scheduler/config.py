@@ -118,6 +118,7 @@ class Settings(BaseSettings):
     worker_concurrency: int = Field(20, ge=2, le=1000)
     shutdown_seconds: float = Field(25, gt=0, le=3600)
     lease_seconds: float = Field(15, ge=2, le=3600)
+    run_retention_days: int = Field(400, ge=1, le=36500)
 
     email_from: str = "noreply@bon.co.il"
     email_language: Annotated[str, Field(pattern="^(he|en)$")] = "he"

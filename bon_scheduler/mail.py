@@ -32,7 +32,7 @@ import structlog
 
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings, SmtpTls
-from bon_scheduler.jobs import Retry, RetryLaterError
+from bon_scheduler.jobs import NeverRetryError, Retry, RetryLaterError
 from bon_scheduler.letters import POLICY, Letter, compose, is_mailbox, message_id, printable, recipient_hash
 from bon_scheduler.log import mask
 
@@ -211,8 +211,10 @@ class Mailer:
         Send a letter unless its key was used before; return what became of it.
 
         Raises MailUnavailableError (a RetryLaterError) when nothing was sent and another attempt
-        may; RetryLaterError while another run is sending the same letter.
+        may; RetryLaterError while another run is sending the same letter; NeverRetryError for a
+        letter of a day so long ago that its delivery may have been forgotten.
         """
+        self._require_remembered(letter)
         events = log.bind(kind=letter.kind, business_id=str(letter.business_id))
         if self._settings.smtp_host is None:
             events.info("delivery.logged", as_of=letter.as_of.isoformat())
@@ -234,6 +236,14 @@ class Mailer:
         else:
             events.warning("delivery.refused" if answer.delivery is Delivery.REFUSED else "delivery.unknown")
         return answer.delivery
+
+    def _require_remembered(self, letter: Letter) -> None:
+        kept = self._settings.run_retention_days
+        if letter.as_of < self._clock.now().date() - timedelta(days=kept):
+            raise NeverRetryError(
+                f"A letter of {letter.as_of} is older than RUN_RETENTION_DAYS ({kept}): whether it was sent may be "
+                "forgotten, so it is not sent again."
+            )
 
     async def _claim(self, letter: Letter, run_id: UUID, attempt: int) -> _Intention | Delivery:
         """Commit the intention to send, or find out what became of an earlier one."""

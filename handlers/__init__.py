@@ -2,6 +2,7 @@
 
 from bon_scheduler.jobs import AnyJob
 from handlers.draft_cleanup import draft_cleanup
+from handlers.ledger_pruning import ledger_pruning
 from handlers.overdue_detection import overdue_detection
 from handlers.overdue_digest import overdue_digest
 from handlers.send_overdue_digest import send_overdue_digest
@@ -17,4 +18,5 @@ JOBS: tuple[AnyJob, ...] = (
     draft_cleanup,
     session_cleanup,
     shaam_token_refresh,
+    ledger_pruning,
 )

@@ -20,9 +20,10 @@ from structlog.testing import capture_logs
 
 from bon_scheduler.config import Settings, SmtpTls
 from bon_scheduler.db import Pool
-from bon_scheduler.jobs import RetryLaterError
+from bon_scheduler.jobs import NeverRetryError, RetryLaterError
 from bon_scheduler.letters import Letter, compose, recipient_hash
 from bon_scheduler.mail import Delivery, Mailer, MailUnavailableError
+from tests.conftest import SetClock
 
 # aiosmtpd warns that a login over plain TCP is unsafe, also where the socket itself is TLS.
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")
@@ -161,6 +162,7 @@ class World:
             self.pool,
             tls_context=tls_context or self._trusting,
             timeout=timedelta(seconds=seconds),
+            clock=SetClock(NOW),
         )
         return await self._stack.enter_async_context(mailer)
 
@@ -266,7 +268,7 @@ async def test_without_a_user_name_nobody_logs_in(world: World) -> None:
 
 
 async def test_without_a_server_a_letter_is_logged_and_the_day_not_used_up(pool: Pool) -> None:
-    async with Mailer(settings(None), pool) as mailer:
+    async with Mailer(settings(None), pool, clock=SetClock(NOW)) as mailer:
         with capture_logs() as events:
             result = await mailer.deliver(LETTER, run_id=await a_run(pool), attempt=1)
     assert result is Delivery.LOGGED
@@ -560,3 +562,12 @@ def test_composing_for_what_is_no_address_does_not_name_it() -> None:
     with pytest.raises(ValueError, match="not an e-mail address") as caught:
         compose(replace(LETTER, recipient="secret\r\nBcc: x"), settings(None), now=NOW)
     assert "secret" not in str(caught.value)
+
+
+async def test_a_letter_of_a_day_whose_deliveries_may_be_forgotten_is_not_sent(world: World) -> None:
+    """A replay of a day that long ago would find no trace of the letter that was sent then."""
+    mailer = await world.mailer(run_retention_days=30)
+    assert await world.deliver(mailer, replace(LETTER, as_of=AS_OF - timedelta(days=30))) is Delivery.SENT
+    with pytest.raises(NeverRetryError, match="RUN_RETENTION_DAYS"):
+        await world.deliver(mailer, replace(LETTER, as_of=AS_OF - timedelta(days=31)))
+    assert len(world.server.received) == len(await world.rows()) == 1
