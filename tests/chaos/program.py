@@ -1,0 +1,112 @@
+"""
+The real service with jobs that bear witness: `python -m tests.chaos.program`.
+
+Each handler says in the log which phase it is in, so that a fault can be timed, and leaves one row for each effect
+in the transaction that makes it. What it did must then agree with what the ledger says of its run.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import structlog
+
+from bon_scheduler import Counts, JobContext, Payload, Retry, commands, job, service
+from bon_scheduler.log import configure_logging
+
+# $1 account: int. A row of the business's: whoever is frozen with it locked would block a successor.
+PAY = "update account set paid = paid + 1 where id = $1"
+# $1 run, $2 attempt, $3 step: int.
+WITNESS = "insert into witness (run_id, attempt, step) values ($1, $2, $3)"
+# $1 run.
+STEPS_DONE = "select count(*) from witness where run_id = $1"
+
+MANY = Retry(attempts=50, delay=timedelta(milliseconds=100), longest=timedelta(seconds=1))
+log = structlog.get_logger()
+
+
+class Pay(Payload):
+    """One effect, and how long each phase of making it takes, in milliseconds."""
+
+    account: int
+    before: int = 0
+    open: int = 0
+    after: int = 0
+    steps: int = 1
+
+
+class Block(Payload):
+    """For how many milliseconds to block the event loop."""
+
+    account: int
+    milliseconds: int
+    steps: int = 1
+
+
+async def _phase(name: str, milliseconds: int) -> None:
+    log.info("witness.phase", phase=name)
+    await asyncio.sleep(milliseconds / 1000)
+
+
+@job("pay", retry=MANY, timeout=timedelta(seconds=60))
+async def pay(ctx: JobContext, payload: Pay) -> Counts:
+    """Make one effect; each phase can be hurt."""
+    await _phase("before", payload.before)
+    async with ctx.transaction() as tx:
+        await tx.execute(PAY, payload.account)
+        await tx.execute(WITNESS, ctx.run_id, ctx.attempt, 0)
+        await _phase("open", payload.open)
+        counts = await ctx.finish({"paid": 1}, on=tx)
+        log.info("witness.phase", phase="commit")
+    await _phase("after", payload.after)
+    return counts
+
+
+@job("pay-in-steps", retry=MANY, timeout=timedelta(seconds=60))
+async def pay_in_steps(ctx: JobContext, payload: Pay) -> Counts:
+    """Make several effects, a transaction each; what an earlier attempt committed is not made again."""
+    async with ctx.connection() as connection:
+        done = await connection.fetchval(STEPS_DONE, ctx.run_id)
+    for step in range(done, payload.steps):
+        async with ctx.transaction() as tx:
+            await tx.execute(PAY, payload.account)
+            await tx.execute(WITNESS, ctx.run_id, ctx.attempt, step)
+            await _phase("open", payload.open)
+            if step == payload.steps - 1:
+                await ctx.finish({"paid": payload.steps}, on=tx)
+    return {"paid": payload.steps}
+
+
+@job("block", retry=MANY, timeout=timedelta(seconds=60))
+async def block(ctx: JobContext, payload: Block) -> Counts:
+    """Block the event loop, then make one effect."""
+    log.info("witness.phase", phase="blocked")
+    time.sleep(payload.milliseconds / 1000)  # noqa: ASYNC251 - this is the fault
+    return await pay.handler(ctx, Pay(account=payload.account))
+
+
+@job("poison", retry=Retry(attempts=3, delay=timedelta(milliseconds=100)))
+async def poison(ctx: JobContext, payload: Pay) -> Counts:
+    """Kill the worker in the middle of a transaction, each time."""
+    async with ctx.transaction() as tx:
+        await tx.execute(PAY, payload.account)
+        await tx.execute(WITNESS, ctx.run_id, ctx.attempt, 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+JOBS = (pay, pay_in_steps, block, poison)
+
+
+def main() -> int:
+    """Serve."""
+    settings = service.read_settings()
+    configure_logging(settings.log_level, settings.log_format)
+    return asyncio.run(commands.serve(settings, jobs=JOBS))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
