@@ -27,10 +27,12 @@ RESCUED_SECONDS = LEASE_SECONDS + 5
 RESUMED_SECONDS = 5.0
 GIVEN_BACK_SECONDS = 1.0
 LEAVING_SECONDS = 3.0
-LONG_MS = 20_000
+STAYS_OPEN_MS = 1500
+"""Longer than SHUTDOWN_SECONDS, and less than what ends an idle transaction: two thirds of the lease."""
 BACKENDS = "select pid from pg_stat_activity where datname = 'bon' and application_name = 'bon_scheduler'"
 # PgQueuer's connection is the one that has said LISTEN.
 LISTENERS = f"{BACKENDS} and query ilike '%listen%'"
+RELOAD = "select pg_reload_conf()"
 TERMINATE = "select pg_terminate_backend(pid) from unnest($1::int[]) as t (pid)"
 
 
@@ -229,12 +231,11 @@ async def connection_limit(world: World) -> float | None:
 
 async def read_only(world: World) -> float | None:
     """Refuse every write for some seconds, as a primary does that has failed over."""
-    direct = await world.direct()
-    await direct.execute("alter system set default_transaction_read_only = on")
-    await direct.execute("select pg_reload_conf()")
-    await asyncio.sleep(world.rng.uniform(1, 5))
-    await direct.execute("alter system reset default_transaction_read_only")
-    await direct.execute("select pg_reload_conf()")
+    await world.execute("alter system set default_transaction_read_only = on", RELOAD)
+    try:
+        await asyncio.sleep(world.rng.uniform(1, 5))
+    finally:
+        await world.execute("alter system reset default_transaction_read_only", RELOAD)
     return await world.working()
 
 
@@ -299,7 +300,7 @@ async def _black_hole(world: World, replicas: list[Replica], seconds: float) -> 
 async def black_hole_for_one(world: World) -> float | None:
     """Let nothing through to one replica: the other takes its runs over."""
     victim = world.rng.choice(world.replicas)
-    run_id = await world.ask("pay", open=int(LEASE_SECONDS * 1000))
+    run_id = await world.ask("pay", open=STAYS_OPEN_MS)
     victim = await world.holder(run_id, "open")
     hindered = await _black_hole(world, [victim], world.rng.uniform(LEASE_SECONDS + 3, 15))
     assert await world.attempt_of(run_id) > 1
@@ -352,7 +353,7 @@ async def stop_before(world: World) -> float | None:
 
 
 async def stop_open(world: World) -> float | None:
-    return await _stopped_in(world, "open", open=2500)
+    return await _stopped_in(world, "open", open=STAYS_OPEN_MS)
 
 
 async def stop_after(world: World) -> float | None:
@@ -378,7 +379,7 @@ async def stop_blocked(world: World) -> float | None:
 
 async def stop_cut_off(world: World) -> float | None:
     """Ask a replica to stop that the database does not answer."""
-    run_id = await world.ask("pay", open=2500)
+    run_id = await world.ask("pay", open=STAYS_OPEN_MS)
     victim = await world.holder(run_id, "open")
     attempt = await world.attempt_of(run_id)
     before = time.monotonic()
@@ -395,13 +396,13 @@ async def delete_queue(world: World) -> float | None:
     """Delete every queue row by hand, while runs wait for a worker and while they run."""
     runs = [await world.ask("pay", before=200) for _ in range(20)]
     await asyncio.sleep(world.rng.uniform(0, 0.2))
-    await (await world.direct()).execute("delete from bon_scheduler.pgqueuer")
+    await world.execute("delete from bon_scheduler.pgqueuer")
     return await _delivered(world, runs)
 
 
 async def truncate_queue(world: World) -> float | None:
     runs = [await world.ask("pay", before=200) for _ in range(20)]
-    await (await world.direct()).execute("truncate bon_scheduler.pgqueuer")
+    await world.execute("truncate bon_scheduler.pgqueuer")
     return await _delivered(world, runs)
 
 
@@ -413,7 +414,7 @@ async def double_queue(world: World) -> float | None:
         select priority, entrypoint, payload, execute_after, null, 'queued'
           from bon_scheduler.pgqueuer cross join generate_series(1, 2)
     """
-    await (await world.direct()).execute(double)
+    await world.execute(double)
     return await _delivered(world, runs)
 
 
@@ -426,7 +427,7 @@ async def stale_queue(world: World) -> float | None:
                execute_after = now() + interval '1 hour'
          where status = 'queued'
     """
-    await (await world.direct()).execute(stale)
+    await world.execute(stale)
     return await _delivered(world, runs)
 
 

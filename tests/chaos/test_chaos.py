@@ -2,9 +2,9 @@
 A run survives whatever happens to its process, its database or its clock.
 
 `python3 dev.py test -m chaos`: real processes, a real PostgreSQL, a proxy in between. Each family of faults has a
-world of its own, in which each kind strikes CHAOS_ROUNDS times (8) with random timing; CHAOS_SEED repeats a run of
-the dice; CHAOS_KINDS=kill_open,reset lets only these strike. After each strike everything that was asked for must have ended as it should (`World.settle`), and work
-must have gone on in time. Figures by kind stand in the summary.
+world of its own, in which each kind strikes CHAOS_ROUNDS times (8) with random timing. CHAOS_SEED repeats a run of
+the dice; CHAOS_KINDS=kill_open,reset lets only these strike. After each strike everything that was asked for must
+have ended as it should (`World.settle`), and work must have gone on in time. Figures by kind stand in the summary.
 """
 
 import asyncio

@@ -30,6 +30,8 @@ PROGRAM = ("tests.chaos.program",)
 LEASE_SECONDS = 3.0
 SHUTDOWN_SECONDS = 1.0
 SETTLED_SECONDS = 45.0
+START_TRIES = 10
+"""As often as a platform would start it again."""
 ASK_EVERY_SECONDS = 0.08
 ENVIRONMENT = {
     "LEASE_SECONDS": str(LEASE_SECONDS),
@@ -68,7 +70,8 @@ AT_ODDS = """
 STUCK = (
     """
     select r.id, r.job, r.state::text as state, r.attempt, r.run_at, r.error, w.pid,
-           clock_timestamp() - w.seen_at as silent, q.status::text as queued_as, q.execute_after, clock_timestamp() - q.heartbeat as queue_silent
+           clock_timestamp() - w.seen_at as silent, q.status::text as queued_as, q.execute_after,
+           clock_timestamp() - q.heartbeat as queue_silent
       from bon_scheduler.runs r
       left join bon_scheduler.workers w on w.id = r.worker
       left join bon_scheduler.pgqueuer q on q.dedupe_key = r.id || '/' || r.attempt
@@ -148,28 +151,38 @@ class World:
         self.asked: list[UUID] = []
         self.events: list[dict[str, Any]] = []
         self._direct: asyncpg.Connection[asyncpg.Record] | None = None
+        self._direct_lock = asyncio.Lock()
         self._feeding = asyncio.Event()
         self._feeder: asyncio.Task[None] | None = None
 
     # Asking
 
-    async def direct(self) -> "asyncpg.Connection[asyncpg.Record]":
-        """Return a connection of ours, past the proxies; raises what asyncpg raises while the server is away."""
-        if self._direct is None or self._direct.is_closed():
-            self._direct = await asyncpg.connect(
-                self.cluster.url(database="bon"),
-                timeout=5,
-                command_timeout=10,
-                # A fault of ours is not to hit us.
-                server_settings={"default_transaction_read_only": "off"},
-            )
-        return self._direct
+    @asynccontextmanager
+    async def direct(self) -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
+        """Have a connection past the proxies to oneself; raises what asyncpg raises while the server is away."""
+        async with self._direct_lock:
+            if self._direct is None or self._direct.is_closed():
+                self._direct = await asyncpg.connect(
+                    self.cluster.url(database="bon"),
+                    timeout=5,
+                    command_timeout=10,
+                    # A fault of ours is not to hit us.
+                    server_settings={"default_transaction_read_only": "off"},
+                )
+            yield self._direct
 
     async def fetch(self, query: str, *arguments: object) -> "list[asyncpg.Record]":
-        return list(await (await self.direct()).fetch(query, *arguments))
+        async with self.direct() as connection:
+            return list(await connection.fetch(query, *arguments))
 
     async def value(self, query: str, *arguments: object) -> Any:
-        return await (await self.direct()).fetchval(query, *arguments)
+        async with self.direct() as connection:
+            return await connection.fetchval(query, *arguments)
+
+    async def execute(self, *statements: str) -> None:
+        async with self.direct() as connection:
+            for statement in statements:
+                await connection.execute(statement)
 
     async def ask(self, job: str, **payload: int) -> UUID:
         """Ask for a run on an account of its choice."""
@@ -273,8 +286,13 @@ class World:
     async def _revive(self, replica: Replica) -> None:
         if replica.service is not None:
             self.events += [event for event in replica.service.events if event["event"] != "witness.phase"]
-        await replica.end()
-        await replica.start()
+        for tries_left in reversed(range(START_TRIES)):
+            await replica.end()
+            try:
+                return await replica.start()
+            except AssertionError:  # it ended at once, as it does where the database does not answer
+                if not tries_left:
+                    raise
 
     async def settle(self) -> None:
         """Let all work end, and claim what must hold."""
@@ -314,7 +332,7 @@ async def world(rng: random.Random) -> AsyncIterator[World]:
             proxies = [await stack.enter_async_context(Proxy(cluster.port, rng).listening()) for _ in range(2)]
             replicas = [Replica(number, proxy) for number, proxy in enumerate(proxies, 1)]
             made = World(cluster, replicas, rng)
-            await (await made.direct()).execute(CREATE)
+            await made.execute(CREATE)
             for replica in replicas:
                 stack.push_async_callback(replica.end)
             await asyncio.gather(*(replica.start() for replica in replicas))
