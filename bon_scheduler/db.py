@@ -15,6 +15,7 @@ from datetime import timedelta
 from importlib import resources
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import asyncpg
 import orjson
@@ -173,8 +174,12 @@ def _watch_peer(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
             peer.setsockopt(socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP, option, value)
 
 
-def _options(*, settings: Settings | None, pooled: bool, command_seconds: float) -> dict[str, Any]:
-    server_settings = {"application_name": "bon_scheduler", "TimeZone": "UTC"}
+def _options(
+    *, settings: Settings | None, pooled: bool, command_seconds: float, worker: UUID | None = None
+) -> dict[str, Any]:
+    # By this name a successor ends the connections of a worker that is taken for dead: see `cut_off`.
+    name = f"bon_scheduler {worker}" if worker else "bon_scheduler"
+    server_settings = {"application_name": name, "TimeZone": "UTC"}
     if settings is not None and not pooled:
         server_settings |= {
             "idle_in_transaction_session_timeout": str(_idle_limit_ms(settings)),
@@ -193,9 +198,9 @@ def _idle_limit_ms(settings: Settings) -> int:
 
 
 @asynccontextmanager
-async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
+async def open_pool(settings: Settings, *, worker: UUID | None = None) -> AsyncIterator[Pool]:
     """
-    Open a pool of DATABASE_POOL_SIZE on DATABASE_URL; raises DatabaseUnavailableError.
+    Open a pool of DATABASE_POOL_SIZE on DATABASE_URL, in a worker's name; raises DatabaseUnavailableError.
 
     With DATABASE_LISTEN_URL set, DATABASE_URL is taken to lead through a pooler in transaction mode.
     """
@@ -206,7 +211,7 @@ async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
         async with connection.transaction():
             await _prepare(connection)
 
-    options = _options(settings=settings, pooled=pooled, command_seconds=COMMAND_TIMEOUT_SECONDS)
+    options = _options(settings=settings, pooled=pooled, command_seconds=COMMAND_TIMEOUT_SECONDS, worker=worker)
     if pooled:
         options |= {"connection_class": PooledConnection, "statement_cache_size": 0, "init": prepare_pooled}
     async with _pool(settings.database_url.get_secret_value(), settings.database_pool_size, options) as pool:
@@ -214,9 +219,9 @@ async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
 
 
 @asynccontextmanager
-async def open_control_pool(settings: Settings, size: int) -> AsyncIterator[Pool]:
-    """Open a pool for short calls on the server's own address, each limited in time."""
-    options = _options(settings=settings, pooled=False, command_seconds=CONTROL_TIMEOUT_SECONDS)
+async def open_control_pool(settings: Settings, size: int, *, worker: UUID) -> AsyncIterator[Pool]:
+    """Open a pool for a worker's short calls on the server's own address, each limited in time."""
+    options = _options(settings=settings, pooled=False, command_seconds=CONTROL_TIMEOUT_SECONDS, worker=worker)
     async with _pool(settings.listen_url, size, options) as pool:
         yield pool
 

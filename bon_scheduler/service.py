@@ -111,8 +111,9 @@ async def machinery(
     schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker(serves=serves)
     await db.require_sessions(settings)
     async with AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(db.open_pool(settings))
-        control = await stack.enter_async_context(db.open_control_pool(settings, CONTROL_CONNECTIONS))
+        pool = await stack.enter_async_context(db.open_pool(settings, worker=worker.id))
+        control_pool = db.open_control_pool(settings, CONTROL_CONNECTIONS, worker=worker.id)
+        control = await stack.enter_async_context(control_pool)
         async with control.acquire() as connection:
             await db.require_schema(connection)
             await ledger.register_jobs(connection, jobs)

@@ -29,7 +29,7 @@ GIVEN_BACK_SECONDS = 1.0
 LEAVING_SECONDS = 3.0
 STAYS_OPEN_MS = 1500
 """Longer than SHUTDOWN_SECONDS, and less than what ends an idle transaction: two thirds of the lease."""
-BACKENDS = "select pid from pg_stat_activity where datname = 'bon' and application_name = 'bon_scheduler'"
+BACKENDS = "select pid from pg_stat_activity where datname = 'bon' and application_name like 'bon_scheduler%'"
 # PgQueuer's connection is the one that has said LISTEN.
 LISTENERS = f"{BACKENDS} and query ilike '%listen%'"
 RELOAD = "select pg_reload_conf()"

@@ -111,6 +111,10 @@ class Replica:
     def alive(self) -> bool:
         return self.service is not None and self.service.process.returncode is None
 
+    def __str__(self) -> str:
+        told = [event for event in self.running.events if event["event"] not in {"witness.phase", "run.started"}]
+        return f"replica {self.number}, process {self.pid}, status {self.running.process.returncode}: {told[-6:]}"
+
     @property
     def pid(self) -> int:
         return self.running.process.pid
@@ -206,6 +210,8 @@ class World:
                     connection = await asyncpg.connect(self.cluster.url(database="bon"), timeout=2, command_timeout=5)
                 self.asked.append(await connection.fetchval(ASK, job, orjson.dumps(body).decode()))
             except (*db.TRANSIENT_ERRORS, asyncpg.PostgresError):
+                if connection is not None:
+                    connection.terminate()
                 connection = None
             await asyncio.sleep(self.rng.uniform(0, 2 * ASK_EVERY_SECONDS))
 
@@ -275,6 +281,7 @@ class World:
         except TimeoutError:
             rows = [row for query in STUCK for row in await self.fetch(query)]
             found = "\n".join(str(dict(row)) for row in rows)
+            found += "".join(f"\n{replica}" for replica in self.replicas)
             raise AssertionError(f"Work has not ended after {seconds:g} s:\n{found}") from None
 
     # Afterwards
@@ -289,10 +296,12 @@ class World:
         for tries_left in reversed(range(START_TRIES)):
             await replica.end()
             try:
-                return await replica.start()
+                await replica.start()
             except AssertionError:  # it ended at once, as it does where the database does not answer
                 if not tries_left:
                     raise
+            else:
+                return
 
     async def settle(self) -> None:
         """Let all work end, and claim what must hold."""
