@@ -26,7 +26,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         say(f"  {kind:<28}{count:>4}{_spread(struck[kind])}")
     for total in ("runs", "rescued", "fenced"):
         say(f"  {total}: {sum(value for name, value in properties if name == total)}")
-    say(f"  CHAOS_SEED={next(value for name, value in properties if name == 'seed')}")
+    say(f"  CHAOS_SEED={next((value for name, value in properties if name == 'seed'), '?')}")
 
 
 def _spread(seconds: list[float]) -> str:

@@ -205,8 +205,7 @@ async def outage(world: World) -> float | None:
 
 
 async def connection_limit(world: World) -> float | None:
-    """Fill the server, then cut the service's connections: there is no room for new ones."""
-    hogs: list[asyncpg.Connection[asyncpg.Record]] = []
+    """Fill the server and cut the service's connections again and again: there is no room for new ones."""
     async with AsyncExitStack() as stack:
 
         async def fill() -> None:
@@ -216,16 +215,13 @@ async def connection_limit(world: World) -> float | None:
                 except asyncpg.TooManyConnectionsError:
                     return
                 stack.push_async_callback(hog.close)
-                hogs.append(hog)
 
-        await fill()
-        pids = [row["pid"] for row in await world.fetch(BACKENDS)]
-        await world.value(TERMINATE, pids)
         until_over = time.monotonic() + world.rng.uniform(1, 4)
         while time.monotonic() < until_over:
+            await world.value(TERMINATE, [row["pid"] for row in await world.fetch(BACKENDS)])
             await fill()
-            await asyncio.sleep(0.05)
-        assert hogs
+        for replica in world.replicas:
+            assert await replica.answers("/readyz") == 503
     return await world.working()
 
 
