@@ -6,7 +6,7 @@ changed only by the attempt that owns it (`id`, `attempt`, `worker` and `running
 match), and an attempt that finds no such row has lost it and changes nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -28,6 +28,7 @@ __all__ = [
     "give_back",
     "held_by",
     "lose",
+    "lost_by",
     "record_outcomes",
 ]
 
@@ -114,6 +115,16 @@ LOSE = """
 """
 # $1 worker. Index: runs_held.
 HELD_BY = "select id, attempt from bon_scheduler.runs where worker = $1 and state = 'running'"
+# $1 runs: uuid[], $2 their attempts: int[], $3 worker. Index: runs_pkey. One that has ended well was ended by its
+# handler, which may have something left to do.
+LOST_BY = """
+    select mine.id, mine.attempt
+      from unnest($1::uuid[], $2::int[]) as mine (id, attempt)
+      left join bon_scheduler.runs r
+        on r.id = mine.id and r.attempt = mine.attempt and r.worker = $3
+           and r.state in ('running', 'succeeded', 'partial')
+     where r.id is null
+"""
 # $1 run, $2 attempt, $3 worker. The attempt stays counted; whoever claims the run next closes the book on it.
 FORSAKE = """
     update bon_scheduler.runs
@@ -259,6 +270,13 @@ async def lose(connection: Connection, ref: RunRef, error: str) -> str:
 async def held_by(connection: Connection, worker: UUID) -> set[RunRef]:
     """Return what the ledger says this worker is working on."""
     rows = await connection.fetch(HELD_BY, worker, timeout=CALL_TIMEOUT_SECONDS)
+    return {RunRef(row["id"], row["attempt"], worker) for row in rows}
+
+
+async def lost_by(connection: Connection, worker: UUID, refs: Collection[RunRef]) -> set[RunRef]:
+    """Return those of a worker's attempts whose run another took over, or a person cancelled."""
+    mine = [ref.run_id for ref in refs], [ref.attempt for ref in refs]
+    rows = await connection.fetch(LOST_BY, *mine, worker, timeout=CALL_TIMEOUT_SECONDS)
     return {RunRef(row["id"], row["attempt"], worker) for row in rows}
 
 

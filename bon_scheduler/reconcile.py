@@ -88,9 +88,9 @@ class Reconciler:
         # BEFORE the query, otherwise a run that was claimed meanwhile would look lost.
         before = self._runner.under_way
         held = await attempts.held_by(connection, self._worker.id)
-        for ref in before.values():
-            if ref is not None and ref not in held:
-                self._runner.drop(ref)
+        ours = [ref for ref in before.values() if ref is not None]
+        for ref in await attempts.lost_by(connection, self._worker.id, ours):
+            self._runner.drop(ref)
         for ref in held:
             # Neither before nor after, otherwise one whose claim is on the way would be let go of.
             if ref.run_id in before or ref.run_id in self._runner.under_way:

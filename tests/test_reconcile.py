@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from bon_scheduler import Counts, JobContext, NoPayload, Retry, attempts, job, runner, service
+from bon_scheduler import Counts, JobContext, NoPayload, Retry, attempts, db, job, runner, service
 from bon_scheduler.attempts import RunRef
 from bon_scheduler.jobs import AnyJob
 from bon_scheduler.jobs import Connection as AnyConnection
+from bon_scheduler.workers import Worker
 from tests.conftest import Connection, MakeSettings
 from tests.waiting import until
 
@@ -236,4 +237,52 @@ async def test_a_handler_that_swallows_its_cancellation_is_abandoned_and_its_tra
 
         await until(buried)
     assert await outcomes(connection) == ["timed_out", "succeeded"]
+    assert await connection.fetchval("select n from counter") == 1
+
+
+async def test_a_handler_that_has_more_to_do_after_its_end_committed_is_let_do_it(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    done = asyncio.Event()
+
+    @job("a-test", retry=QUICK)
+    async def handler(ctx: JobContext, _: NoPayload) -> Counts:
+        async with ctx.transaction() as tx:
+            counts = await ctx.finish({}, on=tx)
+        await asyncio.sleep(1.5)  # three passes of a lease of two seconds
+        done.set()
+        return counts
+
+    async with service.serving(make_settings(LEASE_SECONDS="2"), jobs=[handler]):
+        await connection.execute(ASK)
+        await until_state(connection, "succeeded")
+        async with asyncio.timeout(5):
+            await done.wait()
+
+
+async def test_whoever_takes_a_run_over_ends_the_connections_of_the_worker_that_had_it(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    """
+    A worker that was frozen between asking for a statement's plan and executing it: to the server it is active,
+    so no limit of idleness ends it, and it has a row locked that its successor needs.
+    """
+    await connection.execute("create table counter (n int); insert into counter values (0)")
+
+    @job("a-test", retry=QUICK)
+    async def count(ctx: JobContext, _: NoPayload) -> Counts:
+        async with ctx.transaction() as tx:
+            await tx.execute("update counter set n = n + 1")
+            return await ctx.finish({}, on=tx)
+
+    settings = make_settings(LEASE_SECONDS="2")
+    await service.prepare(settings, jobs=[count])
+    frozen = Worker()
+    async with db.open_control_pool(settings, 1, worker=frozen.id) as pool, pool.acquire() as held:
+        await held.execute("set idle_in_transaction_session_timeout = 0")
+        await held.execute("begin; update counter set n = n + 100")
+        await connection.execute(ASK)
+        await connection.execute("update bon_scheduler.runs set state = 'running', attempt = 1, worker = $1", frozen.id)
+        async with service.serving(settings, jobs=[count]):
+            assert await until_state(connection, "succeeded", "dead") == "succeeded"
     assert await connection.fetchval("select n from counter") == 1

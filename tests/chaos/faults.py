@@ -160,6 +160,8 @@ async def freeze_briefly(world: World) -> float | None:
     # Less than what ends an idle transaction, which is two thirds of the lease.
     await asyncio.sleep(world.rng.uniform(0.1, LEASE_SECONDS / 3))
     victim.running.process.send_signal(signal.SIGCONT)
+    await world.succeeded(run_id)
+    assert await world.attempt_of(run_id) == 1
     return None
 
 
@@ -328,7 +330,7 @@ async def _stopped_in(world: World, phase: str, **milliseconds: int) -> float | 
     attempt = await world.attempt_of(run_id)
     await _stopped(victim, {0})
     given_back = """
-        select extract(epoch from b.started_at - a.ended_at)::float8
+        select a.outcome, extract(epoch from b.started_at - a.ended_at)::float8 as seconds
           from bon_scheduler.attempts a
           join bon_scheduler.attempts b on b.run_id = a.run_id and b.attempt = a.attempt + 1
          where a.run_id = $1 and a.attempt = $2
@@ -336,7 +338,9 @@ async def _stopped_in(world: World, phase: str, **milliseconds: int) -> float | 
     if phase == "after":
         return None
     await world.next_started(run_id, attempt)
-    return float(await world.value(given_back, run_id, attempt))
+    [row] = await world.fetch(given_back, run_id, attempt)
+    assert row["outcome"] == "given_back"
+    return float(row["seconds"])
 
 
 async def stop_idle(world: World) -> float | None:

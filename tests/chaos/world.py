@@ -30,6 +30,7 @@ PROGRAM = ("tests.chaos.program",)
 LEASE_SECONDS = 3.0
 SHUTDOWN_SECONDS = 1.0
 SETTLED_SECONDS = 45.0
+MOST_TOLD = 30
 START_TRIES = 10
 """As often as a platform would start it again."""
 ASK_EVERY_SECONDS = 0.08
@@ -45,8 +46,10 @@ CREATE = """
     create table witness (run_id uuid not null, attempt int not null, step int not null);
     create index on witness (run_id)
 """
-# $1 job, $2 payload.
-ASK = "select bon_scheduler.enqueue($1, $2)"
+# $1 job, $2 payload, $3 priority.
+ASK = "select bon_scheduler.enqueue($1, $2, priority => $3)"
+FIRST = 10
+"""The priority of a run that shows that work goes on: before what has piled up in an outage."""
 UNFINISHED = "select count(*) from bon_scheduler.runs where state in ('queued', 'running', 'retrying')"
 # $1 runs.
 NOT_SUCCEEDED = "select count(*) from bon_scheduler.runs where id = any ($1) and state <> 'succeeded'"
@@ -112,8 +115,13 @@ class Replica:
         return self.service is not None and self.service.process.returncode is None
 
     def __str__(self) -> str:
-        told = [event for event in self.running.events if event["event"] not in {"witness.phase", "run.started"}]
-        return f"replica {self.number}, process {self.pid}, status {self.running.process.returncode}: {told[-6:]}"
+        told = [
+            f"{event.get('timestamp', '')[11:23]} {event['event']} {event.get('error') or ''}"
+            for event in self.running.events
+            if event["event"] not in {"witness.phase", "run.started", "run.ended"} or event.get("outcome") == "lost"
+        ]
+        head = f"replica {self.number}, process {self.pid}, status {self.running.process.returncode}:"
+        return "\n  ".join([head, *told[-MOST_TOLD:]])
 
     @property
     def pid(self) -> int:
@@ -188,10 +196,10 @@ class World:
             for statement in statements:
                 await connection.execute(statement)
 
-    async def ask(self, job: str, **payload: int) -> UUID:
+    async def ask(self, job: str, *, priority: int = 0, **payload: int) -> UUID:
         """Ask for a run on an account of its choice."""
         body = {"account": self.rng.randint(1, 1000), "steps": 1, **payload}
-        run_id: UUID = await self.value(ASK, job, orjson.dumps(body).decode())
+        run_id: UUID = await self.value(ASK, job, orjson.dumps(body).decode(), priority)
         self.asked.append(run_id)
         return run_id
 
@@ -208,7 +216,7 @@ class World:
             try:
                 if connection is None or connection.is_closed():
                     connection = await asyncpg.connect(self.cluster.url(database="bon"), timeout=2, command_timeout=5)
-                self.asked.append(await connection.fetchval(ASK, job, orjson.dumps(body).decode()))
+                self.asked.append(await connection.fetchval(ASK, job, orjson.dumps(body).decode(), 0))
             except (*db.TRANSIENT_ERRORS, asyncpg.PostgresError):
                 if connection is not None:
                     connection.terminate()
@@ -265,7 +273,7 @@ class World:
         """Wait until every replica says it is ready and a new run has succeeded; return the seconds that took."""
         before = time.monotonic()
         await asyncio.gather(*(self._until_ready(replica) for replica in self.replicas if replica.alive))
-        await self.succeeded(await self.ask("pay"))
+        await self.succeeded(await self.ask("pay", priority=FIRST))
         return time.monotonic() - before
 
     async def _until_ready(self, replica: Replica) -> None:
