@@ -23,7 +23,7 @@ BACKENDS = "select pid from pg_stat_activity where datname = 'bon' and applicati
 # PgQueuer's connection is the one that has said LISTEN.
 LISTENERS = f"{BACKENDS} and query ilike '%listen%'"
 RELOAD = "select pg_reload_conf()"
-TERMINATE = "select pg_terminate_backend(pid) from unnest($1::int[]) as t (pid)"
+TERMINATE = "select count(pg_terminate_backend(pid)) from unnest($1::int[]) as t (pid)"
 DOUBLE = """
     insert into bon_scheduler.pgqueuer (priority, entrypoint, payload, execute_after, dedupe_key, status)
     select priority, entrypoint, payload, execute_after, null, 'queued'

@@ -15,7 +15,8 @@ from datetime import timedelta
 import structlog
 
 from bon_scheduler import Counts, JobContext, Payload, Retry, commands, job, service
-from bon_scheduler.log import configure_logging
+from bon_scheduler.config import Settings
+from bon_scheduler.log import configure_logging, where_now
 
 # $1 account: int. A row of the business's: whoever is frozen with it locked would block a successor.
 PAY = "update account set paid = paid + 1 where id = $1"
@@ -101,11 +102,22 @@ async def poison(ctx: JobContext, payload: Pay) -> Counts:
 JOBS = (pay, pay_in_steps, block, poison)
 
 
+def _say_where() -> None:
+    for task in asyncio.all_tasks():
+        if task.get_name().startswith(("attempt ", *(f"{each.name} " for each in JOBS))):
+            log.info("witness.task", task=task.get_name(), where=where_now(task))
+
+
+async def _serve(settings: Settings) -> int:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _say_where)
+    return await commands.serve(settings, jobs=JOBS)
+
+
 def main() -> int:
-    """Serve."""
+    """Serve; SIGUSR1 has it say where its attempts are."""
     settings = service.read_settings()
     configure_logging(settings.log_level, settings.log_format)
-    return asyncio.run(commands.serve(settings, jobs=JOBS))
+    return asyncio.run(_serve(settings))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ happened: no run lost, no effect doubled or missing, none without its run, no pr
 
 import asyncio
 import random
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -90,9 +91,12 @@ STUCK = (
      where datname = 'bon' and (state <> 'idle' or cardinality(pg_blocking_pids(pid)) > 0) and pid <> pg_backend_pid()
     """,
 )
-BOOKS = """
-    select (select sum(paid) from account) as paid, (select count(*) from witness) as witnessed,
-           (select count(*) from bon_scheduler.attempts where ended_at is null) as open_attempts
+BOOKS = "select (select sum(paid) from account) as paid, (select count(*) from witness) as witnessed"
+NEVER_ENDED = """
+    select r.id, r.state::text as state, r.attempt as attempts, r.given_back, a.attempt, a.started_at, a.outcome
+      from bon_scheduler.attempts a
+      join bon_scheduler.runs r on r.id = a.run_id
+     where a.ended_at is null
 """
 
 
@@ -116,7 +120,7 @@ class Replica:
 
     def __str__(self) -> str:
         told = [
-            f"{event.get('timestamp', '')[11:23]} {event['event']} {event.get('error') or ''}"
+            f"{event.get('timestamp', '')[11:23]} {event['event']} {event.get('error') or event.get('where') or ''}"
             for event in self.running.events
             if event["event"] not in {"witness.phase", "run.started", "run.ended"} or event.get("outcome") == "lost"
         ]
@@ -287,6 +291,9 @@ class World:
         try:
             await until(look, seconds=seconds)
         except TimeoutError:
+            for replica in self.replicas:
+                replica.running.process.send_signal(signal.SIGUSR1)
+            await asyncio.sleep(0.5)
             rows = [row for query in STUCK for row in await self.fetch(query)]
             found = "\n".join(str(dict(row)) for row in rows)
             found += "".join(f"\n{replica}" for replica in self.replicas)
@@ -325,7 +332,7 @@ class World:
         assert [dict(row) for row in await self.fetch(AT_ODDS)] == []
         [books] = await self.fetch(BOOKS)
         assert books["paid"] == books["witnessed"]
-        assert books["open_attempts"] == 0
+        assert [dict(row) for row in await self.fetch(NEVER_ENDED)] == []
         for replica in self.replicas:
             assert await replica.answers("/livez") == 200
             await self._until_ready(replica)
