@@ -120,6 +120,7 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(15, ge=2, le=3600)
 
     email_from: str = "noreply@bon.co.il"
+    email_rate_per_second: float = Field(5, gt=0, le=1000)
     email_language: Annotated[str, Field(pattern="^(he|en)$")] = "he"
     app_origin: str | None = None
     unsubscribe_url: str | None = None

@@ -22,7 +22,7 @@ from bon_scheduler.config import Settings, SmtpTls
 from bon_scheduler.db import Pool
 from bon_scheduler.jobs import RetryLaterError
 from bon_scheduler.letters import Letter, compose, recipient_hash
-from bon_scheduler.mail import Delivery, Mailer, MailUnavailableError
+from bon_scheduler.mail import Delivery, LetterDeferredError, Mailer, MailUnavailableError
 
 # aiosmtpd warns that a login over plain TCP is unsafe, also where the socket itself is TLS.
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")
@@ -296,22 +296,32 @@ async def test_a_long_or_broken_answer_is_stored_whatever_it_holds(world: World)
     assert len(reply) == 200
 
 
+@pytest.mark.parametrize(("command", "answer"), [("RCPT", "450 greylisted"), ("DATA", "452 disk full")])
+async def test_a_letter_that_is_not_taken_now_may_be_sent_later(world: World, command: str, answer: str) -> None:
+    world.server.on[command] = answer
+    with pytest.raises(LetterDeferredError, match=answer[:3]) as caught:
+        await world.deliver()
+    assert timedelta(seconds=15) <= caught.value.after <= timedelta(seconds=30)
+    assert await world.rows() == []
+    world.server.on.clear()
+    assert await world.deliver() is Delivery.SENT
+
+
 @pytest.mark.parametrize(
     ("command", "answer"),
     [
         ("MAIL", "451 later"),
         ("MAIL", "550 sender not allowed"),
-        ("RCPT", "450 greylisted"),
         ("RCPT", "530 authentication required"),
-        ("DATA", "452 disk full"),
+        ("RCPT", "421 closing"),
         ("DATA", "421 closing"),
     ],
 )
-async def test_what_was_not_accepted_may_be_sent_later(world: World, command: str, answer: str) -> None:
+async def test_a_server_that_takes_nobodys_letter_is_away(world: World, command: str, answer: str) -> None:
     world.server.on[command] = answer
     with pytest.raises(MailUnavailableError, match=answer[:3]) as caught:
         await world.deliver()
-    assert timedelta(seconds=15) <= caught.value.after <= timedelta(seconds=30)
+    assert timedelta(seconds=30) <= caught.value.after <= timedelta(seconds=45)
     assert await world.rows() == []
     world.server.on.clear()
     assert await world.deliver() is Delivery.SENT
@@ -509,7 +519,7 @@ async def test_nothing_told_names_anybody(world: World, answer: str | None) -> N
     with capture_logs() as events:
         try:
             told.append(await world.deliver())
-        except MailUnavailableError as error:
+        except (MailUnavailableError, LetterDeferredError) as error:
             told += [str(error), repr(error), repr(error.__cause__), repr(error.__context__)]
     told += [events, repr(LETTER), await world.rows()]
     assert events
