@@ -21,7 +21,8 @@ from handlers.statement import Statement
 
 __all__ = ["render_digest"]
 
-LONGEST_NAME = 200
+LONGEST_NAME = 80
+"""Of a customer or a business, in characters: on a telephone that is eight lines."""
 LONGEST_NAME_IN_SUBJECT = 60
 _BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 _JOINS_NEXT, _JOINS_BEFORE = "\u200d", frozenset({"Mn", "Me", "Cf", "Sk"})
