@@ -28,6 +28,10 @@ class Server:
     received: list[EmailMessage] = field(default_factory=list)
     recipients: list[str] = field(default_factory=list)
     connections: int = 0
+    sessions: list[SMTP] = field(default_factory=list)
+    mails: int = 0
+    logins: int = 0
+    farewells: int = 0
     port: int = 0
 
     async def _answer(self, command: str, server: SMTP, default: str) -> str:
@@ -37,6 +41,7 @@ class Server:
     async def handle_MAIL(  # noqa: N802 - aiosmtpd's hook
         self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
     ) -> str:
+        self.mails += 1
         envelope.mail_from = address
         return await self._answer("MAIL", server, "250 OK")
 
@@ -45,6 +50,13 @@ class Server:
     ) -> str:
         envelope.rcpt_tos.append(address)
         return await self._answer("RCPT", server, "250 OK")
+
+    async def handle_RSET(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - as above
+        return await self._answer("RSET", server, "250 OK")
+
+    async def handle_QUIT(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - as above
+        self.farewells += 1
+        return "221 Bye"
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - as above
         assert isinstance(envelope.content, bytes)
@@ -55,13 +67,14 @@ class Server:
         return answer
 
     def authenticate(self, *arguments: Any) -> AuthResult:
+        self.logins += 1
         data = arguments[-1]
         right = isinstance(data, LoginPassword) and data.password == PASSWORD.encode()
         return AuthResult(success=right, handled=False) if not right else AuthResult(success=True)
 
     def session(self) -> SMTP:
         self.connections += 1
-        return SMTP(
+        session = SMTP(
             self,
             hostname="127.0.0.1",
             enable_SMTPUTF8=self.utf8,
@@ -71,6 +84,8 @@ class Server:
             authenticator=self.authenticate,
             loop=asyncio.get_running_loop(),
         )
+        self.sessions.append(session)
+        return session
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:

@@ -36,7 +36,7 @@ class World:
     def __init__(self, server: Server, pool: Pool, trusting: ssl.SSLContext, stack: AsyncExitStack) -> None:
         self.server = server
         self.pool = pool
-        self._trusting = trusting
+        self.trusting = trusting
         self._stack = stack
 
     async def mailer(self, tls_context: ssl.SSLContext | None = None, seconds: float = 10, **values: Any) -> Mailer:
@@ -45,7 +45,7 @@ class World:
         mailer = Mailer(
             settings(self.server, **values),
             self.pool,
-            tls_context=tls_context or self._trusting,
+            tls_context=tls_context or self.trusting,
             timeout=timedelta(seconds=seconds),
         )
         return await self._stack.enter_async_context(mailer)
