@@ -27,6 +27,7 @@ create table mail_gate (
     next_slot    timestamptz not null default '-infinity',   -- when the next letter may go
     failures     integer not null default 0,                 -- in a row, of the server and not of a recipient
     closed_until timestamptz not null default '-infinity',   -- then one letter tries
+    trying_until timestamptz not null default '-infinity',   -- it has so long, then another does
     closed_since timestamptz,                                -- null while it is open
     trouble      text                                        -- what the server, or the network, said
 );
@@ -46,6 +47,7 @@ declare
     gate  mail_gate%rowtype;
     here  timestamptz;
     limits constant interval := '15 minutes';
+    soon   constant interval := '5 seconds';
 begin
     select * into gate from mail_gate for update;
     here := clock_timestamp();      -- AFTER the lock, which may have taken a while
@@ -62,10 +64,13 @@ begin
     elsif gate.closed_until between here and here + limits then
         verdict := 'closed';
         wait := gate.closed_until - here;
+    elsif gate.trying_until between here and here + limits then
+        verdict := 'closed';    -- but soon known
+        wait := least(gate.trying_until - here, soon);
     else
         verdict := 'trial';
         wait := '0';
-        update mail_gate set closed_until = here + trial;
+        update mail_gate set trying_until = here + trial;
     end if;
 end;
 $$;
@@ -89,6 +94,7 @@ begin
     update mail_gate
        set failures = gate.failures + 1,
            trouble = what,
+           trying_until = '-infinity',
            closed_since = case when gate.failures + 1 >= tolerated
                                then coalesce(gate.closed_since, clock_timestamp()) end,
            closed_until = clock_timestamp()
@@ -107,7 +113,8 @@ declare
 begin
     select g.closed_since into since from mail_gate g for update;
     update mail_gate
-       set failures = 0, trouble = null, closed_since = null, closed_until = '-infinity'
+       set failures = 0, trouble = null, closed_since = null, closed_until = '-infinity',
+           trying_until = '-infinity'
      where mail_gate.failures > 0;
     return since;
 end;

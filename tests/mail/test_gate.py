@@ -177,6 +177,9 @@ async def test_while_it_is_closed_one_letter_at_a_time_tries_the_server(world: W
     await tried.wait()
     await fail(world, 5)
     assert world.server.connections == 1
+    others = await connection.fetchrow(mail_gate.TAKE_TURN, timedelta(seconds=1), mail_gate.TRIAL)
+    assert others is not None
+    assert (others["verdict"], others["wait"] <= timedelta(seconds=5)) == ("closed", True)
     answer.set()
     with pytest.raises(MailUnavailableError):
         await trial
