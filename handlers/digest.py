@@ -9,9 +9,10 @@ import gettext
 import io
 import unicodedata
 from decimal import Decimal
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
+from babel import Locale
 from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po
 from babel.numbers import format_currency, format_decimal, get_currency_precision
@@ -24,6 +25,8 @@ __all__ = ["render_digest"]
 LONGEST_NAME = 80
 """Of a customer or a business, in characters: on a telephone that is eight lines."""
 LONGEST_NAME_IN_SUBJECT = 60
+CACHED = 2048
+"""Names and amounts that are remembered: each stands in the text and in the HTML, most in tomorrow's digest too."""
 _BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 _JOINS_NEXT, _JOINS_BEFORE = "\u200d", frozenset({"Mn", "Me", "Cf", "Sk"})
 MONEY_LOCALES = {"he": "he_IL", "en": "en_IL"}
@@ -59,9 +62,9 @@ def _environment(language: str) -> Environment:
     catalogue = _read_catalogue(here / "locale" / f"{language}.po", language)
     # The i18n extension adds the method when it is loaded.
     environment.install_gettext_translations(catalogue, newstyle=True)  # type: ignore[attr-defined]
-    locale = MONEY_LOCALES[language]
-    environment.filters["money"] = partial(_format_money, locale=locale)
-    environment.filters["number"] = partial(format_decimal, locale=locale)
+    locale = Locale.parse(MONEY_LOCALES[language])
+    environment.filters["money"] = lru_cache(CACHED)(partial(_format_money, locale=locale))
+    environment.filters["number"] = lru_cache(CACHED)(partial(format_decimal, locale=locale))
     environment.filters["day"] = "{:%d/%m/%Y}".format
     environment.filters["clean"] = _clean
     environment.globals["longest_in_subject"] = LONGEST_NAME_IN_SUBJECT
@@ -78,11 +81,12 @@ def _read_catalogue(path: Path, language: str) -> gettext.GNUTranslations:
     return gettext.GNUTranslations(compiled)
 
 
-def _format_money(minor_units: int, currency: str, *, locale: str) -> str:
+def _format_money(minor_units: int, currency: str, *, locale: Locale) -> str:
     amount = Decimal(minor_units).scaleb(-get_currency_precision(currency))
     return format_currency(amount, currency, locale=locale)
 
 
+@lru_cache(CACHED)
 def _clean(text: str | None, longest: int = LONGEST_NAME) -> str:
     """Blank what could reorder or break the line a name stands in (controls, line ends, bidi overrides); bound it."""
     visible = "".join(

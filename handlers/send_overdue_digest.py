@@ -8,6 +8,7 @@ delivery ledger knows who was written to. While the mail server is away the run
 waits for it without using up attempts, but not beyond its day.
 """
 
+import asyncio
 from datetime import date, timedelta
 from uuid import UUID
 
@@ -67,7 +68,8 @@ async def send_overdue_digest(ctx: JobContext, payload: SendOverdueDigest) -> Co
         log.warning("digest.unaddressed", business_id=str(payload.business_id))
         counts["no_recipient"] = 1
     trouble: RetryLaterError | None = None
-    for letter in _write_letters(statement, payload, recipients, ctx.get(Settings)):
+    # In a thread: two hundred rows take long enough to keep everybody else on the event loop waiting.
+    for letter in await asyncio.to_thread(_write_letters, statement, payload, recipients, ctx.get(Settings)):
         try:
             delivery = await ctx.get(Mailer).deliver(letter, run_id=ctx.run_id, attempt=ctx.attempt)
         except NotNowError as error:
