@@ -13,20 +13,20 @@ import resource
 import statistics
 import sys
 import time
-from datetime import UTC, date, datetime
-from pathlib import Path
-from uuid import UUID
+from collections.abc import Mapping
+from datetime import date
 
 from bon_scheduler import db, ledger, service
-from bon_scheduler.clock import SystemClock
 from bon_scheduler.config import Settings
 from bon_scheduler.db import Pool
 from bon_scheduler.demo.postgres import find_binaries, running_postgres
 from bon_scheduler.demo.sample import create_tables
-from bon_scheduler.dry import DryContext
 from bon_scheduler.jobs import Connection
+from bon_scheduler.ledger import Request
+from bon_scheduler.log import configure_logging
+from bon_scheduler.runner import Delivery
 from handlers.digest import render_digest
-from handlers.overdue_digest import FIND_OWED, OverdueDigest, overdue_digest
+from handlers.overdue_digest import overdue_digest
 from handlers.statement import read_recipients, read_statement
 
 AS_OF = date(2026, 11, 23)
@@ -51,7 +51,7 @@ MAKE_BUSINESSES = """
 MAKE_INVOICES = """
     insert into invoices (business_id, document_type, status, invoice_date, due_date, is_overdue, customer_name,
                           document_number, total_incl_vat_minor_units)
-    select b.id, 'tax_invoice', 'sent', date '2025-01-01', $2 - (1 + n * 5 % 300), true, 'לקוח ' || n || ' בע״מ',
+    select b.id, 'tax_invoice', 'sent', date '2025-01-01', $2::date - (1 + n * 5 % 300), true, 'לקוח ' || n || ' בע״מ',
            'INV-2026-' || n, 10000 + (n * 7919 + abs(hashtext(b.id::text))) % 5000000
       from businesses b cross join generate_series(1, $1::int) n
 """
@@ -67,16 +67,10 @@ MAKE_CREDIT_NOTES = """
 """
 
 
-def say(text: str) -> None:
-    """Print one line at once."""
-    sys.stdout.write(f"{text}\n")
+def say(figures: Mapping[str, object]) -> None:
+    """Print one line of JSON at once."""
+    sys.stdout.write(f"{json.dumps(figures)}\n")
     sys.stdout.flush()
-
-
-def resident_mib() -> float:
-    """Return how much memory this process has now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
 
 
 def peak_mib() -> float:
@@ -96,17 +90,91 @@ async def fill(connection: Connection, businesses: int, invoices: int) -> None:
 async def measure_asking(settings: Settings) -> dict[str, float]:
     """Run `overdue-digest` in earnest: find everybody, ask for all runs, commit."""
     async with service.machinery(settings) as parts, parts.pool.acquire() as connection:
-        run_id = await ledger.enqueue(connection, ledger.Request("overdue-digest", {"as_of": str(AS_OF)}))
+        run_id = await ledger.enqueue(connection, Request("overdue-digest", {"as_of": str(AS_OF)}))
         if run_id is None:
-            raise LookupError("no run without a key")
-        started = time.perf_counter()
-        await parts.runner.attempt(service_delivery(run_id))
+            raise LookupError("the ledger gave no run for a request without a key")
+        before, started = peak_mib(), time.perf_counter()
+        await parts.runner.attempt(Delivery(run_id, overdue_digest))
         seconds = time.perf_counter() - started
-        asked = await connection.fetchval("select count(*) from bon_scheduler.pgqueuer where entrypoint like 'send%'")
+        asked = await connection.fetchval("select count(*) from bon_scheduler.pgqueuer where priority < 0")
         await connection.execute(EMPTY_QUEUE)
-    return {"asked_for": asked, "seconds": round(seconds, 2)}
+    return {"asked_for": asked, "seconds": round(seconds, 1), "memory_mib": round(peak_mib() - before, 1)}
 
 
-def service_delivery(run_id: UUID) -> "service.Delivery":
-    """Return what the queue would have brought."""
-    return service.Delivery(run_id, overdue_digest)
+async def measure_bulk(pool: Pool) -> dict[str, float]:
+    """Ask for 100,000 runs in one transaction, from a generator, as a handler would."""
+    async with pool.acquire() as connection:
+        cause = await ledger.enqueue(connection, Request("overdue-digest", {"as_of": str(AS_OF)}))
+        if cause is None:
+            raise LookupError("the ledger gave no run for a request without a key")
+        requests = (({"business_id": str(n), "as_of": str(AS_OF)}, f"{cause}/{n}") for n in range(BULK_RUNS))
+        before, started = peak_mib(), time.perf_counter()
+        async with connection.transaction():
+            new = await ledger.enqueue_many(
+                connection, "send-overdue-digest", requests, priority=-10, asked_by="benchmark", caused_by=cause
+            )
+        seconds = time.perf_counter() - started
+        await connection.execute(EMPTY_QUEUE)
+    return {"runs": new, "seconds": round(seconds, 1), "memory_mib": round(peak_mib() - before, 1)}
+
+
+async def measure_digests(pool: Pool, most: int) -> dict[str, float]:
+    """Read and render the digest of each business, one after another."""
+    reading, rendering, letters, size = [], [], 0, 0
+    started = time.perf_counter()
+    async with pool.acquire() as connection:
+        rows = await connection.fetch("select id from businesses order by id limit $1", most)
+        idle = peak_mib()
+        for row in rows:
+            begun = time.perf_counter()
+            statement = await read_statement(connection, row["id"], AS_OF)
+            recipients = await read_recipients(connection, row["id"])
+            read = time.perf_counter()
+            if statement is None:
+                continue
+            _, text, html = render_digest(statement, language="he", app_origin="https://app.bon.example")
+            reading.append((read - begun) * 1000)
+            rendering.append((time.perf_counter() - read) * 1000)
+            letters += len(recipients)
+            size = max(size, len(html.encode()) + len(text.encode()))
+    return {
+        "digests": len(rendering),
+        "letters": letters,
+        "seconds": round(time.perf_counter() - started, 1),
+        "read_ms_median": round(statistics.median(reading), 2),
+        "render_ms_median": round(statistics.median(rendering), 2),
+        "render_ms_p99": round(statistics.quantiles(rendering, n=100)[98], 2),
+        "largest_kib": round(size / 1024, 1),
+        "memory_above_idle_mib": round(peak_mib() - idle, 1),
+    }
+
+
+async def measure(url: str, businesses: int, invoices: int, most: int) -> None:
+    """Fill a database and measure everything, a line of JSON each."""
+    settings = service.read_settings({"DATABASE_URL": url, "LOG_LEVEL": "error"})
+    configure_logging(settings.log_level, settings.log_format)
+    async with db.connect(url) as connection:
+        await create_tables(connection)
+    await service.prepare(settings)
+    async with db.open_pool(settings) as pool:
+        say({"bulk": await measure_bulk(pool)})
+        async with pool.acquire() as connection:
+            await fill(connection, businesses, invoices)
+        say({"idle_mib": round(peak_mib(), 1)})
+        say({"asking": await measure_asking(settings)})
+        say({"digests": await measure_digests(pool, most)})
+
+
+def main() -> None:
+    """Read the options, and measure on a server of our own."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--businesses", type=int, default=25_000)
+    options.add_argument("--invoices", type=int, default=60, help="overdue ones of each business")
+    options.add_argument("--digests", type=int, default=25_000, help="how many are read and rendered at most")
+    chosen = options.parse_args()
+    with running_postgres(find_binaries()) as url:
+        asyncio.run(measure(url, chosen.businesses, chosen.invoices, chosen.digests))
+
+
+if __name__ == "__main__":
+    main()
