@@ -12,6 +12,8 @@ from uuid import uuid4
 import pytest
 import trustme
 from aiosmtpd.smtp import SMTP
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
@@ -375,6 +377,13 @@ def test_a_long_unsubscribe_address_stays_readable() -> None:
     source = compose(LETTER, settings(None, unsubscribe_url=url), now=NOW).as_bytes()
     assert f"\r\nList-Unsubscribe: <{url}>\r\n".encode() in source
     assert b"\r\nList-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n" in source
+
+
+@given(st.text(st.sampled_from('אבגדה ABC –\u2068\u2069🌳"<>,.'), max_size=120))
+def test_a_subject_arrives_as_it_was_written(subject: str) -> None:
+    source = compose(replace(LETTER, subject=subject), settings(None), now=NOW).as_bytes()
+    assert str(message_from_bytes(source, policy=policy.default)["Subject"]) == " ".join(subject.split())
+    assert max(map(len, source.split(b"\r\n"))) <= 998
 
 
 @pytest.mark.parametrize("separator", ["\r\n", "\n", "\r", "\x0b", "\x85", "\u2028", "\x00"])
