@@ -52,18 +52,18 @@ MAKE_INVOICES = """
     insert into invoices (business_id, document_type, status, invoice_date, due_date, is_overdue, customer_name,
                           document_number, total_incl_vat_minor_units)
     select b.id, 'tax_invoice', 'sent', date '2025-01-01', $2::date - (1 + n * 5 % 300), true, 'לקוח ' || n || ' בע״מ',
-           'INV-2026-' || n, 10000 + (n * 7919 + abs(hashtext(b.id::text))) % 5000000
+           'INV-2026-' || n, 10000 + (n * 7919 + abs(hashtext(b.id::text)::bigint)) % 5000000
       from businesses b cross join generate_series(1, $1::int) n
 """
 MAKE_PAYMENTS = """
     insert into invoice_payments (invoice_id, amount_minor_units, paid_at, method)
-    select id, 5000, date '2026-01-01', 'transfer' from invoices where abs(hashtext(id::text)) % 5 = 0
+    select id, 5000, date '2026-01-01', 'transfer' from invoices where abs(hashtext(id::text)::bigint) % 5 = 0
 """
 MAKE_CREDIT_NOTES = """
     insert into invoices (business_id, document_type, status, invoice_date, credited_invoice_id,
                           total_incl_vat_minor_units)
     select business_id, 'credit_note', 'finalized', date '2026-01-01', id, 1000
-      from invoices where abs(hashtext(id::text)) % 20 = 1
+      from invoices where abs(hashtext(id::text)::bigint) % 20 = 1
 """
 
 

@@ -10,7 +10,7 @@ day asks again; the delivery ledger then finds nothing left to send.
 
 from datetime import date
 
-from bon_scheduler.jobs import Counts, JobContext, Payload, job
+from bon_scheduler.jobs import Counts, JobContext, NeverRetryError, Payload, job
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
 
 __all__ = ["OverdueDigest", "overdue_digest"]
@@ -74,16 +74,22 @@ FIND_OWED = """
 class OverdueDigest(Payload):
     """Which day's digest."""
 
-    as_of: date
-    """An Israeli calendar date; what was due before it is overdue."""
+    as_of: date | None = None
+    """An Israeli calendar date; what was due before it is overdue. None: that of the fire time."""
 
 
 @job("overdue-digest")
 async def overdue_digest(ctx: JobContext, payload: OverdueDigest) -> Counts:
     """Ask for a digest for each business that has overdue invoices."""
+    as_of = payload.as_of or ctx.business_date
+    if payload.as_of is None and as_of < ctx.today and not ctx.dry_run:
+        raise NeverRetryError(
+            f"The digest of {as_of} is of a day that is over, and nobody said that it is still wanted. If it is, "
+            f'name the day: --payload \'{{"as_of": "{as_of}"}}\'.'
+        )
     counts = {"businesses": 0, "invoices": 0, "deliveries": 0}
     async with ctx.transaction() as tx:
-        found = await tx.cursor(FIND_OWED, payload.as_of)
+        found = await tx.cursor(FIND_OWED, as_of)
         while rows := await found.fetch(AT_A_TIME):
             owed = [row for row in rows if not row["paused"]]
             counts["businesses"] += len(owed)
@@ -93,7 +99,7 @@ async def overdue_digest(ctx: JobContext, payload: OverdueDigest) -> Counts:
                 counts["paused"] = counts.get("paused", 0) + paused
             requests = (
                 (
-                    SendOverdueDigest(business_id=row["business_id"], as_of=payload.as_of),
+                    SendOverdueDigest(business_id=row["business_id"], as_of=as_of),
                     f"{ctx.run_id}/{row['business_id']}",
                 )
                 for row in owed

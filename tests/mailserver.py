@@ -38,6 +38,18 @@ class Server:
         told = self.on.get(command, default)
         return told if isinstance(told, str) else await told(server)
 
+    async def handle_EHLO(  # noqa: N802 - aiosmtpd's hook
+        self, server: SMTP, session: Session, envelope: Envelope, hostname: str, responses: list[str]
+    ) -> list[str]:
+        session.host_name = hostname
+        await self._answer("EHLO", server, "")
+        return responses
+
+    def handle_STARTTLS(self, server: SMTP, session: Session, envelope: Envelope) -> bool:  # noqa: N802 - as above
+        if "STARTTLS" in self.on:
+            abort(server)
+        return True
+
     async def handle_MAIL(  # noqa: N802 - aiosmtpd's hook
         self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
     ) -> str:
@@ -68,6 +80,8 @@ class Server:
 
     def authenticate(self, *arguments: Any) -> AuthResult:
         self.logins += 1
+        if "AUTH" in self.on:
+            abort(arguments[0])
         data = arguments[-1]
         right = isinstance(data, LoginPassword) and data.password == PASSWORD.encode()
         return AuthResult(success=right, handled=False) if not right else AuthResult(success=True)
@@ -100,9 +114,13 @@ class Server:
             await server.wait_closed()
 
 
-async def hang_up(server: SMTP) -> str:
+def abort(server: SMTP) -> None:
     assert isinstance(server.transport, asyncio.WriteTransport)
     server.transport.abort()
+
+
+async def hang_up(server: SMTP) -> str:
+    abort(server)
     return "250 never heard"
 
 

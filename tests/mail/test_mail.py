@@ -158,6 +158,44 @@ async def test_trouble_before_data_leaves_nothing_behind(world: World, command: 
     assert await world.rows() == []
 
 
+@pytest.mark.parametrize(
+    ("stage", "trouble"),
+    [("EHLO", hang_up), ("EHLO", hang), ("STARTTLS", hang_up), ("AUTH", hang_up)],
+)
+async def test_trouble_before_anybody_is_named_is_the_servers(world: World, stage: str, trouble: Hook) -> None:
+    world.server.on[stage] = trouble
+    with pytest.raises(MailUnavailableError):
+        await world.deliver(await world.mailer(seconds=0.5))
+    assert await world.rows() == []
+    world.server.on.clear()
+    assert await world.deliver() is Delivery.SENT
+
+
+async def test_a_server_that_takes_the_connection_and_drops_it_is_away(world: World) -> None:
+    async def drop(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(drop, "127.0.0.1", 0) as dropping:
+        port = dropping.sockets[0].getsockname()[1]
+        with pytest.raises(MailUnavailableError, match="connect"):
+            await world.deliver(await world.mailer(smtp_port=port))
+    assert await world.rows() == []
+
+
+async def test_what_the_server_says_of_one_recipient_touches_nobody_else(world: World) -> None:
+    async def only_the_second(session: SMTP) -> str:
+        assert session.envelope is not None
+        return "550 unknown" if session.envelope.rcpt_tos == ["first@shop.example"] else "250 OK"
+
+    world.server.on["RCPT"] = only_the_second
+    mailer = await world.mailer()
+    letters = [replace(LETTER, recipient=f"{who}@shop.example") for who in ("first", "second")]
+    answers = [await world.deliver(mailer, letter) for letter in letters]
+    assert answers == [Delivery.REFUSED, Delivery.SENT]
+    assert world.server.recipients == ["second@shop.example"]
+
+
 @pytest.mark.parametrize("trouble", [hang_up, hang])
 async def test_no_answer_after_data_is_unknown_and_never_sent_again(world: World, trouble: Hook) -> None:
     world.server.on["DATA"] = trouble

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from aiosmtpd.smtp import SMTP
 
 from bon_scheduler import Counts, JobContext, NoPayload, NotNowError, job, mail_gate, service
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
@@ -16,6 +17,7 @@ from bon_scheduler.jobs import AnyJob
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
 from tests import arrange
 from tests.conftest import Connection, MakeSettings, RunJob
+from tests.mailserver import Server
 from tests.process import serve
 from tests.waiting import until
 
@@ -146,6 +148,41 @@ async def test_letters_that_wait_for_their_turn_keep_no_other_job_waiting(
 
         await until(cleaned, seconds=6)
         assert len(sink.messages) < 28
+
+
+async def test_a_letter_that_is_not_taken_now_is_sent_by_a_later_attempt_and_the_others_at_once(
+    make_settings: MakeSettings, connection: Connection, server: Server
+) -> None:
+    refusals = ["450 4.2.0 greylisted"]
+    server.auth = False
+
+    async def greylist(_: SMTP) -> str:
+        return refusals.pop() if refusals else "250 OK"
+
+    server.on["RCPT"] = greylist
+    await build(connection, 1)
+    business = await connection.fetchval("select business_id from user_businesses")
+    await arrange.owner(connection, business, "second@shop.example")
+    async with server.listening():
+        mail = {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(server.port), "SMTP_TLS": "none", **NO_SCHEDULES}
+        async with service.serving(make_settings(**mail)):
+            await connection.execute(DETECT)
+
+            async def retrying() -> bool:
+                found = "select count(*) from bon_scheduler.runs where state = 'retrying'"
+                return bool(await connection.fetchval(found))
+
+            await until(retrying)
+            assert len(server.recipients) == 1
+            await connection.execute(
+                "update bon_scheduler.runs set run_at = now() where state = 'retrying';"
+                "update bon_scheduler.pgqueuer set execute_after = now()"
+            )
+            await until(lambda: all_ended(connection))
+    assert sorted(server.recipients) == ["owner0@shop.example", "second@shop.example"]
+    run = await connection.fetchrow("select attempt, counts from bon_scheduler.runs where job = 'send-overdue-digest'")
+    assert run is not None
+    assert (run["attempt"], run["counts"]["sent"], run["counts"]["already_sent"]) == (2, 1, 1)
 
 
 # What a handler that must wait is given
