@@ -15,6 +15,7 @@ from bon_scheduler.clock import SystemClock
 from bon_scheduler.commands import INTERRUPTED, UsageError
 from bon_scheduler.config import LogFormat, LogLevel, Settings, SettingsError
 from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
+from bon_scheduler.deliveries import NotUncertainError
 from bon_scheduler.ledger import UnknownJobError
 from bon_scheduler.log import configure_logging, describe_error
 from bon_scheduler.once import AlreadyRunningError
@@ -29,6 +30,7 @@ EXIT_STATUS: dict[type[Exception], int] = {
     UnknownJobError: 2,
     PoolerError: 2,
     RefusedError: 2,
+    NotUncertainError: 2,
     AlreadyRunningError: 4,
     DatabaseUnavailableError: 1,
     SchemaBehindError: 1,
@@ -45,6 +47,8 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's name; list them with: jobs")]
+MaybeJobName = Annotated[str | None, typer.Argument(metavar="JOB", help="A job's name; list them with: jobs")]
+BusinessId = Annotated[str | None, typer.Option("--business", metavar="UUID", help="A business, instead of a job.")]
 PayloadText = Annotated[str, typer.Option("--payload", metavar="JSON", help="The run's arguments.")]
 
 Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; it is recorded.")]
@@ -72,13 +76,25 @@ def run_once(
         typer.Option(metavar="ISO", help="Replay with this instant; without an offset, in BON_TIMEZONE."),
     ] = None,
     send: Annotated[bool, typer.Option("--send", help="Send the digest though the fire time is past.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Roll everything back; send nothing, call nobody.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="With --dry-run: write the letters there.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make one run now, in the foreground, then the runs it causes; report when all have ended."""
     _run(
         as_json,
         lambda settings, report: commands.run_once(
-            settings, report, SystemClock(), name=job, payload=payload, fire_time=fire_time, send=send
+            settings,
+            report,
+            SystemClock(),
+            name=job,
+            payload=payload,
+            fire_time=fire_time,
+            send=send,
+            dry_run=dry_run,
+            out=out,
         ),
     )
 
@@ -173,15 +189,31 @@ def timeline(
 
 
 @app.command()
-def pause(job: JobName, reason: Reason, as_json: AsJson = False) -> None:
-    """Have a job's ticks recorded as paused instead of run."""
-    _run(as_json, lambda settings, report: commands.pause(settings, report, name=job, reason=reason))
+def pause(reason: Reason, job: MaybeJobName = None, business: BusinessId = None, as_json: AsJson = False) -> None:
+    """Have a job's ticks recorded as paused instead of run, or every job skip a business."""
+    _run(
+        as_json,
+        lambda settings, report: commands.pause(settings, report, name=job, business=business, reason=reason),
+    )
 
 
 @app.command()
-def resume(job: JobName, reason: Reason, as_json: AsJson = False) -> None:
-    """Have a paused job's ticks run again."""
-    _run(as_json, lambda settings, report: commands.resume(settings, report, name=job, reason=reason))
+def resume(reason: Reason, job: MaybeJobName = None, business: BusinessId = None, as_json: AsJson = False) -> None:
+    """Have a paused job's ticks run again, or jobs serve a paused business again."""
+    _run(
+        as_json,
+        lambda settings, report: commands.resume(settings, report, name=job, business=business, reason=reason),
+    )
+
+
+@app.command()
+def resend(
+    delivery_id: Annotated[str, typer.Argument(metavar="DELIVERY_ID", help="An unknown one; see: check, show RUN_ID")],
+    reason: Reason,
+    as_json: AsJson = False,
+) -> None:
+    """Send a letter again of which it is unknown whether it arrived; its owner may get it twice."""
+    _run(as_json, lambda settings, report: commands.resend(settings, report, delivery=delivery_id, reason=reason))
 
 
 @app.command()

@@ -87,16 +87,17 @@ FAIL = """
     )
     select state::text from failed
 """
-# $1 run, $2 attempt, $3 worker.
+# $1 run, $2 attempt, $3 worker, $4 wait before the next: interval or null, $5 why, or null.
 GIVE_BACK = """
     with returned as (
         update bon_scheduler.runs
-           set state = 'queued', given_back = given_back + 1, worker = null
+           set state = 'queued', given_back = given_back + 1, worker = null, error = $5,
+               run_at = coalesce(clock_timestamp() + $4::interval, run_at)
          where id = $1 and attempt = $2 and worker = $3 and state = 'running'
         returning id, attempt
     ), ended as (
         update bon_scheduler.attempts a
-           set ended_at = clock_timestamp(), outcome = 'given_back'
+           set ended_at = clock_timestamp(), outcome = 'given_back', error = $5
           from returned f
          where a.run_id = f.id and a.attempt = f.attempt
     )
@@ -247,11 +248,13 @@ async def fail(connection: Connection, ref: RunRef, *, outcome: str, error: str,
     return state
 
 
-async def give_back(connection: Connection, ref: RunRef) -> bool:
-    """Return a run to the queue at shutdown, at no cost in attempts; False when it was lost."""
+async def give_back(
+    connection: Connection, ref: RunRef, *, wait: timedelta | None = None, why: str | None = None
+) -> bool:
+    """Return a run to the queue, due at once or after `wait`, at no cost in attempts; False when it was lost."""
     async with connection.transaction():
         returned = await connection.fetchval(
-            GIVE_BACK, ref.run_id, ref.attempt, ref.worker, timeout=CALL_TIMEOUT_SECONDS
+            GIVE_BACK, ref.run_id, ref.attempt, ref.worker, wait, why, timeout=CALL_TIMEOUT_SECONDS
         )
         if returned is not None:
             await deliver(connection, ref.run_id)

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 
-from bon_scheduler import db
+from bon_scheduler import db, deliveries, mail_gate
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
 from bon_scheduler.jobs import Connection
+from bon_scheduler.log import describe_error
+from bon_scheduler.smtp import NotConnectedError, try_login
 
 __all__ = ["Finding", "Level", "check_deployment"]
 
 SUPPORTED_VERSIONS = range(15, 19)
 CLOCK_TOLERANCE = timedelta(seconds=5)
+MOST_NAMED = 3
 
 BON_COLUMNS: dict[str, tuple[str, ...]] = {
     "users": ("id", "email"),
@@ -34,6 +37,7 @@ BON_COLUMNS: dict[str, tuple[str, ...]] = {
         "status",
         "is_overdue",
         "document_number",
+        "sequence_number",
         "credited_invoice_id",
         "due_date",
         "currency",
@@ -107,7 +111,9 @@ async def check_deployment(settings: Settings, clock: Clock) -> list[Finding]:
                 await _check_clock(connection, clock),
                 *await _check_columns(connection),
                 *await _check_indexes(connection),
-                await _check_schema(connection),
+                schema := await _check_schema(connection),
+                *(await _check_letters(connection) if schema.level is Level.OK else ()),
+                await _check_mail(settings),
             ]
     except DatabaseUnavailableError as error:
         return [
@@ -184,6 +190,46 @@ async def _check_indexes(connection: Connection) -> list[Finding]:
                 )
             )
     return findings or [Finding("indexes", Level.OK, "the recommended ones exist")]
+
+
+async def _check_letters(connection: Connection) -> list[Finding]:
+    findings = []
+    gate = await mail_gate.gate_state(connection)
+    if gate.closed_since is not None:
+        findings.append(
+            Finding(
+                "mail gate",
+                Level.FAILURE,
+                f"the mail server is away since {gate.closed_since:%Y-%m-%d %H:%M:%S} UTC: {gate.trouble}",
+                "Letters wait and go by themselves once it answers; see `mail` below.",
+            )
+        )
+    unknown = await deliveries.count_unknown(connection)
+    if not unknown:
+        return [*findings, Finding("deliveries", Level.OK, "none of the last seven days is uncertain")]
+    named = ", ".join(str(letter.id) for letter in await deliveries.some_unknown(connection, MOST_NAMED))
+    return [
+        *findings,
+        Finding(
+            "deliveries",
+            Level.WARNING,
+            f"{unknown} of the last seven days may or may not have arrived, the latest: {named}",
+            "Ask the owner, or send it again knowingly: python -m bon_scheduler resend DELIVERY_ID --reason …",
+        ),
+    ]
+
+
+async def _check_mail(settings: Settings) -> Finding:
+    if settings.smtp_host is None:
+        return Finding("mail", Level.WARNING, "SMTP_HOST is not set: digests are logged, not sent", "Set SMTP_HOST.")
+    where = f"{settings.smtp_host}:{settings.smtp_port}"
+    try:
+        await try_login(settings)
+    except NotConnectedError as error:
+        what = f"{where} is of no use (at {error.stage}): {describe_error(error.__cause__ or error)}"
+        return Finding("mail", Level.FAILURE, what, "Correct SMTP_HOST, SMTP_PORT, SMTP_TLS, or the login.")
+    how = "" if settings.smtp_username is None else " and takes our login"
+    return Finding("mail", Level.OK, f"{where} answers{how} ({settings.smtp_tls})")
 
 
 async def _check_schema(connection: Connection) -> Finding:

@@ -121,6 +121,7 @@ class Settings(BaseSettings):
     run_retention_days: int = Field(400, ge=1, le=36500)
 
     email_from: str = "noreply@bon.co.il"
+    email_rate_per_second: float = Field(5, gt=0, le=1000)
     email_language: Annotated[str, Field(pattern="^(he|en)$")] = "he"
     app_origin: str | None = None
     unsubscribe_url: str | None = None

@@ -49,6 +49,11 @@ class AttemptContext:
         return self.ref.attempt
 
     @property
+    def dry_run(self) -> bool:
+        """Whether everything is rolled back; see `dry`."""
+        return False
+
+    @property
     def business_date(self) -> date:
         """The Israeli calendar date of `fire_time`."""
         return self.fire_time.astimezone(self.zone).date()
@@ -105,12 +110,15 @@ class AttemptContext:
             ),
         )
 
-    async def enqueue_many(self, job: Job[P], requests: Iterable[tuple[P, str]], *, on: Connection) -> int:
+    async def enqueue_many(
+        self, job: Job[P], requests: Iterable[tuple[P, str]], *, on: Connection, priority: int = 0
+    ) -> int:
         """Ask for a run for each (payload, dedupe key); return how many keys were new."""
         return await ledger.enqueue_many(
             on,
             job.name,
-            [(payload.model_dump(mode="json"), key) for payload, key in requests],
+            ((payload.model_dump(mode="json"), key) for payload, key in requests),
+            priority=priority,
             asked_by=self.job_name,
             caused_by=self.run_id,
         )

@@ -36,7 +36,7 @@ OPEN_STATES = frozenset({"queued", "running", "retrying"})
 # $1 job or null, $2 state or null, $3 since: timestamptz or null, $4 limit: int. Index: runs_newest.
 LIST_RUNS = """
     select id as run_id, job, fire_time, state::text as state, attempt, origin, enqueued_at, started_at,
-           finished_at, counts, error
+           finished_at, counts, error, dry_run
       from bon_scheduler.runs
      where ($1::text is null or job = $1)
        and ($2::text is null or state = $2::bon_scheduler.run_state)
@@ -47,7 +47,7 @@ LIST_RUNS = """
 # $1 run. Index: runs_pkey.
 FIND_RUN = """
     select id as run_id, job, fire_time, state::text as state, attempt, origin, asked_by, reason, payload,
-           dedupe_key, run_at, enqueued_at, started_at, finished_at, counts, error, caused_by
+           dedupe_key, run_at, enqueued_at, started_at, finished_at, counts, error, caused_by, dry_run
       from bon_scheduler.runs
      where id = $1
 """
@@ -116,13 +116,14 @@ JOB_OVERVIEW = """
     select j.name, j.last_tick,
            (select count(*) from bon_scheduler.runs r
              where r.job = j.name and r.state in ('queued', 'running', 'retrying')) as waiting,
-           (select count(*) from bon_scheduler.runs r where r.job = j.name and r.state = 'dead') as dead,
+           (select count(*) from bon_scheduler.runs r
+             where r.job = j.name and r.state = 'dead' and not r.dry_run) as dead,
            last.state::text as last_state, last.finished_at as last_finished_at, last.id as last_run_id
       from bon_scheduler.jobs j
       left join lateral (
                select r.id, r.state, r.finished_at
                  from bon_scheduler.runs r
-                where r.job = j.name and r.attempt > 0
+                where r.job = j.name and r.attempt > 0 and not r.dry_run
                 order by r.enqueued_at desc
                 limit 1) last on true
      order by j.name
@@ -131,7 +132,8 @@ JOB_OVERVIEW = """
 QUEUE_DEPTHS = """
     select job, state::text as state, count(*) as runs
       from bon_scheduler.runs
-     where state in ('queued', 'running', 'retrying') or state in ('dead', 'held')
+     where (state in ('queued', 'running', 'retrying') or state in ('dead', 'held'))
+       and not dry_run
      group by job, state
 """
 # No parameters. Index: runs_unfinished.

@@ -31,6 +31,7 @@ __all__ = [
     "LostRunError",
     "NeverRetryError",
     "NoPayload",
+    "NotNowError",
     "Payload",
     "Retry",
     "RetryLaterError",
@@ -121,6 +122,18 @@ class RetryLaterError(Exception):
         self.after = after
 
 
+class NotNowError(Exception):
+    """
+    Raised by a handler that lacks what every run of its job needs, as while a mail server is away: the run is
+    given back and comes again after `after`, and this attempt does not count. Effects must be none so far, or
+    such that a repetition finds them. The handler decides how long a run may go on like that.
+    """
+
+    def __init__(self, message: str, *, after: timedelta) -> None:
+        super().__init__(message)
+        self.after = after
+
+
 class LostRunError(Exception):
     """The attempt no longer owns its run: what it was about to commit is rolled back."""
 
@@ -183,6 +196,11 @@ class JobContext(Protocol):
         """Whether a person asked for this run with a fire time of their own."""
         ...
 
+    @property
+    def dry_run(self) -> bool:
+        """Whether everything is rolled back and nobody outside may be called: only what would be done is wanted."""
+        ...
+
     def get(self, kind: type[T]) -> T:
         """Return the service's one object of that type (`Settings`, `Mailer`, `Shaam`)."""
         ...
@@ -202,8 +220,10 @@ class JobContext(Protocol):
         """Ask for a run caused by this one, in the same transaction; None when the key is taken."""
         ...
 
-    async def enqueue_many(self, job: "Job[P]", requests: Iterable[tuple[P, str]], *, on: Connection) -> int:
-        """Ask for a run for each (payload, dedupe key); return how many keys were new."""
+    async def enqueue_many(
+        self, job: "Job[P]", requests: Iterable[tuple[P, str]], *, on: Connection, priority: int = 0
+    ) -> int:
+        """Ask for a run for each (payload, dedupe key); return how many keys were new. A higher priority goes first."""
         ...
 
     async def record(self, outcomes: Iterable[BusinessOutcome], *, on: Connection) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from itertools import islice
 from typing import Any
 from uuid import UUID
 
@@ -20,6 +21,7 @@ from bon_scheduler.jobs import AnyJob, Connection
 __all__ = [
     "BULK",
     "CALL_TIMEOUT_SECONDS",
+    "DryRun",
     "Origin",
     "Request",
     "TickVerdict",
@@ -29,6 +31,7 @@ __all__ = [
     "enqueue_many",
     "last_ticks",
     "orphans",
+    "record_dry_run",
     "record_tick",
     "redeliver",
     "register_jobs",
@@ -64,12 +67,8 @@ ENQUEUE = """
     select bon_scheduler.enqueue($1, $2, dedupe_key => $3, run_at => $4, priority => $5,
                                  fire_time => $6, origin => $7, asked_by => $8, caused_by => $9)
 """
-# $1 job, $2 payloads: jsonb[], $3 dedupe keys: text[], $4 asked by, $5 caused by.
-ENQUEUE_MANY = """
-    select count(bon_scheduler.enqueue($1, payload, dedupe_key => key, origin => 'run',
-                                       asked_by => $4, caused_by => $5))
-      from unnest($2::jsonb[], $3::text[]) as t (payload, key)
-"""
+# $1 job, $2 payloads: jsonb[], $3 dedupe keys: text[], $4 priority: int, $5 asked by, $6 caused by.
+ENQUEUE_MANY = "select bon_scheduler.enqueue_many($1, $2, $3, $4, 'run', $5, $6)"
 DELIVER = "select bon_scheduler.deliver($1)"
 # $1 run, $2 lease: interval.
 REDELIVER = "select bon_scheduler.redeliver($1, $2)"
@@ -86,6 +85,16 @@ ORPHANS = """
                         where q.dedupe_key = r.id || '/' || r.attempt and q.status = 'queued')
      order by r.run_at
      limit 1000
+"""
+
+
+# $1 run, $2 job, $3 payload: jsonb, $4 fire time, $5 asked by, $6 state, $7 started: timestamptz, $8 counts: json,
+# $9 error. It has ended already, and no queue row ever brings it to anybody.
+RECORD_DRY_RUN = """
+    insert into bon_scheduler.runs
+           (id, job, payload, fire_time, origin, asked_by, state, attempt, enqueued_at, started_at, finished_at,
+            counts, error, dry_run)
+    values ($1, $2, $3, $4, 'person', $5, $6, 1, $7, $7, clock_timestamp(), $8, $9, true)
 """
 
 
@@ -125,6 +134,21 @@ class Request:
     origin: Origin = Origin.PROGRAM
     asked_by: str | None = None
     caused_by: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """A run that only pretended, and has ended."""
+
+    run_id: UUID
+    job: str
+    payload: Mapping[str, Any]
+    fire_time: datetime
+    asked_by: str
+    state: str
+    started_at: datetime
+    counts: Mapping[str, int]
+    error: str | None
 
 
 async def register_jobs(connection: Connection, jobs: Iterable[AnyJob]) -> None:
@@ -192,18 +216,34 @@ async def enqueue_many(
     job: str,
     requests: Iterable[tuple[Mapping[str, Any], str]],
     *,
+    priority: int,
     asked_by: str,
     caused_by: UUID,
 ) -> int:
-    """Ask for a run for each (payload, dedupe key); return how many keys were new."""
+    """Ask for a run for each (payload, dedupe key), never holding more than BULK; return how many keys were new."""
     new = 0
-    batch = list(requests)
-    for start in range(0, len(batch), BULK):
-        part = batch[start : start + BULK]
-        new += await connection.fetchval(
-            ENQUEUE_MANY, job, [payload for payload, _ in part], [key for _, key in part], asked_by, caused_by
-        )
+    remaining = iter(requests)
+    while part := list(islice(remaining, BULK)):
+        payloads, keys = [payload for payload, _ in part], [key for _, key in part]
+        new += await connection.fetchval(ENQUEUE_MANY, job, payloads, keys, priority, asked_by, caused_by)
     return new
+
+
+async def record_dry_run(connection: Connection, run: DryRun) -> None:
+    """Record a dry run, whole."""
+    await connection.execute(
+        RECORD_DRY_RUN,
+        run.run_id,
+        run.job,
+        dict(run.payload),
+        run.fire_time,
+        run.asked_by,
+        run.state,
+        run.started_at,
+        dict(run.counts),
+        run.error,
+        timeout=CALL_TIMEOUT_SECONDS,
+    )
 
 
 async def deliver(connection: Connection, run_id: UUID) -> bool:

@@ -8,6 +8,7 @@ import hashlib
 import re
 from dataclasses import dataclass, field
 from datetime import date, datetime
+from email.header import Header
 from email.headerregistry import Address, BaseHeader, HeaderRegistry, UnstructuredHeader
 from email.message import EmailMessage
 from email.policy import SMTP, EmailPolicy, Policy
@@ -42,9 +43,19 @@ class _UnfoldedHeader(UnstructuredHeader, BaseHeader):
         return f"{self.name}: {self}{policy.linesep}"
 
 
+class _EncodedHeader(UnstructuredHeader, BaseHeader):
+    """A subject as RFC 2047 words: Python's own folding loses the space between two of them."""
+
+    def fold(self, *, policy: "Policy[Any]") -> str:
+        text = str(self)
+        words = Header(text, "us-ascii" if text.isascii() else "utf-8", header_name=self.name)
+        return f"{self.name}: {words.encode(linesep=policy.linesep)}{policy.linesep}"
+
+
 def _policy() -> "EmailPolicy[EmailMessage]":
     registry = HeaderRegistry()
     registry.map_to_type("list-unsubscribe", _UnfoldedHeader)
+    registry.map_to_type("subject", _EncodedHeader)
     return SMTP.clone(header_factory=registry)
 
 

@@ -8,7 +8,10 @@ server's answer; whoever finds the row later never sends again:
 - the server accepted it: `sent`; refused it for good: `refused`;
 - it certainly never was accepted: the row is deleted, another attempt may send;
 - no answer after DATA had begun, or a worker that died in between: `unknown`.
-  Only a person can decide that such a letter is sent again.
+  Only a person can decide that such a letter is sent again (`deliveries`): it is `released`.
+
+Before any of that a letter passes the gate (`mail_gate`): EMAIL_RATE_PER_SECOND holds for all replicas
+together, and while the server is away the run is given back without having used up an attempt.
 
 An answer is recorded on a plain connection, not through a run's fence, and
 outlives the cancellation of the handler: it tells what the world already did.
@@ -18,9 +21,11 @@ Nothing logged or raised here holds an address, a name, a subject or an amount.
 import asyncio
 import re
 import ssl
-from contextlib import suppress
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import date, timedelta
+from email.message import EmailMessage
 from enum import StrEnum
 from types import TracebackType
 from typing import Self
@@ -31,26 +36,27 @@ import asyncpg
 import structlog
 
 from bon_scheduler.clock import Clock, SystemClock
-from bon_scheduler.config import Settings, SmtpTls
+from bon_scheduler.config import Settings
 from bon_scheduler.jobs import NeverRetryError, Retry, RetryLaterError
 from bon_scheduler.letters import POLICY, Letter, compose, is_mailbox, message_id, printable, recipient_hash
 from bon_scheduler.log import mask
+from bon_scheduler.mail_gate import MailGate, MailUnavailableError, Passage
+from bon_scheduler.smtp import CLOSING, SMTP_TIMEOUT, Line, NotConnectedError, SmtpConnections
 
-__all__ = ["Delivery", "Letter", "MailUnavailableError", "Mailer"]
+__all__ = ["Delivery", "Letter", "LetterDeferredError", "MailUnavailableError", "Mailer", "find_settled"]
 
 log = structlog.get_logger()
 
-SMTP_TIMEOUT = timedelta(seconds=30)
-"""For connecting and for each answer of the server."""
-QUIT_TIMEOUT = timedelta(seconds=5)
 CANCEL_PATIENCE = timedelta(seconds=3)
 """How long a cancelled attempt waits for an answer that is already under way."""
 OTHER_RUN_WAIT = timedelta(minutes=1)
 RETRY = Retry(delay=timedelta(seconds=30), longest=timedelta(minutes=30))
-"""The wait that a MailUnavailableError asks for, by attempt."""
+"""The wait that a LetterDeferredError asks for, by attempt."""
 RECORDING_PAUSES_SECONDS = (0.2, 1.0, 3.0)
 """Between the tries to record an answer while the database does not answer."""
 REPLY_LENGTH = 200
+DEFERRED = "deferred"
+"""What is observed of a letter of which nothing was sent."""
 ABOUT_OUR_LOGIN = frozenset({530, 534, 535, 538})
 """RFC 4954 §6: these speak about our authentication, whatever command they answer."""
 
@@ -60,7 +66,9 @@ INTEND = """
     insert into bon_scheduler.deliveries
            (kind, business_id, as_of, recipient_hash, state, message_id, run_id, attempt)
     values ($1, $2, $3, $4, 'intended', $5, $6, $7)
-        on conflict (kind, business_id, as_of, recipient_hash) do nothing
+        on conflict (kind, business_id, as_of, recipient_hash) do update
+       set state = 'intended', run_id = $6, attempt = $7, intended_at = now(), settled_at = null, reply = null
+     where deliveries.state = 'released'
  returning id
 """
 
@@ -115,6 +123,11 @@ WITHDRAW = """
 """
 
 
+def _key(letter: Letter) -> tuple[str, UUID, date, str]:
+    """Return what is unique in `deliveries`."""
+    return letter.kind, letter.business_id, letter.as_of, recipient_hash(letter.business_id, letter.recipient)
+
+
 class Delivery(StrEnum):
     """What became of a letter; the values are the names of `send-overdue-digest`'s counts."""
 
@@ -126,8 +139,16 @@ class Delivery(StrEnum):
     ALREADY_SENT = "already_sent"
 
 
-class MailUnavailableError(RetryLaterError):
-    """The server cannot be reached, or does not take letters just now; nothing was sent."""
+async def find_settled(pool: "asyncpg.Pool[asyncpg.Record]", letter: Letter) -> Delivery | None:
+    """Return what became of a letter before, None while it may be sent."""
+    state = await pool.fetchval(FIND_STATE, *_key(letter))
+    if state == "sent":
+        return Delivery.ALREADY_SENT
+    return Delivery(state) if state in {"refused", "unknown"} else None
+
+
+class LetterDeferredError(RetryLaterError):
+    """The server does not take this letter just now (4yz); nothing was sent."""
 
 
 @dataclass(slots=True)
@@ -146,6 +167,8 @@ class _Answer:
 
     delivery: Delivery | None
     reply: str
+    away: bool = False
+    """Whether the server, and not the letter, was the trouble."""
 
 
 def _clean_reply(code: int, text: str, recipient: str) -> str:
@@ -158,11 +181,11 @@ def _clean_reply(code: int, text: str, recipient: str) -> str:
 
 def _judge(stage: str, code: int, reply: str) -> _Answer:
     """Classify an answer that was not the expected one (RFC 5321 §4.2.1)."""
-    if stage not in {"RCPT", "DATA"} or code in ABOUT_OUR_LOGIN or code // 100 == 4:  # noqa: PLR2004 - 4yz: not now
-        return _Answer(None, f"{reply} (at {stage})")
+    if stage not in {"RCPT", "DATA"} or code in ABOUT_OUR_LOGIN or code == CLOSING:
+        return _Answer(None, f"{reply} (at {stage})", away=True)
     if code // 100 == 5:  # noqa: PLR2004 - 5yz: never
         return _Answer(Delivery.REFUSED, reply)
-    if stage == "RCPT":
+    if code // 100 == 4 or stage == "RCPT":  # noqa: PLR2004 - 4yz: not now
         return _Answer(None, f"{reply} (at {stage})")
     # A 2yz other than 250 still accepts; anything else after DATA is no answer at all.
     return _Answer(Delivery.SENT if code // 100 == 2 else Delivery.UNKNOWN, reply)  # noqa: PLR2004
@@ -172,8 +195,9 @@ class Mailer:
     """
     Delivers letters; one for the whole service, safe to use from many runs at once.
 
-    Each letter has a connection of its own. `close` (or leaving `async with`) waits for
-    answers that are still under way; the pool must outlive it.
+    `observe` is told what became of each letter that was tried (a Delivery's value, or `deferred`) and after
+    how many seconds. `close` (or leaving `async with`) waits for answers that are still under way; the pool must
+    outlive it.
     """
 
     def __init__(
@@ -184,12 +208,14 @@ class Mailer:
         tls_context: ssl.SSLContext | None = None,
         timeout: timedelta = SMTP_TIMEOUT,
         clock: Clock | None = None,
+        observe: Callable[[str, float], None] = lambda _status, _seconds: None,
     ) -> None:
         self._settings = settings
         self._pool = pool
-        self._timeout_seconds = timeout.total_seconds()
+        self._gate = MailGate(pool, rate_per_second=settings.email_rate_per_second)
+        self._connections = SmtpConnections(settings, tls_context=tls_context, timeout=timeout)
         self._clock = clock or SystemClock()
-        self._tls_context = tls_context
+        self._observe = observe
         # The loop keeps only weak references to tasks; these must end whoever is cancelled.
         self._sending: set[asyncio.Task[_Answer]] = set()
 
@@ -205,30 +231,39 @@ class Mailer:
         """Wait until every answer that is under way has been recorded; bounded by the SMTP time-outs."""
         while self._sending:
             await asyncio.wait(self._sending)
+        await self._connections.close()
 
     async def deliver(self, letter: Letter, *, run_id: UUID, attempt: int) -> Delivery:
         """
-        Send a letter unless its key was used before; return what became of it.
+        Send a letter unless its key was used before; return what became of it. Waits for the letter's turn.
 
-        Raises MailUnavailableError (a RetryLaterError) when nothing was sent and another attempt
-        may; RetryLaterError while another run is sending the same letter; NeverRetryError for a
-        letter of a day so long ago that its delivery may have been forgotten.
+        Raises MailUnavailableError (a NotNowError) while the server is away, LetterDeferredError when it does
+        not take this letter just now, RetryLaterError while another run is sending the same letter, and
+        NeverRetryError for a letter of a day so long ago that its delivery may have been forgotten.
         """
         self._require_remembered(letter)
         events = log.bind(kind=letter.kind, business_id=str(letter.business_id))
         if self._settings.smtp_host is None:
             events.info("delivery.logged", as_of=letter.as_of.isoformat())
+            self._observe(Delivery.LOGGED, 0.0)
             return Delivery.LOGGED
+        if (settled := await find_settled(self._pool, letter)) is not None:
+            return settled  # BEFORE the gate: it takes nobody's turn
+        # What is no address is refused without the server, and says nothing about it.
+        passage = await self._gate.pass_through() if is_mailbox(letter.recipient) else None
         claim = await self._claim(letter, run_id, attempt)
         if isinstance(claim, Delivery):
             return claim
+        started = time.perf_counter()
         answer = await self._send_whole(letter, claim)
+        self._observe(answer.delivery or DEFERRED, time.perf_counter() - started)
         events = events.bind(delivery_id=str(claim.id), reply=answer.reply)
+        if passage is not None:
+            await self._tell_gate(passage, answer)
         if answer.delivery is None:
             events.info("delivery.deferred")
-            raise MailUnavailableError(
-                f"The mail server did not take a letter: {answer.reply}. Nothing was sent; "
-                "it is tried again. If this lasts, check SMTP_* with: python -m bon_scheduler check",
+            raise LetterDeferredError(
+                f"The mail server did not take a letter: {answer.reply}. Nothing was sent; it is tried again.",
                 after=RETRY.wait(attempt),
             )
         if answer.delivery is Delivery.SENT:
@@ -245,27 +280,29 @@ class Mailer:
                 "forgotten, so it is not sent again."
             )
 
+    async def _tell_gate(self, passage: Passage, answer: _Answer) -> None:
+        """Raise MailUnavailableError where the server was the trouble."""
+        if answer.away:
+            raise await self._gate.report_away(passage, answer.reply)
+        if answer.delivery is not Delivery.UNKNOWN:
+            await self._gate.report_back(passage)
+
     async def _claim(self, letter: Letter, run_id: UUID, attempt: int) -> _Intention | Delivery:
         """Commit the intention to send, or find out what became of an earlier one."""
-        who = recipient_hash(letter.business_id, letter.recipient)
-        key = (letter.kind, letter.business_id, letter.as_of, who)
+        key = _key(letter)
         message = message_id(letter, self._settings.email_from)
-        async with self._pool.acquire() as connection:
-            if claimed := await connection.fetchval(INTEND, *key, message, run_id, attempt):
-                return _Intention(claimed, run_id, attempt)
-            if given_up := await connection.fetchval(GIVE_UP, *key, run_id, attempt):
-                log.warning(
-                    "delivery.unknown",
-                    kind=letter.kind,
-                    business_id=str(letter.business_id),
-                    delivery_id=str(given_up),
-                )
-                return Delivery.UNKNOWN
-            state = await connection.fetchval(FIND_STATE, *key)
-        if state == "sent":
-            return Delivery.ALREADY_SENT
-        if state in {"refused", "unknown"}:
-            return Delivery(state)
+        if claimed := await self._pool.fetchval(INTEND, *key, message, run_id, attempt):
+            return _Intention(claimed, run_id, attempt)
+        if given_up := await self._pool.fetchval(GIVE_UP, *key, run_id, attempt):
+            log.warning(
+                "delivery.unknown",
+                kind=letter.kind,
+                business_id=str(letter.business_id),
+                delivery_id=str(given_up),
+            )
+            return Delivery.UNKNOWN
+        if (settled := await find_settled(self._pool, letter)) is not None:
+            return settled
         # Intended by a run that lives, or just withdrawn by it.
         raise RetryLaterError("Another run is sending the same letter just now.", after=OTHER_RUN_WAIT)
 
@@ -290,76 +327,60 @@ class Mailer:
             log.error("delivery.unrecorded", error=type(error).__name__)
 
     async def _send(self, letter: Letter, claim: _Intention) -> _Answer:
-        client = self._client()
         try:
-            answer = await self._converse(client, letter, claim)
-            await self._record(claim, answer)
-            with suppress(aiosmtplib.SMTPException, OSError):
-                # AFTER recording: a server that is slow to say goodbye must not delay it.
-                await client.quit(timeout=QUIT_TIMEOUT.total_seconds())
+            answer = await self._try(letter, claim)
         except asyncio.CancelledError:
             if not claim.data_begun:
                 await self._record(claim, _Answer(None, ""))
             raise
-        else:
-            return answer
-        finally:
-            client.close()
+        await self._record(claim, answer)
+        return answer
 
-    def _client(self) -> aiosmtplib.SMTP:
-        settings = self._settings
-        if self._tls_context is None and settings.smtp_tls is not SmtpTls.NONE:
-            self._tls_context = ssl.create_default_context()  # verifies the chain and the host's name
-        return aiosmtplib.SMTP(
-            hostname=settings.smtp_host,
-            port=settings.smtp_port,
-            timeout=self._timeout_seconds,
-            use_tls=settings.smtp_tls is SmtpTls.IMPLICIT,
-            start_tls=False,  # asked for below, as a stage of its own
-            tls_context=self._tls_context,
-            # Not this machine's name, which would have to be looked up for each letter.
-            local_hostname=settings.email_from.rpartition("@")[2],
-        )
-
-    async def _converse(self, client: aiosmtplib.SMTP, letter: Letter, claim: _Intention) -> _Answer:
-        """Hold the conversation stage by stage, because what a failure means depends on the stage."""
-        settings = self._settings
-        recipient = letter.recipient.strip()
-        if not is_mailbox(recipient):
+    async def _try(self, letter: Letter, claim: _Intention) -> _Answer:
+        if not is_mailbox(letter.recipient):
             return _Answer(Delivery.REFUSED, "not an e-mail address")
-        stage = "connect"
         try:
-            message = compose(letter, settings, now=self._clock.now())
-            await client.connect()
-            if settings.smtp_tls is SmtpTls.STARTTLS:
-                stage = "STARTTLS"
-                await client.starttls()  # raises where it is not offered: no downgrade
-            if settings.smtp_username is not None and settings.smtp_password is not None:
-                stage = "AUTH"
-                await client.login(settings.smtp_username, settings.smtp_password.get_secret_value())
-            stage = "MAIL"
-            utf8 = not f"{recipient}{settings.email_from}".isascii()
+            message = compose(letter, self._settings, now=self._clock.now())
+        except ValueError as error:  # EMAIL_FROM cannot stand in a header
+            return _Answer(None, f"{type(error).__name__} (at compose)", away=True)
+        try:
+            async with self._connections.line() as line:
+                return await self._converse(line, letter, message, claim)
+        except NotConnectedError as error:
+            cause = error.__cause__
+            if isinstance(cause, aiosmtplib.SMTPResponseException):
+                return _judge(error.stage, cause.code, _clean_reply(cause.code, cause.message, letter.recipient))
+            return _Answer(None, f"{type(cause).__name__} (at {error.stage})", away=True)
+
+    async def _converse(self, line: Line, letter: Letter, message: EmailMessage, claim: _Intention) -> _Answer:
+        """Hold the conversation stage by stage, because what a failure means depends on the stage."""
+        client, recipient, stage = line.client, letter.recipient.strip(), "MAIL"
+        try:
+            utf8 = not f"{recipient}{self._settings.email_from}".isascii()
             if utf8 and not client.supports_extension("smtputf8"):
                 return _Answer(Delivery.REFUSED, "the server takes no address outside ASCII (SMTPUTF8)")
             encoding = "utf-8" if utf8 else "ascii"
             options = ["SMTPUTF8"] if utf8 else []
-            await client.mail(settings.email_from, encoding=encoding, options=options)
+            await client.mail(self._settings.email_from, encoding=encoding, options=options)
             stage = "RCPT"
             await client.rcpt(recipient, encoding=encoding)
             content = message.as_bytes(policy=POLICY.clone(utf8=utf8))
             if not client.is_connected:
-                return _Answer(None, "the connection was lost (after RCPT)")
+                return _Answer(None, "the connection was lost (after RCPT)", away=True)
             stage = "DATA"
             # From here on the server may have accepted it, whatever we hear.
             claim.data_begun = True
             response = await client.data(content)
             return _Answer(Delivery.SENT, _clean_reply(response.code, response.message, recipient))
         except aiosmtplib.SMTPResponseException as error:
+            line.sound = error.code != CLOSING
             return _judge(stage, error.code, _clean_reply(error.code, error.message, recipient))
         except (aiosmtplib.SMTPException, OSError, ValueError) as error:
-            # ValueError: EMAIL_FROM or the login cannot stand in a header or a command.
+            # ValueError: EMAIL_FROM cannot stand in a command.
             # The text of any of these may quote an address; the class says enough.
-            return _Answer(Delivery.UNKNOWN if claim.data_begun else None, f"{type(error).__name__} (at {stage})")
+            line.sound = False
+            what = f"{type(error).__name__} (at {stage})"
+            return _Answer(Delivery.UNKNOWN, what) if claim.data_begun else _Answer(None, what, away=True)
 
     async def _record(self, claim: _Intention, answer: _Answer) -> None:
         """Settle or withdraw the intention; tried again while the database does not answer."""

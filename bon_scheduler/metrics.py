@@ -16,6 +16,7 @@ __all__ = ["Metrics"]
 
 RUN_SECONDS_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 180, 600)
 LATENESS_SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 5, 15, 60, 300, 3600)
+LETTER_SECONDS_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 30, 60)
 PROBE_SECONDS_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 3)
 LAG_SECONDS_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 
@@ -84,6 +85,20 @@ class Metrics:
             one_job,
             registry=self.registry,
         )
+        self._email_sent = Counter(
+            "email_sent", "Letters tried, by what became of them", ["status"], registry=self.registry
+        )
+        self._email_duration = Histogram(
+            "email_send_duration_seconds",
+            "Time of one letter's conversation with the mail server, and of recording its end",
+            buckets=LETTER_SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self.email_unknown = Gauge(
+            "email_unknown",
+            "Letters of the last seven days that may or may not have arrived",
+            registry=self.registry,
+        )
         self.pool_connections = Gauge(
             "db_pool_connections", "Connections of the pool", ["state"], registry=self.registry
         )
@@ -112,6 +127,12 @@ class Metrics:
             self._rows.labels(job, name).inc(count)
         if state in {"succeeded", "partial"}:
             self._last_success.labels(job).set(now.timestamp())
+
+    def letter_tried(self, status: str, seconds: float) -> None:
+        """Account for one letter: what became of it, and the seconds it took; one only logged took none."""
+        self._email_sent.labels(status).inc()
+        if status != "logged":
+            self._email_duration.observe(seconds)
 
     def set_queue(self, depths: Mapping[tuple[str, str], int], ages: Mapping[str, float]) -> None:
         """Show the queue as it is now: runs by (job, state), and the oldest due run's age in seconds."""

@@ -7,7 +7,7 @@ no other replica can take it; runs it causes may be taken by others, and are the
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -38,6 +38,8 @@ class RunReport:
     run: Row
     businesses: Row
     caused: list[Row]
+    sample: list[Row] = field(default_factory=list)
+    """Of a dry run: what would be done for some of the businesses."""
 
     @property
     def went_well(self) -> bool:
@@ -50,7 +52,7 @@ class RunReport:
         took = round((finished - started).total_seconds() * 1000) if started and finished else None
         return {
             **{name: self.run[name] for name in ("run_id", "job", "fire_time", "state")},
-            "dry_run": False,
+            "dry_run": self.run["dry_run"],
             "attempt": self.run["attempt"],
             "duration_ms": took,
             "counts": self.run["counts"],
@@ -59,6 +61,7 @@ class RunReport:
             "caused": [
                 {name: run[name] for name in ("run_id", "job", "state", "counts", "error")} for run in self.caused
             ],
+            **({"sample": self.sample} if self.run["dry_run"] else {}),
         }
 
 

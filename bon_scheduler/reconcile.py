@@ -3,7 +3,8 @@ Reconciliation: what the ledger says and what is so, compared every quarter leas
 
 It must find what nobody else would notice: a run whose worker died or whose queue row vanished (delivered again); an
 attempt of ours whose run another took over or a person cancelled (stopped); a run the ledger says is ours and that
-we know nothing of, because the answer to its claim was lost (let go of, so that it is delivered again).
+we know nothing of, because the answer to its claim was lost (let go of, so that it is delivered again); a letter whose
+sender ended before the answer was recorded (`unknown`, for a person to decide).
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from datetime import timedelta
 
 import structlog
 
-from bon_scheduler import attempts, ledger
+from bon_scheduler import attempts, deliveries, ledger
 from bon_scheduler.db import Pool
 from bon_scheduler.heartbeat import Heartbeat
 from bon_scheduler.jobs import Connection
@@ -104,3 +105,10 @@ class Reconciler:
             if await ledger.redeliver(connection, run_id, patience):
                 log.warning("run.rescued", job=job, run_id=str(run_id))
                 self._metrics.rescued.labels(job).inc()
+        for delivery in await deliveries.give_up_forsaken(connection, patience):
+            log.warning(
+                "delivery.unknown",
+                kind=delivery.kind,
+                business_id=str(delivery.business_id),
+                delivery_id=str(delivery.id),
+            )

@@ -24,7 +24,7 @@ __all__ = ["Action", "RefusedError", "Revised", "dead_runs", "revise", "revise_a
 # $1 runs: uuid[]. Index: runs_pkey. Waits for a fence that is about to commit, but not for a handler that has
 # only recorded a business (which locks its run `for key share`).
 LOCK_RUNS = """
-    select id, job, state::text as state, fire_time, run_at
+    select id, job, state::text as state, fire_time, run_at, dry_run
       from bon_scheduler.runs
      where id = any ($1)
      order by id
@@ -71,7 +71,7 @@ CANCEL = """
 DEAD_RUNS = """
     select id
       from bon_scheduler.runs
-     where state = 'dead' and ($1::text is null or job = $1)
+     where state = 'dead' and ($1::text is null or job = $1) and not dry_run
      order by id
 """
 # $1 job. Index: runs_unfinished.
@@ -178,6 +178,10 @@ async def _lock(connection: Connection, run_ids: Collection[UUID]) -> dict[UUID,
 def _fault(action: Action, run_id: UUID, row: Row | None) -> str | None:
     if row is None:
         return f"No run {run_id}; list runs with: {COMMAND} runs"
+    if row["dry_run"]:
+        return (
+            f"Run {run_id} was a dry run, nothing of it is left to change; do it with: {COMMAND} run-once {row['job']}."
+        )
     if row["state"] in action.changes:
         return None
     instants = {

@@ -36,6 +36,7 @@ from bon_scheduler.jobs import (
     Cron,
     LostRunError,
     NeverRetryError,
+    NotNowError,
     Payload,
     Retry,
     RetryLaterError,
@@ -120,6 +121,8 @@ def _judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> _Ending:
         return _Ending("succeeded", handler.result())
     if isinstance(error, LostRunError):
         return _Ending("lost", error=str(error))
+    if isinstance(error, NotNowError):
+        return _Ending("given_back", error=describe_error(error), wait=error.after)
     if isinstance(error, NeverRetryError):
         return _Ending("dead", error=describe_error(error))
     if isinstance(error, RetryLaterError):
@@ -346,8 +349,11 @@ class Runner:
         try:
             if ending.outcome == "succeeded":
                 return await self._record(ctx, lambda c: attempts.finish(c, ctx.ref, ending.counts))
-            if ending.outcome != "lost":
-                error, wait = ending.error or "", ending.wait
+            error, wait = ending.error or "", ending.wait
+            if ending.outcome == "given_back":
+                if await self._record(ctx, lambda c: attempts.give_back(c, ctx.ref, wait=wait, why=error)):
+                    return ending.outcome
+            elif ending.outcome != "lost":
                 return await self._record(
                     ctx, lambda c: attempts.fail(c, ctx.ref, outcome=ending.outcome, error=error, wait=wait)
                 )
@@ -356,7 +362,7 @@ class Runner:
         outcome = await self._record(ctx, lambda c: attempts.lose(c, ctx.ref, "another attempt owns the run"))
         if outcome == ending.outcome and outcome not in {"succeeded", "lost"}:
             # The first try at recording a failure took effect, and only its answer was lost.
-            return "dead" if ending.wait is None else "retrying"
+            return outcome if outcome == "given_back" else "dead" if ending.wait is None else "retrying"
         if outcome == "lost":
             self._metrics.fenced.labels(ctx.job_name).inc()
         return outcome
@@ -382,11 +388,15 @@ class Runner:
             wait = min(wait * 2, LONGEST_RECORDING_WAIT_SECONDS)
 
     def _report(self, job: AnyJob, state: str, ending: _Ending, seconds: float) -> None:
+        retry_in = round(ending.wait.total_seconds(), 1) if ending.wait else None
+        if state == "given_back":
+            # Not a warning for each: whoever knows what is lacking says it once.
+            log.info("run.given_back", error=ending.error, retry_in_seconds=retry_in)
+            return
         fields = {"outcome": state, "duration_ms": round(seconds * 1000), "counts": dict(ending.counts)}
         if state in {"succeeded", "partial", "cancelled"}:
             log.info("run.ended", **fields)
         else:
-            retry_in = round(ending.wait.total_seconds(), 1) if ending.wait else None
             level = log.error if state == "dead" else log.warning
             level("run.ended", **fields, error=ending.error, retry_in_seconds=retry_in)
         self._metrics.attempt_ended(job.name, state, seconds, ending.counts, self._clock.now())

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 import structlog
 
@@ -20,6 +21,7 @@ from bon_scheduler.clocks import Clocks
 from bon_scheduler.config import Settings, ShaamMode, load_settings
 from bon_scheduler.db import TRANSIENT_ERRORS, Pool
 from bon_scheduler.deadman import Deadman
+from bon_scheduler.dry import Rehearsal
 from bon_scheduler.engine import Engine
 from bon_scheduler.heartbeat import Heartbeat
 from bon_scheduler.jobs import AnyJob, Cron
@@ -35,7 +37,17 @@ from bon_scheduler.triggers import Triggers
 from bon_scheduler.workers import Worker, register_worker, retire_worker
 from handlers import JOBS
 
-__all__ = ["JOBS", "Machinery", "Serving", "machinery", "prepare", "read_settings", "schedules_of", "serving"]
+__all__ = [
+    "JOBS",
+    "Machinery",
+    "Serving",
+    "machinery",
+    "prepare",
+    "read_settings",
+    "rehearsal",
+    "schedules_of",
+    "serving",
+]
 
 log = structlog.get_logger()
 CONTROL_CONNECTIONS = 4
@@ -125,7 +137,7 @@ async def machinery(
             control=control,
             worker=worker,
             heartbeat=heartbeat,
-            resources=await stack.enter_async_context(_resources(settings, pool)),
+            resources=await stack.enter_async_context(_resources(settings, pool, metrics)),
             schedules=schedules,
             zone=settings.bon_timezone,
             clock=clock,
@@ -148,6 +160,17 @@ async def machinery(
 
 
 @asynccontextmanager
+async def rehearsal(
+    settings: Settings, *, clock: Clock | None = None, out: Path | None = None
+) -> AsyncIterator[Rehearsal]:
+    """Make dry runs inside the block: nothing is opened but the database, and this is no worker."""
+    async with db.open_pool(settings) as pool:
+        async with pool.acquire() as connection:
+            await db.require_schema(connection)
+        yield Rehearsal(pool, settings, clock or SystemClock(), schedules_of(settings), out)
+
+
+@asynccontextmanager
 async def _registered(pool: Pool, worker: Worker) -> AsyncIterator[None]:
     """Be in the list of workers inside the block."""
     async with pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
@@ -163,12 +186,12 @@ async def _registered(pool: Pool, worker: Worker) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _resources(settings: Settings, pool: Pool) -> AsyncIterator[Mapping[type, object]]:
+async def _resources(settings: Settings, pool: Pool, metrics: Metrics) -> AsyncIterator[Mapping[type, object]]:
     """Build what handlers get by type."""
     resources: dict[type, object] = {Settings: settings}
     if settings.shaam_mode is not ShaamMode.MOCK and settings.shaam_encryption_key is not None:
         resources[TokenCipher] = TokenCipher(settings.shaam_encryption_key.get_secret_value())
-    async with Shaam(settings) as shaam, Mailer(settings, pool) as mailer:
+    async with Shaam(settings) as shaam, Mailer(settings, pool, observe=metrics.letter_tried) as mailer:
         yield {**resources, Shaam: shaam, Mailer: mailer}
 
 

@@ -33,9 +33,21 @@ LOCK_STALE = """
      where status = 'draft'
        and updated_at < $1
        and (updated_at, id) > ($2, $3)
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
      order by updated_at, id
      limit $4
        for update skip locked
+"""
+
+# $1 untouched since: timestamptz. How many paused businesses were left as they are.
+# Index: the one on invoices (business_id, status).
+COUNT_PAUSED = """
+    select count(*)
+      from bon_scheduler.business_pauses p
+     where exists (select from invoices i
+                    where i.business_id = p.business_id
+                      and i.status = 'draft'
+                      and i.updated_at < $1)
 """
 
 # $1 drafts: uuid[]. Index: unique (invoice_id, position).
@@ -84,6 +96,8 @@ async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
             if last:
                 # What is kept only now: each attempt finds it again, and the ledger adds up.
                 await ctx.record(_kept(whole), on=tx)
+                if paused := await tx.fetchval(COUNT_PAUSED, since):
+                    total["paused"] = paused
                 await ctx.finish(dict(total), on=tx)
         for business, found in batch.items():
             log.info("drafts.cleaned", business_id=str(business), **found)

@@ -21,6 +21,7 @@ MARK_OVERDUE = """
        and due_date is not null
        and due_date < $1
        and not is_overdue
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
     returning business_id
 """
 
@@ -30,6 +31,7 @@ CLEAR_SETTLED = """
        set is_overdue = false, updated_at = now()
      where is_overdue = true
        and status in ('paid', 'cancelled', 'credited')
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
     returning business_id
 """
 
@@ -42,7 +44,22 @@ CLEAR_MOVED = """
      where is_overdue
        and status in ('finalized', 'sent', 'partially_paid')
        and (due_date is null or due_date >= $1)
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
     returning business_id
+"""
+
+# $1 as_of: date, $2 the later of as_of and today: date. How many paused businesses were left as they are.
+# Index: the one on invoices (business_id, status).
+COUNT_PAUSED = """
+    select count(*)
+      from bon_scheduler.business_pauses p
+     where exists (select from invoices i
+                    where i.business_id = p.business_id
+                      and (   (not i.is_overdue and i.status in ('finalized', 'sent', 'partially_paid')
+                               and i.due_date < $1)
+                           or (i.is_overdue and i.status in ('paid', 'cancelled', 'credited'))
+                           or (i.is_overdue and i.status in ('finalized', 'sent', 'partially_paid')
+                               and (i.due_date is null or i.due_date >= $2))))
 """
 
 
@@ -65,6 +82,7 @@ async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Count
         marked = await tx.fetch(MARK_OVERDUE, as_of)
         cleared = await tx.fetch(CLEAR_SETTLED)
         cleared += await tx.fetch(CLEAR_MOVED, max(as_of, ctx.today))
+        paused = await tx.fetchval(COUNT_PAUSED, as_of, max(as_of, ctx.today))
         by_business = {
             "marked": Counter[UUID](row["business_id"] for row in marked),
             "cleared": Counter[UUID](row["business_id"] for row in cleared),
@@ -79,4 +97,5 @@ async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Count
         )
         if payload.send or not (ctx.replay and as_of < ctx.today):
             await ctx.enqueue(overdue_digest, OverdueDigest(as_of=as_of), on=tx, dedupe_key=str(ctx.run_id))
-        return await ctx.finish({"marked": len(marked), "cleared": len(cleared)}, on=tx)
+        counts = {"marked": len(marked), "cleared": len(cleared)}
+        return await ctx.finish(counts | {"paused": paused} if paused else counts, on=tx)

@@ -3,19 +3,25 @@ Find, after overdue detection, every business that is owed something, and ask fo
 
 One run a business: a mail server's trouble with one never delays another. All
 of them are asked for in one transaction, which also ends this run, so a retry
-finds either none or all. A repeat of the whole on the same day asks again; the
-delivery ledger then finds nothing left to send.
+finds either none or all; they are read and asked for a thousand at a time, so
+that memory does not grow with their number. A repeat of the whole on the same
+day asks again; the delivery ledger then finds nothing left to send.
 """
 
 from datetime import date
 
-from bon_scheduler.jobs import Counts, JobContext, Payload, job
+from bon_scheduler.jobs import Counts, JobContext, NeverRetryError, Payload, job
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
 
 __all__ = ["OverdueDigest", "overdue_digest"]
 
-# The active businesses that are owed something, on how many invoices, and how many addresses are written to.
-# The rules are those of digest.READ_STATEMENT and digest.READ_RECIPIENTS, for all businesses at once.
+AT_A_TIME = 1000
+AFTER_EVERYTHING_ELSE = -10
+"""The priority of sending: a hundred thousand letters take hours, and no other job may wait for them."""
+
+# The active businesses that are owed something, on how many invoices, how many addresses are written to, and
+# whether a person has paused them. The rules are those of statement.READ_STATEMENT and READ_RECIPIENTS, for all
+# businesses at once.
 # $1 as_of: date. No index: once marked, an overdue invoice is in none by due date, so this reads `invoices`
 # through, once a day; payments and credit notes are looked up as in READ_STATEMENT.
 FIND_OWED = """
@@ -47,7 +53,8 @@ FIND_OWED = """
            case when owners.addresses > 0 then owners.addresses
                 when trim(b.email) <> '' then 1
                 else 0
-            end as addresses
+            end as addresses,
+           exists (select from bon_scheduler.business_pauses p where p.business_id = b.id) as paused
       from owed o
       join businesses b on b.id = o.business_id
      cross join lateral (
@@ -67,29 +74,35 @@ FIND_OWED = """
 class OverdueDigest(Payload):
     """Which day's digest."""
 
-    as_of: date
-    """An Israeli calendar date; what was due before it is overdue."""
+    as_of: date | None = None
+    """An Israeli calendar date; what was due before it is overdue. None: that of the fire time."""
 
 
 @job("overdue-digest")
 async def overdue_digest(ctx: JobContext, payload: OverdueDigest) -> Counts:
     """Ask for a digest for each business that has overdue invoices."""
+    as_of = payload.as_of or ctx.business_date
+    if payload.as_of is None and as_of < ctx.today and not ctx.dry_run:
+        raise NeverRetryError(
+            f"The digest of {as_of} is of a day that is over, and nobody said that it is still wanted. If it is, "
+            f'name the day: --payload \'{{"as_of": "{as_of}"}}\'.'
+        )
+    counts = {"businesses": 0, "invoices": 0, "deliveries": 0}
     async with ctx.transaction() as tx:
-        owed = await tx.fetch(FIND_OWED, payload.as_of)
-        await ctx.enqueue_many(
-            send_overdue_digest,
-            [
+        found = await tx.cursor(FIND_OWED, as_of)
+        while rows := await found.fetch(AT_A_TIME):
+            owed = [row for row in rows if not row["paused"]]
+            counts["businesses"] += len(owed)
+            counts["invoices"] += sum(row["invoices"] for row in owed)
+            counts["deliveries"] += sum(row["addresses"] for row in owed)
+            if paused := len(rows) - len(owed):
+                counts["paused"] = counts.get("paused", 0) + paused
+            requests = (
                 (
-                    SendOverdueDigest(business_id=row["business_id"], as_of=payload.as_of),
+                    SendOverdueDigest(business_id=row["business_id"], as_of=as_of),
                     f"{ctx.run_id}/{row['business_id']}",
                 )
                 for row in owed
-            ],
-            on=tx,
-        )
-        counts = {
-            "businesses": len(owed),
-            "invoices": sum(row["invoices"] for row in owed),
-            "deliveries": sum(row["addresses"] for row in owed),
-        }
+            )
+            await ctx.enqueue_many(send_overdue_digest, requests, on=tx, priority=AFTER_EVERYTHING_ELSE)
         return await ctx.finish(counts, on=tx)

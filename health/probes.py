@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from bon_scheduler import audit, db, history
+from bon_scheduler import audit, db, deliveries, history, mail_gate
 from bon_scheduler.db import TRANSIENT_ERRORS, Pool, SchemaBehindError
 from bon_scheduler.engine import Engine
 from bon_scheduler.heartbeat import Heartbeat
@@ -72,9 +72,12 @@ class Probes:
             async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self._control() as connection:
                 depths, ages = await history.queue_depths(connection), await history.queue_ages(connection)
                 owed = await audit.unaccounted(connection)
+                unknown, gate = await deliveries.count_unknown(connection), await mail_gate.gate_state(connection)
         except TRANSIENT_ERRORS:
             return
         self.metrics.set_queue(depths, ages)
+        self.metrics.email_unknown.set(unknown)
+        self.metrics.check_status.labels("mail").set(gate.closed_since is None)
         for job, ticks in owed.items():
             self.metrics.ticks_unaccounted.labels(job).set(ticks)
 

@@ -38,11 +38,13 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 async def run_command(*arguments: str, **environ: str) -> Finished:
     """Run `python -m bon_scheduler …` to its end."""
+    return await run_program(sys.executable, "-m", "bon_scheduler", *arguments, **environ)
+
+
+async def run_program(*command: str, **environ: str) -> Finished:
+    """Run a command to its end, in the environment of an operator."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "bon_scheduler",
-        *arguments,
+        *command,
         env=_environment(environ),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

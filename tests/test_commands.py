@@ -207,7 +207,7 @@ async def test_runs_and_show_tell_what_happened(
     listed = (await run_command("runs", "--json", "--job", "draft-cleanup", DATABASE_URL=database_url)).document
     assert [set(run) for run in listed["runs"]] == [
         {"run_id", "job", "fire_time", "state", "attempt", "origin", "enqueued_at", "started_at", "finished_at",
-         "counts", "error"}
+         "counts", "error", "dry_run"}
     ]  # fmt: skip
     run_id = listed["runs"][0]["run_id"]
     shown = (await run_command("show", run_id, "--json", DATABASE_URL=database_url)).document

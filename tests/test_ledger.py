@@ -1,6 +1,7 @@
 """The ledger on real PostgreSQL: asking, ticks, claims, fences, endings."""
 
 import asyncio
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -406,3 +407,65 @@ async def test_another_program_may_ask_in_sql_inside_its_own_transaction(connect
     row = await connection.fetchrow("select origin, priority, payload from bon_scheduler.runs where id = $1", run_id)
     assert row is not None
     assert tuple(row) == ("program", 3, {"invoice_id": "7"})
+
+
+# Many at once
+
+
+async def ask_for_many(connection: Connection, keys: Iterable[int], cause: UUID) -> int:
+    requests = (({"n": n}, f"key {n}") for n in keys)
+    return await ledger.enqueue_many(
+        connection, "draft-cleanup", requests, priority=-10, asked_by="a test", caused_by=cause
+    )
+
+
+@pytest.fixture
+async def cause(connection: Connection) -> UUID:
+    run_id = await ledger.enqueue(connection, Request("session-cleanup", {}))
+    assert run_id is not None
+    return run_id
+
+
+async def test_many_runs_are_asked_for_each_once_and_queued_with_their_priority(
+    connection: Connection, cause: UUID
+) -> None:
+    assert await ask_for_many(connection, [*range(2500), 7, 7], cause) == 2500
+    assert await ask_for_many(connection, range(2501), cause) == 1
+    row = await connection.fetchrow(
+        "select count(*), count(distinct r.payload ->> 'n'), count(distinct q.id), max(q.priority), max(r.priority), "
+        "count(*) filter (where r.caused_by = $1 and r.origin = 'run' and r.asked_by = 'a test') "
+        "from bon_scheduler.runs r left join bon_scheduler.pgqueuer q "
+        "on q.dedupe_key = r.id || '/0' and convert_from(q.payload, 'UTF8') = r.id::text and q.entrypoint = r.job "
+        "where r.job = 'draft-cleanup'",
+        cause,
+    )
+    assert row is not None
+    assert tuple(row) == (2501, 2501, 2501, -10, -10, 2501)
+
+
+async def test_many_runs_that_are_rolled_back_never_existed(connection: Connection, cause: UUID) -> None:
+    transaction = connection.transaction()
+    await transaction.start()
+    assert await ask_for_many(connection, range(10), cause) == 10
+    await transaction.rollback()
+    assert await connection.fetchval("select count(*) from bon_scheduler.runs") == 1
+    assert await connection.fetchval("select count(*) from bon_scheduler.pgqueuer") == 1
+
+
+async def test_of_many_runs_no_more_than_a_thousand_are_held_at_a_time(connection: Connection, cause: UUID) -> None:
+    alive = most = 0
+
+    class Counted(dict[str, int]):
+        def __init__(self, n: int) -> None:
+            nonlocal alive, most
+            super().__init__(n=n)
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    requests = ((Counted(n), f"key {n}") for n in range(5000))
+    await ledger.enqueue_many(connection, "draft-cleanup", requests, priority=0, asked_by="a test", caused_by=cause)
+    assert most <= 2 * ledger.BULK + 1

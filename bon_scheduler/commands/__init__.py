@@ -4,7 +4,7 @@ What each command does, given settings and somewhere to report: returns the exit
 0 done, 1 a run ended badly, a check failed or a tick is not accounted for; wrong usage is a UsageError.
 """
 
-from bon_scheduler.commands.act import cancel, migrate, pause, resume, retry
+from bon_scheduler.commands.act import cancel, migrate, pause, resend, resume, retry
 from bon_scheduler.commands.look import STATES, check, jobs, runs, show
 from bon_scheduler.commands.parsing import UsageError
 from bon_scheduler.commands.signals import INTERRUPTED
@@ -22,6 +22,7 @@ __all__ = [
     "jobs",
     "migrate",
     "pause",
+    "resend",
     "resume",
     "retry",
     "run_once",

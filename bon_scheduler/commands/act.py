@@ -1,13 +1,15 @@
-"""Commands that change something: migrate the schema, pause and resume jobs, retry and cancel runs."""
+"""Commands that change something: migrate, pause and resume jobs and businesses, retry, cancel, resend."""
 
 from collections import Counter
 from collections.abc import Sequence
+from uuid import UUID
 
-from bon_scheduler import operate, service
+from bon_scheduler import deliveries, operate, service
 from bon_scheduler.commands.parsing import (
     DONE,
     UsageError,
     person,
+    read_id,
     read_reason,
     read_run_ids,
     reading,
@@ -17,7 +19,7 @@ from bon_scheduler.config import Settings
 from bon_scheduler.report import Report
 from bon_scheduler.revise import Action, Revised
 
-__all__ = ["cancel", "migrate", "pause", "resume", "retry"]
+__all__ = ["cancel", "migrate", "pause", "resend", "resume", "retry"]
 
 BECOMES = {Action.RETRY: "queued", Action.CANCEL: "cancelled"}
 
@@ -32,29 +34,55 @@ async def migrate(settings: Settings, report: Report) -> int:
     return DONE
 
 
-async def pause(settings: Settings, report: Report, *, name: str, reason: str) -> int:
-    """Have a job's ticks recorded as `paused` instead of run."""
-    return await _change(settings, report, name, reason, pausing=True)
+async def pause(settings: Settings, report: Report, *, name: str | None, business: str | None, reason: str) -> int:
+    """Have a job's ticks recorded as `paused` instead of run, or every job skip a business."""
+    return await _change(settings, report, name, business, reason, pausing=True)
 
 
-async def resume(settings: Settings, report: Report, *, name: str, reason: str) -> int:
-    """Have a paused job's ticks run again."""
-    return await _change(settings, report, name, reason, pausing=False)
+async def resume(settings: Settings, report: Report, *, name: str | None, business: str | None, reason: str) -> int:
+    """Undo `pause`."""
+    return await _change(settings, report, name, business, reason, pausing=False)
 
 
-async def _change(settings: Settings, report: Report, name: str, reason: str, *, pausing: bool) -> int:
-    why = read_reason(reason)
-    act = operate.pause_job if pausing else operate.resume_job
+async def _change(
+    settings: Settings, report: Report, name: str | None, business: str | None, reason: str, *, pausing: bool
+) -> int:
+    if (name is None) is (business is None):
+        raise UsageError("Say what: either a JOB or --business UUID. List jobs with: python -m bon_scheduler jobs")
+    why, by = read_reason(reason), person()
     async with reading(settings) as connection:
-        await require_known(connection, name)
-        changed = await act(connection, name, by=person(), reason=why)
-    word = "paused" if pausing else "resumed"
+        if name is not None:
+            target: dict[str, str | UUID] = {"job": name}
+            await require_known(connection, name)
+            act = operate.pause_job if pausing else operate.resume_job
+            changed = await act(connection, name, by=by, reason=why)
+        else:
+            business_id = read_id(business or "", "a business's id")
+            target = {"business_id": business_id}
+            if pausing and not await operate.knows_business(connection, business_id):
+                raise UsageError(f"BON has no business {business_id}. Its id is in BON's table businesses.")
+            act_on = operate.pause_business if pausing else operate.resume_business
+            changed = await act_on(connection, business_id, by=by, reason=why)
     if report.as_json:
-        report.document({"job": name, "paused": pausing, "changed": changed})
-    elif changed:
-        report.say(f"{name} is {word}.")
+        report.document({**target, "paused": pausing, "changed": changed})
+        return DONE
+    what = name or f"Business {business}"
+    if changed:
+        report.say(f"{what} is {'paused' if pausing else 'resumed'}.")
     else:
-        report.say(f"{name} was {'paused' if pausing else 'not paused'} already: nothing changed.")
+        report.say(f"{what} was {'paused' if pausing else 'not paused'} already: nothing changed.")
+    return DONE
+
+
+async def resend(settings: Settings, report: Report, *, delivery: str, reason: str) -> int:
+    """Send a letter again that is `unknown`, knowing that it may arrive twice."""
+    delivery_id, why = read_id(delivery, "a delivery's id"), read_reason(reason)
+    async with reading(settings) as connection:
+        run_id = await deliveries.release(connection, delivery_id, by=person(), reason=why)
+    if report.as_json:
+        report.document({"delivery_id": delivery_id, "run_id": run_id})
+    else:
+        report.say(f"Delivery {delivery_id} is sent once more, by run {run_id}.")
     return DONE
 
 

@@ -2,7 +2,7 @@
 
 from itertools import islice
 
-from bon_scheduler import history, operate, service
+from bon_scheduler import deliveries, history, operate, service
 from bon_scheduler.check import Level, check_deployment
 from bon_scheduler.clock import Clock
 from bon_scheduler.commands.parsing import (
@@ -31,6 +31,7 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
     async with reading(settings) as connection:
         known = {row["name"]: row for row in await history.job_overview(connection)}
         paused = await operate.paused_jobs(connection)
+        left_alone = await operate.paused_businesses(connection)
     overview = []
     for name in sorted(declared.keys() | known.keys()):
         row, cron = known.get(name, {}), schedules.get(name)
@@ -51,7 +52,7 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
             }
         )
     if report.as_json:
-        report.document({"jobs": overview})
+        report.document({"jobs": overview, "paused_businesses": {str(key): why for key, why in left_alone.items()}})
         return DONE
     report.table(
         ["job", "schedule", f"next ({settings.bon_timezone.key})", "last run", "ended", "waiting", "dead"],
@@ -68,6 +69,8 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
             for row in overview
         ],
     )
+    if left_alone:
+        report.table(["paused business", "why"], list(left_alone.items()), title="\nSkipped by every job")
     if any(row["dead"] for row in overview):
         report.say(
             "\nDead runs: see why with `runs --state dead` and `show RUN_ID`; mend the cause, then "
@@ -104,7 +107,7 @@ async def runs(
                 row["run_id"],
                 row["job"],
                 report.instant(row["fire_time"]),
-                row["state"],
+                f"{row['state']} (dry run)" if row["dry_run"] else row["state"],
                 row["attempt"],
                 format_span(row["started_at"], row["finished_at"]),
                 format_counts(row["counts"]),
@@ -127,9 +130,10 @@ async def show(settings: Settings, report: Report, *, run: str) -> int:
         businesses = await history.businesses_of(connection, run_id)
         caused = await history.caused_by(connection, run_id)
         actions = await history.actions_on(connection, run_id)
+        letters = await deliveries.deliveries_of(connection, run_id)
     if report.as_json:
         lists = {"attempts": attempts, "businesses": businesses, "caused": caused, "actions": actions}
-        report.document({**found, **lists})
+        report.document({**found, **lists, "deliveries": letters})
         return DONE
     instants = ("fire_time", "run_at", "enqueued_at", "started_at", "finished_at")
     report.facts(
@@ -163,6 +167,15 @@ async def show(settings: Settings, report: Report, *, run: str) -> int:
                 for row in businesses
             ],
             title="\nBusinesses",
+        )
+    if letters:
+        report.table(
+            ["delivery", "business", "day", "outcome", "reply"],
+            [
+                (row["delivery_id"], row["business_id"], row["as_of"], row["state"], row["reply"] or "")
+                for row in letters
+            ],
+            title="\nDeliveries",
         )
     if caused:
         report.table(

@@ -26,6 +26,7 @@ __all__ = [
     "parse_instant",
     "parse_span",
     "person",
+    "read_id",
     "read_payload",
     "read_reason",
     "read_run_ids",
@@ -104,6 +105,14 @@ def read_run_ids(texts: Sequence[str]) -> list[UUID]:
         what = "is not a run's id" if len(faults) == 1 else "are not runs' ids"
         raise UsageError(f"{', '.join(faults)} {what}. List runs with: python -m bon_scheduler runs")
     return list(run_ids)
+
+
+def read_id(text: str, what: str) -> UUID:
+    """Read one id; raises UsageError that says what it should have been."""
+    try:
+        return UUID(text)
+    except ValueError as error:
+        raise UsageError(f'"{text}" is not {what}. Write it as 01234567-89ab-cdef-0123-456789abcdef.') from error
 
 
 def read_reason(text: str) -> str:

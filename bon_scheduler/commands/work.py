@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import structlog
 
@@ -55,8 +56,10 @@ async def run_once(
     payload: str,
     fire_time: str | None,
     send: bool,
+    dry_run: bool,
+    out: Path | None,
 ) -> int:
-    """Make one run now, work through what it causes, and report."""
+    """Make one run now, or pretend to, work through what it causes, and report."""
     job = find_job(name)
     arguments = read_payload(payload)
     if send:
@@ -67,22 +70,43 @@ async def run_once(
     instant = parse_instant(fire_time, settings) if fire_time else now
     if instant > now:
         raise UsageError(f"--fire-time {fire_time} is in the future. Give one that has passed, or none for now.")
-    async with service.machinery(settings, clock=clock) as parts:
-        result = await once.run_once(
-            parts.pool,
-            parts.runner,
-            parts.jobs,
-            job=job,
-            payload=type_payload(job, arguments),
-            fire_time=instant,
-            asked_by=person(),
-            concurrency=settings.worker_concurrency,
-        )
+    typed = type_payload(job, arguments)
+    if dry_run:
+        async with service.rehearsal(settings, clock=clock, out=_directory(out)) as rehearsal:
+            result = await rehearsal.run(job, typed, fire_time=instant, asked_by=person())
+    else:
+        if out is not None:
+            raise UsageError(
+                "--out is where --dry-run writes the letters it would send. Give both, or leave --out out."
+            )
+        async with service.machinery(settings, clock=clock) as parts:
+            result = await once.run_once(
+                parts.pool,
+                parts.runner,
+                parts.jobs,
+                job=job,
+                payload=typed,
+                fire_time=instant,
+                asked_by=person(),
+                concurrency=settings.worker_concurrency,
+            )
     if report.as_json:
         report.document(result.as_json())
     else:
         _show_result(report, result)
+        if out is not None:
+            report.say(f"The letters are in {out}.")
     return DONE if result.went_well else BADLY
+
+
+def _directory(out: Path | None) -> Path | None:
+    """Make the directory for letters; raises UsageError when it cannot be one."""
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f'--out "{out}" cannot be made a directory: {error.strerror}. Give another.') from error
+    return out
 
 
 def _show_result(report: Report, result: once.RunReport) -> None:
@@ -93,6 +117,8 @@ def _show_result(report: Report, result: once.RunReport) -> None:
         ["job", "outcome", "runs", "counts", "error"],
         [(job, state, len(c), format_counts(add_counts(c)), error) for (job, state, error), c in alike.items()],
     )
+    if result.run["dry_run"]:
+        report.say("A dry run: everything was rolled back, nobody was called, nothing was sent.")
     report.say(f"run {result.run['run_id']}; more with: python -m bon_scheduler show {result.run['run_id']}")
 
 

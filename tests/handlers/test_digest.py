@@ -11,8 +11,16 @@ from babel.messages.extract import extract_from_file
 from babel.messages.pofile import read_po
 
 import handlers.digest
-from handlers.digest import OverdueInvoice, Statement, read_recipients, read_statement, render_digest
+from handlers.digest import render_digest
 from handlers.overdue_digest import FIND_OWED
+from handlers.statement import (
+    MAX_ROWS,
+    Ageing,
+    OverdueInvoice,
+    Statement,
+    read_recipients,
+    read_statement,
+)
 from tests import arrange
 from tests.conftest import Connection
 
@@ -51,8 +59,17 @@ def an_invoice(**values: Any) -> OverdueInvoice:
     return OverdueInvoice(**{**defaults, **values})
 
 
-def a_statement(*invoices: OverdueInvoice, name: str = "סטודיו") -> Statement:
-    return Statement(name, AS_OF, invoices or (an_invoice(),))
+def a_statement(*given: OverdueInvoice, name: str = "סטודיו", since: date = YESTERDAY) -> Statement:
+    """Make a statement of these invoices, its totals counted here once more."""
+    invoices = sorted(given or [an_invoice()], key=lambda invoice: invoice.due_date)
+    ageing = []
+    for currency in sorted({i.currency for i in invoices}, key=lambda code: (code != "ILS", code)):
+        mine = [i for i in invoices if i.currency == currency]
+        limits = [(1, 30), (31, 60), (61, 90), (91, 9999)]
+        sums = [sum(i.owed for i in mine if low <= (AS_OF - i.due_date).days <= high) for low, high in limits]
+        new = sum(i.due_date >= since for i in mine)
+        ageing.append(Ageing(currency, len(mine), new, (sums[0], sums[1], sums[2], sums[3])))
+    return Statement(name, AS_OF, since, tuple(invoices[:MAX_ROWS]), tuple(ageing))
 
 
 def days_ago(days: int) -> date:
@@ -275,7 +292,7 @@ def test_each_table_and_cell_says_its_direction() -> None:
     assert cells
     assert all('dir="rtl"' in cell and 'align="right"' in cell for cell in cells)
     assert all('dir="rtl"' in table for table in re.findall(r"<table\b[^>]*>", html))
-    assert re.search(r'<body[^>]*>\s*<div dir="rtl"', html)
+    assert re.search(r'<body[^>]*>\s*<div [^>]*dir="rtl"', html)
 
 
 def test_invoice_numbers_and_dates_stand_left_to_right() -> None:
@@ -287,7 +304,27 @@ def test_invoice_numbers_and_dates_stand_left_to_right() -> None:
 
 def test_the_html_is_for_mail_readers() -> None:
     html = render(a_statement())[2]
-    assert not re.search(r"flex|<img|<style|<script|class=", html)
+    assert not re.search(r"flex|<img|<script|<link|url\(|@import|src=", html)
+    assert re.findall(r'https?://[^"]+', html) == ["https://app.example.com/invoices?filter=overdue"]
+
+
+def test_the_style_element_does_nothing_but_turn_the_colours() -> None:
+    """Some mail readers drop it."""
+    (style,) = re.findall(r"<style>(.*?)</style>", render(a_statement())[2], re.DOTALL)
+    assert set(re.findall(r"([\w-]+):", style)) <= {"color-scheme", "supported-color-schemes"} | {
+        "prefers-color-scheme",
+        "background-color",
+        "color",
+        "",
+    }
+
+
+def test_each_colour_has_one_for_the_dark() -> None:
+    html = render(a_statement(an_invoice(), an_invoice()))[2]
+    coloured = re.findall(r"<(\w+)([^>]*(?:color:#|bgcolor)[^>]*)>", html)
+    inside_button = [(tag, rest) for tag, rest in coloured if tag != "a"]
+    assert inside_button
+    assert [tag for tag, rest in inside_button if "class=" not in rest] == []
 
 
 def test_money_is_written_as_the_currency_is_counted() -> None:
@@ -306,8 +343,8 @@ def test_the_total_stands_beside_what_is_owed_only_where_something_was_paid() ->
     unpaid = render(a_statement(), "en")
     assert "Outstanding: \u2066₪1.00\u2069 of \u2066₪1,234.50\u2069" in paid[1]
     assert " of \u2066" not in unpaid[1]
-    assert "<small>" in paid[2]
-    assert "<small>" not in unpaid[2]
+    assert "<small>of <span" in paid[2]
+    assert "<small>of <span" not in unpaid[2]
 
 
 def test_ageing_is_by_currency_and_its_boundaries_are_30_60_and_90_days() -> None:
@@ -323,14 +360,14 @@ def test_ageing_is_by_currency_and_its_boundaries_are_30_60_and_90_days() -> Non
 
 def test_what_became_overdue_yesterday_is_marked_new() -> None:
     text = render(a_statement(an_invoice(number="old", due_date=days_ago(2)), an_invoice(number="new")))[1]
-    assert "חדש מאתמול: חשבונית אחת." in text
+    assert "חדש מאז \u206622/11/2026\u2069: חשבונית אחת." in text
     assert [line.startswith("* [חדש]") for line in text.splitlines() if line.startswith("*")] == [False, True]
 
 
 def test_without_anything_new_nothing_is_called_new() -> None:
     text, html = render(a_statement(an_invoice(due_date=days_ago(2))))[1:]
     assert "חדש" not in re.sub("חשבונ", "", text)
-    assert "<b>" not in html
+    assert "<b" not in html.partition("<body")[2].replace("<br>", "")
 
 
 def test_missing_numbers_and_names_are_dashes() -> None:

@@ -12,6 +12,7 @@ import pytest
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
 from bon_scheduler.once import RunReport
 from handlers.overdue_detection import overdue_detection
+from handlers.overdue_digest import OverdueDigest, overdue_digest
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
 from tests import arrange
 from tests.conftest import Connection, RunJob
@@ -282,6 +283,29 @@ async def test_names_are_escaped_in_html(run_job: RunJob, connection: Connection
     html = part(sink, "html")
     assert [text for text in ("<b>Studio", "<script>", "<i>") if text in html] == []
     assert "&lt;b&gt;Studio&lt;/b&gt;" in html
+
+
+# Asked for by a person
+
+
+async def test_without_a_day_the_digest_is_of_the_day_it_is_asked_for(
+    run_job: RunJob, connection: Connection, sink: SmtpSink
+) -> None:
+    await owed(connection, "owner@shop.example")
+    await run_job(overdue_digest, fire_time=FIRED, **through(sink))
+    assert addressees(sink) == ["owner@shop.example"]
+
+
+async def test_the_digest_of_a_day_that_is_over_is_sent_only_when_that_day_is_named(
+    run_job: RunJob, connection: Connection, sink: SmtpSink
+) -> None:
+    await owed(connection, "owner@shop.example")
+    tomorrow = FIRED + timedelta(days=1)
+    unnamed = await run_job(overdue_digest, fire_time=FIRED, now=tomorrow, **through(sink))
+    assert (unnamed.run["state"], addressees(sink)) == ("dead", [])
+    assert "day that is over" in unnamed.run["error"]
+    await run_job(overdue_digest, OverdueDigest(as_of=TODAY), fire_time=FIRED, now=tomorrow, **through(sink))
+    assert addressees(sink) == ["owner@shop.example"]
 
 
 # What is logged

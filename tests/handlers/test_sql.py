@@ -62,7 +62,7 @@ def test_the_search_for_statements_finds_those_of_every_kind_of_module() -> None
     assert names >= {
         "bon_scheduler.ledger.ENQUEUE",
         "bon_scheduler.mail.INTEND",
-        "handlers.digest.READ_STATEMENT",
+        "handlers.statement.READ_STATEMENT",
         "handlers.draft_cleanup.LOCK_STALE",
     }
 
@@ -85,7 +85,7 @@ def test_the_search_for_parameters_finds_them_however_they_are_written(condition
         (MARK_OVERDUE, "('2026-11-23')", "invoices_overdue_candidates_idx"),
         (CLEAR_SETTLED, "", "invoices_overdue_reset_idx"),
         (LOCK_STALE, "('2026-11-23', '1970-01-01', gen_random_uuid(), 500)", "invoices_draft_cleanup_idx"),
-        (DELETE_EXPIRED, "('2026-11-23', 500)", "session_expires_idx"),
+        (DELETE_EXPIRED, "('2026-11-23', '1970-01-01', gen_random_uuid(), 500)", "session_expires_idx"),
         (ACTIONS_ON, "('00000000-0000-0000-0000-000000000000')", "operator_actions_target"),
     ],
     ids=["MARK_OVERDUE", "CLEAR_SETTLED", "LOCK_STALE", "DELETE_EXPIRED", "ACTIONS_ON"],

@@ -3,210 +3,31 @@
 import asyncio
 import re
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime, timedelta
+from dataclasses import replace
+from datetime import timedelta
 from email import message_from_bytes, policy
-from email.message import EmailMessage
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 import trustme
-from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
+from aiosmtpd.smtp import SMTP
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from bon_scheduler.config import Settings, SmtpTls
+from bon_scheduler.config import SmtpTls
 from bon_scheduler.db import Pool
 from bon_scheduler.jobs import NeverRetryError, RetryLaterError
-from bon_scheduler.letters import Letter, compose, recipient_hash
-from bon_scheduler.mail import Delivery, Mailer, MailUnavailableError
+from bon_scheduler.letters import Letter, compose
+from bon_scheduler.mail import Delivery, LetterDeferredError, Mailer, MailUnavailableError
 from tests.conftest import SetClock
+from tests.mailserver import Hook, hang, hang_up
+from tests.mailworld import AS_OF, LETTER, NOW, RECIPIENT, World, a_run, intend, settings
 
 # aiosmtpd warns that a login over plain TCP is unsafe, also where the socket itself is TLS.
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")
-
-AS_OF = date(2026, 11, 23)
-NOW = datetime(2026, 11, 23, 4, tzinfo=UTC)
-BUSINESS = UUID("00000000-0000-4000-8000-000000000001")
-RECIPIENT = "Dana.Owner@shop.example"
-PASSWORD = "correct horse"
-LETTER = Letter("overdue-digest", BUSINESS, AS_OF, RECIPIENT, "נושא סודי", "שלום\n.\nsecret 1,234", "<p>שלום</p>", "he")
-Hook = Callable[[SMTP], Awaitable[str]]
-
-
-@dataclass
-class Server:
-    """A mail server; `on` says, by command, what it does instead of accepting."""
-
-    tls: ssl.SSLContext
-    offer_tls: bool = True
-    implicit: bool = False
-    auth: bool = True
-    utf8: bool = True
-    on: dict[str, str | Hook] = field(default_factory=dict)
-    received: list[EmailMessage] = field(default_factory=list)
-    recipients: list[str] = field(default_factory=list)
-    connections: int = 0
-    port: int = 0
-
-    async def _answer(self, command: str, server: SMTP, default: str) -> str:
-        told = self.on.get(command, default)
-        return told if isinstance(told, str) else await told(server)
-
-    async def handle_MAIL(  # noqa: N802 - aiosmtpd's hook
-        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
-    ) -> str:
-        envelope.mail_from = address
-        return await self._answer("MAIL", server, "250 OK")
-
-    async def handle_RCPT(  # noqa: N802 - aiosmtpd's hook
-        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
-    ) -> str:
-        envelope.rcpt_tos.append(address)
-        return await self._answer("RCPT", server, "250 OK")
-
-    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - as above
-        assert isinstance(envelope.content, bytes)
-        answer = await self._answer("DATA", server, "250 queued as 42")
-        if answer.startswith("2"):
-            self.received.append(message_from_bytes(envelope.content, policy=policy.default))
-            self.recipients.extend(envelope.rcpt_tos)
-        return answer
-
-    def authenticate(self, *arguments: Any) -> AuthResult:
-        data = arguments[-1]
-        right = isinstance(data, LoginPassword) and data.password == PASSWORD.encode()
-        return AuthResult(success=right, handled=False) if not right else AuthResult(success=True)
-
-    def session(self) -> SMTP:
-        self.connections += 1
-        return SMTP(
-            self,
-            hostname="127.0.0.1",
-            enable_SMTPUTF8=self.utf8,
-            tls_context=self.tls if self.offer_tls and not self.implicit else None,
-            auth_required=self.auth,
-            auth_require_tls=False,
-            authenticator=self.authenticate,
-            loop=asyncio.get_running_loop(),
-        )
-
-    @asynccontextmanager
-    async def listening(self) -> AsyncIterator[None]:
-        server = await asyncio.get_running_loop().create_server(
-            self.session, "127.0.0.1", 0, ssl=self.tls if self.implicit else None
-        )
-        self.port = server.sockets[0].getsockname()[1]
-        try:
-            yield
-        finally:
-            server.close()
-            await server.wait_closed()
-
-
-async def hang_up(server: SMTP) -> str:
-    assert isinstance(server.transport, asyncio.WriteTransport)
-    server.transport.abort()
-    return "250 never heard"
-
-
-async def hang(_: SMTP) -> str:
-    await asyncio.sleep(3_600)
-    return "250 never said"
-
-
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture
-def trusting(authority: trustme.CA) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    return context
-
-
-@pytest.fixture
-def server(authority: trustme.CA) -> Server:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    return Server(context)
-
-
-def settings(server: Server | None, **values: Any) -> Settings:
-    defaults: dict[str, Any] = {"database_url": SecretStr("postgresql://x@127.0.0.1/x")}
-    if server is not None:
-        defaults |= {"smtp_host": "127.0.0.1", "smtp_port": server.port}
-        defaults |= {"smtp_username": "bon", "smtp_password": SecretStr(PASSWORD)}
-    return Settings(**{**defaults, **values})
-
-
-class World:
-    """One server, one mailer, one run."""
-
-    def __init__(self, server: Server, pool: Pool, trusting: ssl.SSLContext, stack: AsyncExitStack) -> None:
-        self.server = server
-        self.pool = pool
-        self._trusting = trusting
-        self._stack = stack
-
-    async def mailer(self, tls_context: ssl.SSLContext | None = None, seconds: float = 10, **values: Any) -> Mailer:
-        if not self.server.port:
-            await self._stack.enter_async_context(self.server.listening())
-        mailer = Mailer(
-            settings(self.server, **values),
-            self.pool,
-            tls_context=tls_context or self._trusting,
-            timeout=timedelta(seconds=seconds),
-            clock=SetClock(NOW),
-        )
-        return await self._stack.enter_async_context(mailer)
-
-    async def deliver(self, mailer: Mailer | None = None, letter: Letter = LETTER) -> Delivery:
-        return await (mailer or await self.mailer()).deliver(letter, run_id=await a_run(self.pool), attempt=1)
-
-    async def rows(self) -> list[tuple[str, str | None]]:
-        found = await self.pool.fetch("select state, reply from bon_scheduler.deliveries order by intended_at")
-        return [(row["state"], row["reply"]) for row in found]
-
-    async def state(self) -> str:
-        (row,) = await self.rows()
-        return row[0]
-
-
-@pytest.fixture
-async def world(server: Server, pool: Pool, trusting: ssl.SSLContext) -> AsyncIterator[World]:
-    async with AsyncExitStack() as stack:
-        yield World(server, pool, trusting, stack)
-
-
-async def a_run(pool: Pool, state: str = "running") -> UUID:
-    """Put a run of `send-overdue-digest` in the ledger, in any state."""
-    run_id: UUID = await pool.fetchval(
-        "insert into bon_scheduler.runs (job, origin, state) values ('send-overdue-digest', 'run', $1) returning id",
-        state,
-    )
-    return run_id
-
-
-async def intend(pool: Pool, run: UUID, *, attempt: int = 1, state: str = "intended") -> None:
-    await pool.execute(
-        "insert into bon_scheduler.deliveries "
-        "(kind, business_id, as_of, recipient_hash, state, message_id, run_id, attempt) "
-        "values ($1, $2, $3, $4, $5, '<x@y>', $6, $7)",
-        LETTER.kind,
-        BUSINESS,
-        AS_OF,
-        recipient_hash(BUSINESS, RECIPIENT),
-        state,
-        run,
-        attempt,
-    )
-
 
 # What the server accepts
 
@@ -298,22 +119,32 @@ async def test_a_long_or_broken_answer_is_stored_whatever_it_holds(world: World)
     assert len(reply) == 200
 
 
+@pytest.mark.parametrize(("command", "answer"), [("RCPT", "450 greylisted"), ("DATA", "452 disk full")])
+async def test_a_letter_that_is_not_taken_now_may_be_sent_later(world: World, command: str, answer: str) -> None:
+    world.server.on[command] = answer
+    with pytest.raises(LetterDeferredError, match=answer[:3]) as caught:
+        await world.deliver()
+    assert timedelta(seconds=15) <= caught.value.after <= timedelta(seconds=30)
+    assert await world.rows() == []
+    world.server.on.clear()
+    assert await world.deliver() is Delivery.SENT
+
+
 @pytest.mark.parametrize(
     ("command", "answer"),
     [
         ("MAIL", "451 later"),
         ("MAIL", "550 sender not allowed"),
-        ("RCPT", "450 greylisted"),
         ("RCPT", "530 authentication required"),
-        ("DATA", "452 disk full"),
+        ("RCPT", "421 closing"),
         ("DATA", "421 closing"),
     ],
 )
-async def test_what_was_not_accepted_may_be_sent_later(world: World, command: str, answer: str) -> None:
+async def test_a_server_that_takes_nobodys_letter_is_away(world: World, command: str, answer: str) -> None:
     world.server.on[command] = answer
     with pytest.raises(MailUnavailableError, match=answer[:3]) as caught:
         await world.deliver()
-    assert timedelta(seconds=15) <= caught.value.after <= timedelta(seconds=30)
+    assert timedelta(seconds=30) <= caught.value.after <= timedelta(seconds=45)
     assert await world.rows() == []
     world.server.on.clear()
     assert await world.deliver() is Delivery.SENT
@@ -326,6 +157,44 @@ async def test_trouble_before_data_leaves_nothing_behind(world: World, command: 
     with pytest.raises(MailUnavailableError):
         await world.deliver(await world.mailer(seconds=0.5))
     assert await world.rows() == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "trouble"),
+    [("EHLO", hang_up), ("EHLO", hang), ("STARTTLS", hang_up), ("AUTH", hang_up)],
+)
+async def test_trouble_before_anybody_is_named_is_the_servers(world: World, stage: str, trouble: Hook) -> None:
+    world.server.on[stage] = trouble
+    with pytest.raises(MailUnavailableError):
+        await world.deliver(await world.mailer(seconds=0.5))
+    assert await world.rows() == []
+    world.server.on.clear()
+    assert await world.deliver() is Delivery.SENT
+
+
+async def test_a_server_that_takes_the_connection_and_drops_it_is_away(world: World) -> None:
+    async def drop(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(drop, "127.0.0.1", 0) as dropping:
+        port = dropping.sockets[0].getsockname()[1]
+        with pytest.raises(MailUnavailableError, match="connect"):
+            await world.deliver(await world.mailer(smtp_port=port))
+    assert await world.rows() == []
+
+
+async def test_what_the_server_says_of_one_recipient_touches_nobody_else(world: World) -> None:
+    async def only_the_second(session: SMTP) -> str:
+        assert session.envelope is not None
+        return "550 unknown" if session.envelope.rcpt_tos == ["first@shop.example"] else "250 OK"
+
+    world.server.on["RCPT"] = only_the_second
+    mailer = await world.mailer()
+    letters = [replace(LETTER, recipient=f"{who}@shop.example") for who in ("first", "second")]
+    answers = [await world.deliver(mailer, letter) for letter in letters]
+    assert answers == [Delivery.REFUSED, Delivery.SENT]
+    assert world.server.recipients == ["second@shop.example"]
 
 
 @pytest.mark.parametrize("trouble", [hang_up, hang])
@@ -511,7 +380,7 @@ async def test_nothing_told_names_anybody(world: World, answer: str | None) -> N
     with capture_logs() as events:
         try:
             told.append(await world.deliver())
-        except MailUnavailableError as error:
+        except (MailUnavailableError, LetterDeferredError) as error:
             told += [str(error), repr(error), repr(error.__cause__), repr(error.__context__)]
     told += [events, repr(LETTER), await world.rows()]
     assert events
@@ -547,6 +416,13 @@ def test_a_long_unsubscribe_address_stays_readable() -> None:
     source = compose(LETTER, settings(None, unsubscribe_url=url), now=NOW).as_bytes()
     assert f"\r\nList-Unsubscribe: <{url}>\r\n".encode() in source
     assert b"\r\nList-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n" in source
+
+
+@given(st.text(st.sampled_from('אבגדה ABC –\u2068\u2069🌳"<>,.'), max_size=120))
+def test_a_subject_arrives_as_it_was_written(subject: str) -> None:
+    source = compose(replace(LETTER, subject=subject), settings(None), now=NOW).as_bytes()
+    assert str(message_from_bytes(source, policy=policy.default)["Subject"]) == " ".join(subject.split())
+    assert max(map(len, source.split(b"\r\n"))) <= 998
 
 
 @pytest.mark.parametrize("separator", ["\r\n", "\n", "\r", "\x0b", "\x85", "\u2028", "\x00"])

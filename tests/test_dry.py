@@ -1,0 +1,230 @@
+"""A dry run: the same counts as a real one, and nothing of it stays or leaves."""
+
+import json
+import sys
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from email import message_from_bytes, policy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
+from handlers.session_cleanup import BATCH
+from tests import arrange
+from tests.conftest import Connection
+from tests.process import Finished, run_command, run_program
+
+# Everything that a run could change, as one text: BON's tables and the ledger, but for what the dry run says of itself.
+SNAPSHOT = """
+    select md5(coalesce(string_agg(t.line, E'\\n' order by t.line), '')) from (
+        select i::text as line from invoices i union all select s::text from sessions s
+        union all select b::text from business_shaam_credentials b
+        union all select r::text from bon_scheduler.runs r where not r.dry_run
+        union all select q::text from bon_scheduler.pgqueuer q union all select w::text from bon_scheduler.workers w
+        union all select d::text from bon_scheduler.deliveries d union all select a::text from bon_scheduler.attempts a
+        union all select o::text from bon_scheduler.business_outcomes o
+        union all select g::text from bon_scheduler.mail_gate g union all select j::text from bon_scheduler.jobs j
+        union all select s::text from bon_scheduler.schedules s
+    ) t
+"""
+# The addresses a process connects to, one a line on standard error, then the program itself.
+WATCHED = """
+import runpy, sys
+def watch(event, arguments):
+    if event == "socket.connect":
+        sys.stderr.write(f"CONNECT {arguments[1]}\\n")
+sys.addaudithook(watch)
+sys.argv[0] = "bon_scheduler"
+runpy.run_module("bon_scheduler", run_name="__main__")
+"""
+
+
+@pytest.fixture
+async def sink(tmp_path: Path) -> AsyncIterator[SmtpSink]:
+    async with smtp_sink(tmp_path / "sink") as listening:
+        yield listening
+
+
+@pytest.fixture
+def environ(database_url: str, sink: SmtpSink) -> dict[str, str]:
+    """A deployment that would send, refresh and ping, if it ran in earnest."""
+    nowhere = f"http://127.0.0.1:{sink.port}"
+    return {
+        "DATABASE_URL": database_url,
+        "SMTP_HOST": sink.host,
+        "SMTP_PORT": str(sink.port),
+        "SMTP_TLS": "none",
+        "SHAAM_MODE": "sandbox",
+        "SHAAM_TOKEN_URL": nowhere,
+        "SHAAM_ENCRYPTION_KEY": "00" * 32,
+        "SHAAM_CLIENT_ID": "id",
+        "SHAAM_CLIENT_SECRET": "secret",
+        "DEADMAN_URL_OVERDUE_DETECTION": nowhere,
+    }
+
+
+async def load(connection: Connection) -> None:
+    """Work for every job: two businesses that are owed something, a draft, sessions, a token that is due."""
+    long_past = datetime.now(UTC) - timedelta(days=10)
+    for n in range(2):
+        business = await arrange.business(connection)
+        owner = await arrange.owner(connection, business, f"owner{n}@shop.example")
+        await arrange.invoice(connection, business, due_date=long_past.date())
+        await arrange.item(connection, await arrange.draft(connection, business))
+        await arrange.session(connection, owner, long_past)
+        await connection.execute(
+            "insert into business_shaam_credentials (business_id, encrypted_access_token, encrypted_refresh_token, "
+            "token_expires_at) values ($1, 'a', 'r', now())",
+            business,
+        )
+
+
+async def dry(job: str, *arguments: str, environ: dict[str, str]) -> Finished:
+    return await run_command("run-once", job, "--dry-run", "--json", *arguments, **environ)
+
+
+JOBS = {
+    "overdue-detection": {"marked": 2, "cleared": 0},
+    "draft-cleanup": {"deleted": 2, "items": 2, "kept": 0},
+    "session-cleanup": {"deleted": 2},
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+async def test_it_counts_what_a_real_run_then_does_and_changes_nothing(
+    connection: Connection, environ: dict[str, str], sink: SmtpSink, job: str
+) -> None:
+    await load(connection)
+    before = await connection.fetchval(SNAPSHOT)
+    pretended = await dry(job, environ=environ)
+    assert await connection.fetchval(SNAPSHOT) == before
+    assert sink.messages == []
+    assert (pretended.status, pretended.document["dry_run"], pretended.document["counts"]) == (0, True, JOBS[job])
+    real = await run_command("run-once", job, "--json", **environ)
+    assert real.document["counts"] == pretended.document["counts"]
+    assert real.document["businesses"] == pretended.document["businesses"]
+    assert counted(real.document) == counted(pretended.document)
+
+
+def counted(document: Any) -> list[tuple[str, str, str]]:
+    """What a run caused, without the runs' ids."""
+    return sorted((run["job"], run["state"], json.dumps(run["counts"])) for run in document["caused"])
+
+
+async def test_a_token_refresh_tells_what_is_due_and_calls_nobody(
+    connection: Connection, environ: dict[str, str]
+) -> None:
+    await load(connection)
+    before = await connection.fetchval(SNAPSHOT)
+    pretended = await dry("shaam-token-refresh", environ=environ)
+    assert pretended.document["counts"]["due"] == 2
+    assert await connection.fetchval(SNAPSHOT) == before
+
+
+async def test_it_writes_one_row_that_says_so_and_that_nobody_can_retry(
+    connection: Connection, environ: dict[str, str]
+) -> None:
+    await load(connection)
+    document = (await dry("overdue-detection", environ=environ)).document
+    (row,) = await connection.fetch("select id, dry_run, state::text, attempt, counts from bon_scheduler.runs")
+    assert (str(row["id"]), row["dry_run"], row["state"]) == (document["run_id"], True, "succeeded")
+    assert row["counts"] == document["counts"]
+    await connection.execute("update bon_scheduler.runs set state = 'dead'")
+    refused = await run_command("retry", document["run_id"], "--reason", "x", **environ)
+    assert refused.status == 2
+    assert "was a dry run" in refused.err
+    none = await run_command("retry", "--dead", "--reason", "x", "--json", **environ)
+    assert none.document["changed"] == 0
+
+
+async def test_it_opens_nothing_but_the_database(
+    connection: Connection, environ: dict[str, str], tmp_path: Path
+) -> None:
+    await load(connection)
+    out = tmp_path / "letters"
+    finished = await run_program(
+        sys.executable, "-c", WATCHED, "run-once", "overdue-detection", "--dry-run", "--out", str(out), **environ
+    )
+    assert finished.status == 0, finished.err
+    connected = {line for line in finished.err.splitlines() if line.startswith("CONNECT")}
+    port = environ["DATABASE_URL"].rpartition(":")[2].partition("/")[0]
+    assert connected
+    assert [line for line in connected if port not in line] == []
+    assert len(list(out.glob("*.eml"))) == 2
+
+
+async def test_the_watch_would_see_a_connection_to_the_mail_server(
+    connection: Connection, environ: dict[str, str]
+) -> None:
+    await load(connection)
+    finished = await run_program(sys.executable, "-c", WATCHED, "run-once", "overdue-detection", **environ)
+    assert f"CONNECT ('127.0.0.1', {environ['SMTP_PORT']})" in finished.err
+
+
+async def test_the_letters_are_written_as_files_that_name_nobody(
+    connection: Connection, environ: dict[str, str], tmp_path: Path
+) -> None:
+    await load(connection)
+    out = tmp_path / "some" / "where"
+    await dry("overdue-detection", "--out", str(out), environ=environ)
+    files = sorted(path.name for path in out.iterdir())
+    assert [name.rpartition(".")[2] for name in files] == ["eml", "html", "txt"] * 2
+    assert [name for name in files if "owner" in name] == []
+    messages = [message_from_bytes(path.read_bytes(), policy=policy.default) for path in out.glob("*.eml")]
+    assert sorted(str(message["To"]) for message in messages) == ["owner0@shop.example", "owner1@shop.example"]
+    html = messages[0].get_body(preferencelist=("html",))
+    assert html is not None
+    assert 'dir="rtl"' in html.get_content()
+
+
+async def test_letters_that_were_sent_before_are_counted_as_such(
+    connection: Connection, environ: dict[str, str], tmp_path: Path
+) -> None:
+    await load(connection)
+    await run_command("run-once", "overdue-detection", **environ)
+    document = (await dry("overdue-detection", "--out", str(tmp_path / "x"), environ=environ)).document
+    sendings = [run["counts"] for run in document["caused"] if run["job"] == "send-overdue-digest"]
+    assert [(counts["sent"], counts["already_sent"]) for counts in sendings] == [(0, 1)] * 2
+    assert list((tmp_path / "x").iterdir()) == []
+
+
+async def test_it_goes_through_every_batch_though_none_is_kept(connection: Connection, environ: dict[str, str]) -> None:
+    user = await arrange.user(connection)
+    await connection.execute(
+        "insert into sessions (id, user_id, last_accessed_at, expires_at) "
+        "select gen_random_uuid(), $1, now(), now() - interval '1 day' from generate_series(1, $2)",
+        user,
+        BATCH * 2 + 1,
+    )
+    assert (await dry("session-cleanup", environ=environ)).document["counts"] == {"deleted": BATCH * 2 + 1}
+
+
+async def test_a_sample_says_what_would_change_for_businesses(connection: Connection, environ: dict[str, str]) -> None:
+    await load(connection)
+    sample = (await dry("draft-cleanup", environ=environ)).document["sample"]
+    assert [(row["outcome"], row["counts"]) for row in sample] == [("done", {"deleted": 1, "items": 1})] * 2
+
+
+async def test_a_failure_is_shown_and_is_nobodys_dead_run(connection: Connection, environ: dict[str, str]) -> None:
+    await connection.execute("drop table sessions cascade")
+    failed = await dry("session-cleanup", environ=environ)
+    assert (failed.status, failed.document["state"]) == (1, "dead")
+    assert "sessions" in failed.document["error"]
+    jobs = (await run_command("jobs", "--json", **environ)).document["jobs"]
+    (overview,) = [job for job in jobs if job["job"] == "session-cleanup"]
+    assert (overview["dead"], overview["last_run_id"]) == (0, None)
+
+
+async def test_a_real_run_is_not_kept_waiting_by_a_dry_one(connection: Connection, environ: dict[str, str]) -> None:
+    await load(connection)
+    await dry("overdue-detection", environ=environ)
+    real = await run_command("run-once", "overdue-detection", "--json", **environ)
+    assert (real.status, real.document["counts"]["marked"]) == (0, 2)
+
+
+async def test_out_without_dry_run_is_refused(environ: dict[str, str], tmp_path: Path) -> None:
+    refused = await run_command("run-once", "overdue-detection", "--out", str(tmp_path), **environ)
+    assert refused.status == 2
+    assert "--dry-run" in refused.err
