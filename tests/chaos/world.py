@@ -168,6 +168,8 @@ class World:
         self.events: list[dict[str, Any]] = []
         self._direct: asyncpg.Connection[asyncpg.Record] | None = None
         self._direct_lock = asyncio.Lock()
+        self._feeders: asyncpg.Connection[asyncpg.Record] | None = None
+        self._asking = asyncio.Lock()
         self._feeding = asyncio.Event()
         self._feeder: asyncio.Task[None] | None = None
 
@@ -208,24 +210,28 @@ class World:
         return run_id
 
     async def _feed(self) -> None:
-        connection = None
         while True:
             await self._feeding.wait()
-            steps = self.rng.random() < 0.2
-            span = self.rng.choice([0, 0, 20, 100, 400])
-            job, body = (
-                ("pay-in-steps", {"steps": 3, "open": span // 2}) if steps else ("pay", {"steps": 1, "open": span})
-            )
-            body |= {"account": self.rng.randint(1, 1000), "before": span // 2, "after": span // 2}
-            try:
-                if connection is None or connection.is_closed():
-                    connection = await asyncpg.connect(self.cluster.url(database="bon"), timeout=2, command_timeout=5)
-                self.asked.append(await connection.fetchval(ASK, job, orjson.dumps(body).decode(), 0))
-            except (*db.TRANSIENT_ERRORS, asyncpg.PostgresError):
-                if connection is not None:
-                    connection.terminate()
-                connection = None
+            async with self._asking:
+                if self._feeding.is_set():
+                    await self._ask_for_something()
             await asyncio.sleep(self.rng.uniform(0, 2 * ASK_EVERY_SECONDS))
+
+    async def _ask_for_something(self) -> None:
+        steps = self.rng.random() < 0.2
+        span = self.rng.choice([0, 0, 20, 100, 400])
+        job, body = ("pay-in-steps", {"steps": 3, "open": span // 2}) if steps else ("pay", {"steps": 1, "open": span})
+        body |= {"account": self.rng.randint(1, 1000), "before": span // 2, "after": span // 2}
+        connection = self._feeders
+        try:
+            if connection is None or connection.is_closed():
+                connection = await asyncpg.connect(self.cluster.url(database="bon"), timeout=2, command_timeout=5)
+            self.asked.append(await connection.fetchval(ASK, job, orjson.dumps(body).decode(), 0))
+        except (*db.TRANSIENT_ERRORS, asyncpg.PostgresError):
+            if connection is not None:
+                connection.terminate()
+            connection = None
+        self._feeders = connection
 
     @asynccontextmanager
     async def fed(self) -> AsyncIterator[None]:
@@ -237,6 +243,8 @@ class World:
         finally:
             self._feeder.cancel()
             await asyncio.wait([self._feeder])
+            if self._feeders is not None:
+                await self._feeders.close()
 
     # Looking
 
@@ -321,6 +329,8 @@ class World:
     async def settle(self) -> None:
         """Let all work end, and claim what must hold."""
         self._feeding.clear()
+        async with self._asking:  # what was being asked for just now is asked for
+            pass
         await self.revive()
 
         async def ended() -> bool:
