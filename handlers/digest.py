@@ -9,7 +9,7 @@ the same letter. Sentences are in the catalogues of `locale/`, layout is in
 import gettext
 import io
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from decimal import Decimal
@@ -31,6 +31,7 @@ __all__ = [
     "Statement",
     "read_recipients",
     "read_statement",
+    "render",
     "render_digest",
 ]
 
@@ -194,7 +195,6 @@ def _each_once(addresses: Iterable[str]) -> list[str]:
 
 def render_digest(statement: Statement, *, language: str, app_origin: str | None) -> tuple[str, str, str]:
     """Render subject, plain text and HTML in `language` (he or en), linking to the web app if it is known."""
-    environment = _environment(language)
     values = {
         "statement": statement,
         "shown": statement.invoices[:MAX_ROWS],
@@ -202,9 +202,14 @@ def render_digest(statement: Statement, *, language: str, app_origin: str | None
         "link": f"{app_origin}/invoices?filter=overdue" if app_origin else None,
         "language": language,
     }
+    return render("digest", language, values)
+
+
+def render(template: str, language: str, values: Mapping[str, object]) -> tuple[str, str, str]:
+    """Render a letter of `templates/`: subject, plain text and HTML in `language` (he or en)."""
+    environment = _environment(language)
     subject, text, html = (
-        environment.get_template(name).render(values)
-        for name in ("digest.subject.j2", "digest.txt.j2", "digest.html.j2")
+        environment.get_template(f"{template}.{part}.j2").render(values) for part in ("subject", "txt", "html")
     )
     return subject.strip(), text, html
 

@@ -90,8 +90,14 @@ class ShaamSimulator:
         """Return the latest consent's unspent refresh token. Raises KeyError if none was issued."""
         return self._refresh_token(self._consents[subject][-1])
 
-    def _token(self, kind: str, consent: _Consent) -> str:
-        text = f"{self.seed}/{kind}/{consent.subject}/{consent.number}/{consent.generation}"
+    def secrets(self) -> set[str]:
+        """Return every token that was ever issued."""
+        access = {self._token("access", consent, n) for consent, n in self._issued.values()}
+        return {*self._issued, *access}
+
+    def _token(self, kind: str, consent: _Consent, generation: int | None = None) -> str:
+        generation = consent.generation if generation is None else generation
+        text = f"{self.seed}/{kind}/{consent.subject}/{consent.number}/{generation}"
         digest = hashlib.blake2b(text.encode(), digest_size=48).digest()
         return f"AA{base64.urlsafe_b64encode(digest).decode()}"
 
