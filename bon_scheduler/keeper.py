@@ -71,8 +71,8 @@ class Keeper:
         if self._spool is not None:
             try:
                 await asyncio.to_thread(self._spool.write, _as_text(rotated))
-            except OSError as error:
-                log.critical("spool.failed", error=type(error).__name__, reason=error.strerror)
+            except Exception as error:  # noqa: BLE001 - whatever failed, memory is left
+                log.critical("spool.failed", error=type(error).__name__, reason=getattr(error, "strerror", None))
             else:
                 log.error("token.spooled", business_id=str(rotated.credential.business_id))
                 return True
@@ -131,7 +131,9 @@ class Keeper:
 
 
 def _as_text(rotated: Rotated) -> str:
+    credential = rotated.credential
     document = asdict(rotated) | {
+        "credential": {"business_id": str(credential.business_id), "stored": credential.stored},
         "fingerprint": rotated.fingerprint.hex(),
         "successor": rotated.successor.hex(),
         "expires_in": rotated.expires_in.total_seconds(),

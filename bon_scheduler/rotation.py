@@ -199,6 +199,8 @@ class Rotator:
         try:
             claimed = await self._claim(exchange)
         except TRANSIENT_ERRORS as error:
+            # The claim may have committed, and only its answer be lost.
+            await self._settle(exchange, State.DEFERRED, unspent=True)
             text = f"not called: the database did not take the intent ({type(error).__name__})"
             return Result(business_id, "deferred", "failed", text)
         if isinstance(claimed, Verdict):
