@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ from aiohttp import web
 
 from bon_scheduler.demo.shaam_simulator import HOST, Misbehaviour, ShaamSimulator, shaam_simulator
 from tests.tax import CLIENT_ID, CLIENT_SECRET
+
+MOST_BYTES_AT_ONCE = 16 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -26,6 +28,9 @@ class Authority:
 
     async def issue(self, subject: str) -> str:
         return str(await self._call("issue", subject))
+
+    async def issue_many(self, subjects: Sequence[str]) -> list[str]:
+        return list(await self._call("issue_many", list(subjects)))
 
     async def current(self, subject: str) -> str:
         return str(await self._call("current", subject))
@@ -86,6 +91,8 @@ async def _obey(simulator: ShaamSimulator, request: web.Request) -> web.Response
         else:
             simulator.spoil[subject] = Misbehaviour(fault)
         return web.json_response(None)
+    if name == "issue_many":
+        return web.json_response([simulator.issue(subject) for subject in arguments[0]])
     found = getattr(simulator, name)
     value = found(*arguments) if callable(found) else found
     return web.json_response(sorted(value) if isinstance(value, set) else value)
@@ -99,7 +106,7 @@ async def _serve(delay_seconds: float) -> None:
         async def obey(request: web.Request) -> web.Response:
             return await _obey(simulator, request)
 
-        app = web.Application()
+        app = web.Application(client_max_size=MOST_BYTES_AT_ONCE)
         app.router.add_post("/", obey)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
