@@ -10,11 +10,12 @@ from enum import StrEnum
 
 from bon_scheduler import db, deliveries, mail_gate
 from bon_scheduler.clock import Clock
-from bon_scheduler.config import Settings
+from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
 from bon_scheduler.jobs import Connection
 from bon_scheduler.log import describe_error
 from bon_scheduler.smtp import NotConnectedError, try_login
+from bon_scheduler.spool import count_files
 
 __all__ = ["Finding", "Level", "check_deployment"]
 
@@ -108,6 +109,7 @@ async def check_deployment(settings: Settings, clock: Clock) -> list[Finding]:
                 Finding("settings", Level.OK, "every setting is usable"),
                 await _check_server(connection),
                 await _check_sessions(settings),
+                *_check_spool(settings),
                 await _check_clock(connection, clock),
                 *await _check_columns(connection),
                 *await _check_indexes(connection),
@@ -141,6 +143,25 @@ async def _check_sessions(settings: Settings) -> Finding:
         what, _, remedy = str(error).partition(". ")
         return Finding("notifications", Level.FAILURE, what, remedy)
     return Finding("notifications", Level.OK, "LISTEN hears what is notified")
+
+
+def _check_spool(settings: Settings) -> list[Finding]:
+    if settings.shaam_mode is ShaamMode.MOCK:
+        return []
+    if settings.spool_dir is None:
+        what = (
+            "SPOOL_DIR is not set: tokens that are rotated while the database is away are in memory only, and a "
+            "process that ends before it is back locks their businesses out until their owners consent again"
+        )
+        return [Finding("spool", Level.WARNING, what, "Mount a persistent volume and name it in SPOOL_DIR.")]
+    found = count_files(settings.spool_dir)
+    if found.corrupt:
+        what = f"{found.corrupt} files in SPOOL_DIR cannot be used and were put aside (*.corrupt)"
+        return [Finding("spool", Level.FAILURE, what, "Find out what damaged them; then delete them.")]
+    if found.waiting:
+        what = f"{found.waiting} rotated tokens in SPOOL_DIR wait for the database"
+        return [Finding("spool", Level.WARNING, what, "They are saved by a service that runs with this SPOOL_DIR.")]
+    return [Finding("spool", Level.OK, "SPOOL_DIR can be written, and nothing waits in it")]
 
 
 async def _check_clock(connection: Connection, clock: Clock) -> Finding:

@@ -139,6 +139,8 @@ class Settings(BaseSettings):
     shaam_client_auth: ClientAuth = ClientAuth.BODY
     shaam_concurrency: int = Field(50, ge=1, le=1000)
     shaam_timeout_seconds: float = Field(20, gt=0, le=300)
+    spool_dir: Path | None = None
+    """Where rotated tokens wait, encrypted, that the database does not take; a persistent volume."""
 
     deadman_urls: Mapping[str, SecretStr] = Field(default_factory=dict, exclude=True)
     """Where a job's dead man's switch is, by job name, from `DEADMAN_URL_<JOB_NAME>`."""
@@ -190,6 +192,15 @@ class Settings(BaseSettings):
         if parts.scheme == "http" and parts.hostname in LOOPBACK_HOSTS:
             return value
         raise ValueError("must be https:// (plain http only to this machine's loopback address)")
+
+    @field_validator("spool_dir")
+    @classmethod
+    def _is_writable_directory(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError("must be a directory that exists, on a persistent volume")
+        if value is not None and not os.access(value, os.R_OK | os.W_OK | os.X_OK):
+            raise ValueError("must be a directory this process can read and write")
+        return value
 
     @property
     def listen_url(self) -> str:

@@ -18,6 +18,7 @@ RUN_SECONDS_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 180, 600)
 LATENESS_SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 5, 15, 60, 300, 3600)
 LETTER_SECONDS_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 30, 60)
 PROBE_SECONDS_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 3)
+ANSWER_SECONDS_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 LAG_SECONDS_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 
 
@@ -118,6 +119,32 @@ class Metrics:
             buckets=LAG_SECONDS_BUCKETS,
             registry=self.registry,
         )
+
+        self._shaam_requests = Counter(
+            "shaam_requests", "Answers of the tax authority, by what they mean", ["result"], registry=self.registry
+        )
+        self._shaam_duration = Histogram(
+            "shaam_request_duration_seconds",
+            "From a request to its answer or time-out",
+            buckets=ANSWER_SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self.shaam_min_ttl = Gauge(
+            "shaam_token_min_ttl_seconds",
+            "Until the first access token expires of an active business that needs no consent",
+            registry=self.registry,
+        )
+        self.shaam_needs_reauth = Gauge(
+            "shaam_needs_reauth", "Active businesses whose owner must consent again", registry=self.registry
+        )
+        self.shaam_failing = Gauge(
+            "shaam_failing", "Active businesses whose last refresh failed", registry=self.registry
+        )
+
+    def shaam_answered(self, result: str, seconds: float) -> None:
+        """Account for one request to the tax authority."""
+        self._shaam_requests.labels(result).inc()
+        self._shaam_duration.observe(seconds)
 
     def attempt_ended(self, job: str, state: str, seconds: float, counts: Counts, now: datetime) -> None:
         """Account for one attempt: its state, its time in seconds and its counts."""

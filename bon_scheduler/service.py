@@ -16,6 +16,7 @@ import structlog
 
 import health
 from bon_scheduler import db, ledger
+from bon_scheduler.cipher import TokenCipher
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.clocks import Clocks
 from bon_scheduler.config import Settings, ShaamMode, load_settings
@@ -30,8 +31,9 @@ from bon_scheduler.log import describe_error
 from bon_scheduler.mail import Mailer
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.reconcile import Reconciler
+from bon_scheduler.rotation import Rotator
 from bon_scheduler.runner import Runner
-from bon_scheduler.shaam import Shaam, TokenCipher
+from bon_scheduler.shaam import Shaam
 from bon_scheduler.timing import check_cron
 from bon_scheduler.triggers import Triggers
 from bon_scheduler.workers import Worker, register_worker, retire_worker
@@ -137,7 +139,7 @@ async def machinery(
             control=control,
             worker=worker,
             heartbeat=heartbeat,
-            resources=await stack.enter_async_context(_resources(settings, pool, metrics)),
+            resources=await stack.enter_async_context(_resources(settings, pool, metrics, clock)),
             schedules=schedules,
             zone=settings.bon_timezone,
             clock=clock,
@@ -186,13 +188,19 @@ async def _registered(pool: Pool, worker: Worker) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _resources(settings: Settings, pool: Pool, metrics: Metrics) -> AsyncIterator[Mapping[type, object]]:
+async def _resources(
+    settings: Settings, pool: Pool, metrics: Metrics, clock: Clock
+) -> AsyncIterator[Mapping[type, object]]:
     """Build what handlers get by type."""
-    resources: dict[type, object] = {Settings: settings}
-    if settings.shaam_mode is not ShaamMode.MOCK and settings.shaam_encryption_key is not None:
-        resources[TokenCipher] = TokenCipher(settings.shaam_encryption_key.get_secret_value())
-    async with Shaam(settings) as shaam, Mailer(settings, pool, observe=metrics.letter_tried) as mailer:
-        yield {**resources, Shaam: shaam, Mailer: mailer}
+    async with AsyncExitStack() as stack:
+        shaam = await stack.enter_async_context(Shaam(settings))
+        mailer = await stack.enter_async_context(Mailer(settings, pool, observe=metrics.letter_tried))
+        resources: dict[type, object] = {Settings: settings, Shaam: shaam, Mailer: mailer}
+        if settings.shaam_mode is not ShaamMode.MOCK and settings.shaam_encryption_key is not None:
+            cipher = TokenCipher(settings.shaam_encryption_key.get_secret_value())
+            rotator = Rotator(settings=settings, pool=pool, shaam=shaam, cipher=cipher, metrics=metrics, clock=clock)
+            resources[Rotator] = await stack.enter_async_context(rotator.running())
+        yield resources
 
 
 @asynccontextmanager

@@ -1,5 +1,5 @@
 """
-The Israel Tax Authority's OAuth2 token endpoint (SHAAM), and the cipher BON stores its tokens with.
+The Israel Tax Authority's OAuth2 token endpoint (SHAAM).
 
 `Shaam.refresh` exchanges one refresh token and says what came of it in one of five
 answers. It never raises for what the network or the authority does, and no answer's
@@ -10,7 +10,6 @@ Refresh tokens are single use: a success spends the token that was sent. Whoever
 """
 
 import base64
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,35 +21,32 @@ from urllib.parse import quote_plus
 
 import aiohttp
 import orjson
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pydantic import SecretStr
 
 from bon_scheduler.config import ClientAuth, Settings, ShaamMode
 from bon_scheduler.log import mask
 
 __all__ = [
+    "ON_DEMAND_SLOTS",
     "Ambiguous",
     "Answer",
     "Misconfigured",
     "NeedsReauth",
     "Refreshed",
     "Shaam",
-    "TokenCipher",
     "Transient",
-    "UnreadableTokenError",
 ]
-
-KEY_BYTES = 32
-IV_BYTES = 12
-TAG_BYTES = 16
 
 MAX_ANSWER_BYTES = 64 * 1024
 MAX_REASON_CHARACTERS = 200
 CONNECT_TIMEOUT_SECONDS = 5.0
+ON_DEMAND_SLOTS = 5
+"""So many calls more than SHAAM_CONCURRENCY, for whoever waits for one token while a schedule's run is long."""
 LONGEST_RETRY_AFTER = timedelta(days=1)
 LONGEST_LIFETIME = timedelta(days=366)
-"""An access token said to live longer than this is not believed: 601 seconds is what is seen."""
+"""An access token said to live longer than this is not believed."""
+ASSUMED_LIFETIME = timedelta(seconds=601)
+"""What is seen, for an access token whose lifetime is missing or not believed."""
 
 OK = range(200, 300)
 REDIRECTED = range(300, 400)
@@ -58,6 +54,8 @@ TRANSIENT_STATUSES = frozenset({408, 429, *REDIRECTED})
 APPLICATION_STATUSES = frozenset({403, 404, 405, 415})
 """The authority blocks foreign addresses by a bare 403; the others mean a wrong SHAAM_TOKEN_URL."""
 SERVER_FAULT = 500
+UNKNOWN_FATE_STATUSES = frozenset({408, 500, 502, 504})
+"""Behind these the authority may have done what it was asked."""
 
 # RFC 6749 §5.2; the transient two are from §4.1.2.1, and gateways use them here as well.
 APPLICATION_ERRORS = frozenset({"invalid_client", "unauthorized_client", "unsupported_grant_type"})
@@ -67,58 +65,6 @@ BAD_CREDENTIALS_TEXT = "invalid client id or secret"
 _OPAQUE = re.compile(r"[A-Za-z0-9+/_=.~-]{40,}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _DIGITS = re.compile(r"[0-9]{1,12}")
-_URL_SAFE = str.maketrans("-_", "+/")
-
-
-class UnreadableTokenError(Exception):
-    """A stored token cannot be decrypted: it is damaged, or sealed with another key. Never holds the blob."""
-
-
-class TokenCipher:
-    """
-    Encrypts and decrypts tokens as BON does: AES-256-GCM without associated data, stored as
-    base64(iv[12] ‖ tag[16] ‖ ciphertext), UTF-8 (BON's contract, "Token encryption").
-    """
-
-    __slots__ = ("_aead",)
-
-    def __init__(self, key_hex: str) -> None:
-        key = bytes.fromhex(key_hex)
-        if len(key) != KEY_BYTES:
-            raise ValueError(f"SHAAM_ENCRYPTION_KEY must be {KEY_BYTES} bytes, it has {len(key)}")
-        self._aead = AESGCM(key)
-
-    def encrypt(self, plaintext: str) -> str:
-        """Seal a token under a fresh random iv: the same token never gives the same text twice."""
-        iv = os.urandom(IV_BYTES)
-        sealed = self._aead.encrypt(iv, plaintext.encode(), None)
-        ciphertext, tag = sealed[:-TAG_BYTES], sealed[-TAG_BYTES:]
-        return base64.b64encode(iv + tag + ciphertext).decode()
-
-    def decrypt(self, stored: str) -> str:
-        """
-        Open a stored token; accepts unpadded and URL-safe base64 as well.
-
-        Raises UnreadableTokenError, whose message says which way it is unreadable.
-        """
-        blob = _decode_base64(stored)
-        if len(blob) < IV_BYTES + TAG_BYTES:
-            raise UnreadableTokenError(f"it has {len(blob)} bytes, fewer than iv and tag take")
-        iv, tag, ciphertext = blob[:IV_BYTES], blob[IV_BYTES:][:TAG_BYTES], blob[IV_BYTES + TAG_BYTES :]
-        try:
-            return self._aead.decrypt(iv, ciphertext + tag, None).decode()
-        except InvalidTag:
-            raise UnreadableTokenError("it fails authentication: another key, or it was altered") from None
-        except UnicodeDecodeError:
-            raise UnreadableTokenError("what is inside is not UTF-8") from None
-
-
-def _decode_base64(text: str) -> bytes:
-    compact = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
-    try:
-        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except ValueError:
-        raise UnreadableTokenError("it is not base64") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,22 +95,21 @@ class Misconfigured:
 
 @dataclass(frozen=True, slots=True)
 class Transient:
-    """
-    Nothing was decided; try again later, after `retry_after` where the authority named a wait.
-
-    A time-out or a lost connection after the request was sent is one of these, although the
-    authority may have rotated the token by then: the next attempt finds out (`NeedsReauth`).
-    """
+    """Nothing was decided; try again later, after `retry_after` where the authority named a wait."""
 
     reason: str
     retry_after: timedelta | None = None
+    maybe_spent: bool = False
+    """Whether the authority may have rotated the token all the same, as when its answer never came."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ambiguous:
-    """An answer nobody can read; after a 2xx the token may have rotated. Change nothing, and report it."""
+    """An answer nobody can read. Change nothing, and report it."""
 
     reason: str
+    maybe_spent: bool = False
+    """Whether the token may have been rotated: so after a 2xx."""
 
 
 Answer: TypeAlias = Refreshed | NeedsReauth | Misconfigured | Transient | Ambiguous
@@ -202,7 +147,7 @@ class Shaam:
         if self.mode is not ShaamMode.MOCK:
             total = self._settings.shaam_timeout_seconds
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._settings.shaam_concurrency),
+                connector=aiohttp.TCPConnector(limit=self._settings.shaam_concurrency + ON_DEMAND_SLOTS),
                 timeout=aiohttp.ClientTimeout(total=total, connect=min(CONNECT_TIMEOUT_SECONDS, total)),
                 # One business's cookie must not travel with the next one's request.
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -232,11 +177,13 @@ class Shaam:
         secrets = [refresh_token, *self._client()]
         try:
             reply = await self._post(self._session, refresh_token)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            return Transient(f"the connection failed ({_name(error)})")
         except TimeoutError as error:
             limit = self._settings.shaam_timeout_seconds
-            return Transient(f"no answer within {limit:g} s ({type(error).__name__})")
+            return Transient(f"no answer within {limit:g} s ({type(error).__name__})", maybe_spent=True)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return Transient(f"the connection failed ({_name(error)})")
+            return Transient(f"the connection failed ({_name(error)})", maybe_spent=True)
         return _classify(reply, secrets)
 
     def _client(self) -> tuple[str, str]:
@@ -299,7 +246,7 @@ def _classify(reply: _Reply, secrets: list[str]) -> Answer:
     data = _parse(reply.body)
     reason = _reason(reply, data, secrets)
     if reply.status in OK:
-        return _refreshed(data) or Ambiguous(reason)
+        return _refreshed(data) or Ambiguous(reason, maybe_spent=True)
     error = _text(data.get("error")).strip().lower()
     blames_client = error in APPLICATION_ERRORS or BAD_CREDENTIALS_TEXT in _said(data).lower()
     if error == "invalid_grant" and not blames_client:
@@ -307,7 +254,7 @@ def _classify(reply: _Reply, secrets: list[str]) -> Answer:
     if blames_client or (reply.status in APPLICATION_STATUSES and error not in TRANSIENT_ERRORS):
         return Misconfigured(reason)
     if error in TRANSIENT_ERRORS or reply.status in TRANSIENT_STATUSES or reply.status >= SERVER_FAULT:
-        return Transient(reason, _retry_after(reply.headers))
+        return Transient(reason, _retry_after(reply.headers), reply.status in UNKNOWN_FATE_STATUSES)
     return Ambiguous(reason)
 
 
@@ -321,11 +268,13 @@ def _parse(body: bytes | None) -> dict[str, Any]:
 
 
 def _refreshed(data: dict[str, Any]) -> Refreshed | None:
-    """Read a success, or None when it lacks a token or a believable lifetime."""
+    """Read a success, or None when it lacks a token: what gives both is kept, whatever else is odd about it."""
     access, refresh = _text(data.get("access_token")), _text(data.get("refresh_token"))
-    expires_in = _lifetime(data.get("expires_in"))
-    if not access or not refresh or expires_in is None or expires_in > LONGEST_LIFETIME:
+    if not access or not refresh:
         return None
+    expires_in = _lifetime(data.get("expires_in"))
+    if expires_in is None or expires_in > LONGEST_LIFETIME:
+        expires_in = ASSUMED_LIFETIME
     scope = _text(data.get("scope")) or None
     return Refreshed(access, refresh, expires_in, scope, _lifetime(data.get("refresh_token_expires_in")))
 

@@ -3,10 +3,12 @@
 from bon_scheduler.jobs import AnyJob
 from handlers.draft_cleanup import draft_cleanup
 from handlers.ledger_pruning import ledger_pruning
+from handlers.notify_reauth import notify_reauth
 from handlers.overdue_detection import overdue_detection
 from handlers.overdue_digest import overdue_digest
 from handlers.send_overdue_digest import send_overdue_digest
 from handlers.session_cleanup import session_cleanup
+from handlers.shaam_refresh_batch import shaam_refresh_batch
 from handlers.shaam_token_refresh import shaam_token_refresh
 
 __all__ = ["JOBS"]
@@ -18,5 +20,7 @@ JOBS: tuple[AnyJob, ...] = (
     draft_cleanup,
     session_cleanup,
     shaam_token_refresh,
+    shaam_refresh_batch,
+    notify_reauth,
     ledger_pruning,
 )

@@ -8,6 +8,7 @@ Pure: the same statement gives the same letter. Sentences are in the catalogues 
 import gettext
 import io
 import unicodedata
+from collections.abc import Mapping
 from decimal import Decimal
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from handlers.statement import Statement
 
-__all__ = ["render_digest"]
+__all__ = ["render", "render_digest"]
 
 LONGEST_NAME = 80
 """Of a customer or a business, in characters: on a telephone that is eight lines."""
@@ -34,15 +35,19 @@ MONEY_LOCALES = {"he": "he_IL", "en": "en_IL"}
 
 def render_digest(statement: Statement, *, language: str, app_origin: str | None) -> tuple[str, str, str]:
     """Render subject, plain text and HTML in `language` (he or en), linking to the web app if it is known."""
-    environment = _environment(language)
     values = {
         "statement": statement,
         "link": f"{app_origin}/invoices?filter=overdue" if app_origin else None,
         "language": language,
     }
+    return render("digest", language, values)
+
+
+def render(template: str, language: str, values: Mapping[str, object]) -> tuple[str, str, str]:
+    """Render a letter of `templates/`: subject, plain text and HTML in `language` (he or en)."""
+    environment = _environment(language)
     subject, text, html = (
-        environment.get_template(name).render(values)
-        for name in ("digest.subject.j2", "digest.txt.j2", "digest.html.j2")
+        environment.get_template(f"{template}.{part}.j2").render(values) for part in ("subject", "txt", "html")
     )
     return subject.strip(), text, html
 

@@ -6,12 +6,13 @@ whether the queue would bring a run here and whether this process is draining.
 """
 
 import asyncio
+import math
 import time
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from bon_scheduler import audit, db, deliveries, history, mail_gate
+from bon_scheduler import audit, db, deliveries, history, mail_gate, refreshes
 from bon_scheduler.db import TRANSIENT_ERRORS, Pool, SchemaBehindError
 from bon_scheduler.engine import Engine
 from bon_scheduler.heartbeat import Heartbeat
@@ -73,6 +74,7 @@ class Probes:
                 depths, ages = await history.queue_depths(connection), await history.queue_ages(connection)
                 owed = await audit.unaccounted(connection)
                 unknown, gate = await deliveries.count_unknown(connection), await mail_gate.gate_state(connection)
+                await self._refresh_shaam(connection)
         except TRANSIENT_ERRORS:
             return
         self.metrics.set_queue(depths, ages)
@@ -80,6 +82,14 @@ class Probes:
         self.metrics.check_status.labels("mail").set(gate.closed_since is None)
         for job, ticks in owed.items():
             self.metrics.ticks_unaccounted.labels(job).set(ticks)
+
+    async def _refresh_shaam(self, connection: Connection) -> None:
+        summary = await refreshes.summarise(connection)
+        # Without any token there is none that expires: NaN, which no alert's comparison holds for.
+        ttl = summary.min_ttl_seconds
+        self.metrics.shaam_min_ttl.set(math.nan if ttl is None else ttl)
+        self.metrics.shaam_needs_reauth.set(summary.needs_reauth)
+        self.metrics.shaam_failing.set(summary.failing)
 
     async def watch_loop(self) -> None:
         """Measure, once a second, how late the event loop wakes a sleeper."""

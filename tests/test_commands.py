@@ -15,6 +15,8 @@ from bon_scheduler import commands, db
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.demo.sample import create_tables, load_sample
 from bon_scheduler.report import Report
+from bon_scheduler.spool import Spool
+from tests import tax
 from tests.conftest import Connection, MakeSettings
 from tests.process import run_command, serve
 from tests.waiting import until
@@ -140,12 +142,14 @@ async def test_every_wrong_setting_is_named_at_once(tmp_path: Path) -> None:
         SHAAM_MODE="sandbox",
         SHAAM_ENCRYPTION_KEY="abc",
         SHAAM_TOKEN_URL="http://example.com/token",
+        SPOOL_DIR=str(tmp_path / "missing"),
         WORKER_CONCURRENCY="many",
     )
     assert result.status == 2
     for name in (
         "DATABASE_URL", "BON_TIMEZONE", "SCHEDULE_DRAFT_CLEANUP", "SCHEDULE_DRAFT_CLEAN", "SMTP_PASSWORD_FILE",
         "SHAAM_ENCRYPTION_KEY", "SHAAM_CLIENT_ID", "SHAAM_CLIENT_SECRET", "SHAAM_TOKEN_URL", "WORKER_CONCURRENCY",
+        "SPOOL_DIR",
     ):  # fmt: skip
         assert f"- {name}: " in result.err, name
     assert "hunter2" not in result.err
@@ -189,6 +193,25 @@ async def test_check_recommends_the_indexes_that_bon_lacks(database_url: str, co
         await connection.execute(remedy.removeprefix("Have BON run: "))
     again = await run_command("check", "--json", DATABASE_URL=database_url)
     assert [f["level"] for f in again.document["findings"] if f["name"] == "indexes"] == ["ok"]
+
+
+async def test_check_says_what_a_missing_spool_risks_and_what_waits_in_one(database_url: str, tmp_path: Path) -> None:
+    environ = {"DATABASE_URL": database_url, **tax.environ("http://127.0.0.1:9/token")}
+
+    async def finding(**more: str) -> tuple[str, str]:
+        checked = await run_command("check", "--json", **environ, **more)
+        (found,) = [f for f in checked.document["findings"] if f["name"] == "spool"]
+        return found["level"], found["what"]
+
+    level, what = await finding()
+    assert level == "warning"
+    assert "SPOOL_DIR is not set" in what
+    assert "until their owners consent again" in what
+    assert await finding(SPOOL_DIR=str(tmp_path)) == ("ok", "SPOOL_DIR can be written, and nothing waits in it")
+    Spool(tmp_path, tax.CIPHER).write("some tokens")
+    assert await finding(SPOOL_DIR=str(tmp_path)) == ("warning", "1 rotated tokens in SPOOL_DIR wait for the database")
+    await asyncio.to_thread((tmp_path / "x.corrupt").write_text, "?")
+    assert (await finding(SPOOL_DIR=str(tmp_path)))[0] == "failure"
 
 
 async def test_enqueue_prints_the_id_or_says_who_holds_the_key(database_url: str) -> None:

@@ -295,6 +295,22 @@ async def test_two_claims_of_an_exclusive_job_at_once_have_one_winner(pool: Pool
     assert sorted(verdicts) == [*[Verdict.BUSY] * 5, Verdict.CLAIMED]
 
 
+async def test_a_run_with_arguments_stands_beside_those_of_its_exclusive_job(connection: Connection) -> None:
+    """One business's refresh neither waits for the schedule's run nor keeps it waiting; null is no argument."""
+    worker = await be_worker(connection)
+
+    async def claim(payload: dict[str, object]) -> Verdict:
+        run_id = await ledger.enqueue(connection, Request("shaam-token-refresh", payload))
+        assert run_id is not None
+        return (await take(connection, run_id, worker, exclusive=True)).verdict
+
+    for business in ("a", "a", "b"):
+        assert await claim({"business_id": business}) is Verdict.CLAIMED
+    assert await claim({"business_id": None}) is Verdict.CLAIMED
+    assert await claim({}) is Verdict.BUSY
+    assert await claim({"business_id": "c"}) is Verdict.CLAIMED
+
+
 async def test_an_attempt_that_lost_its_run_can_neither_commit_nor_end_it(connection: Connection) -> None:
     run_id = await ask(connection)
     gone = await be_worker(connection)

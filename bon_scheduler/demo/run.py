@@ -20,6 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
 
 from bon_scheduler import db, history, ledger, service
+from bon_scheduler.cipher import TokenCipher
 from bon_scheduler.config import Settings
 from bon_scheduler.demo.postgres import PostgresUnavailableError, find_binaries, running_postgres
 from bon_scheduler.demo.sample import SampleFacts, create_tables, load_sample
@@ -30,7 +31,6 @@ from bon_scheduler.jobs import Connection, Counts
 from bon_scheduler.ledger import Origin, Request
 from bon_scheduler.report import Report, add_counts, format_counts
 from bon_scheduler.service import Serving
-from bon_scheduler.shaam import TokenCipher
 
 __all__ = ["run_demo"]
 
@@ -237,6 +237,7 @@ def _expected(facts: SampleFacts) -> dict[str, tuple[str, Counts]]:
                 "failed": kinds.count("garbage"),
             },
         ),
+        "notify-reauth": ("succeeded", {"sent": facts.consent_letters}),
     }
 
 
@@ -253,8 +254,10 @@ def _compare(ended: list[Ended], world: World) -> list[str]:
                 f"{name} ended {job.state} with {format_counts(job.counts)}; the sample data demands "
                 f"{state} with {format_counts(counts)}"
             )
-    if (kept := len(world.sink.messages)) != sum(map(len, world.facts.digest_recipients.values())):
-        faults.append(f"the mail server received {kept} digests")
+    facts = world.facts
+    letters = sum(map(len, facts.digest_recipients.values())) + facts.consent_letters
+    if (kept := len(world.sink.messages)) != letters:
+        faults.append(f"the mail server received {kept} letters, and not {letters}")
     return faults
 
 
@@ -272,7 +275,7 @@ def _tell(report: Report, ended: list[Ended], faults: list[str], world: World) -
                     }
                     for e in ended
                 ],
-                "digests": len(world.sink.messages),
+                "letters": len(world.sink.messages),
                 "faults": faults,
             }
         )
@@ -285,7 +288,7 @@ def _tell(report: Report, ended: list[Ended], faults: list[str], world: World) -
         report.say(f"Not as it must be: {fault}")
     if not faults:
         report.say(
-            f"\nAs the sample data demands: {len(world.sink.messages)} digests sent, and SHAAM refused "
+            f"\nAs the sample data demands: {len(world.sink.messages)} letters sent, and SHAAM refused "
             f"exactly the {len(world.facts.spoiled)} businesses its simulator spoils on purpose."
         )
 

@@ -91,6 +91,8 @@ class SampleFacts:
     """The refresh token, in clear, of each business whose tokens are due."""
     spoiled: Mapping[UUID, Spoil]
     """Which of the due SHAAM must answer how, other than with new tokens."""
+    consent_letters: int
+    """To how many owners it must be said that SHAAM wants their consent again."""
 
 
 def sample_refresh_token(business: UUID) -> str:
@@ -167,6 +169,9 @@ def _facts(
         digest_invoices=len(told),
         shaam_due={BUSINESS_BY_KEY[key].id: tokens[BUSINESS_BY_KEY[key].id] for key in DUE_TOKENS},
         spoiled={BUSINESS_BY_KEY[key].id: spoil for key, spoil in SPOILED.items()},
+        consent_letters=sum(
+            len(recipients_of(BUSINESS_BY_KEY[key])) for key, spoil in SPOILED.items() if spoil == "invalid_grant"
+        ),
     )
 
 

@@ -10,8 +10,9 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -50,6 +51,50 @@ class Misbehaviour(StrEnum):
     """Rotates the token, then closes the connection without an answer."""
     TOO_MANY = "too_many"
     """429 with `Retry-After`."""
+    REDIRECT = "redirect"
+    """307 to itself; nothing is rotated."""
+    EMPTY = "empty"
+    """Rotates the token, and answers 200 with nothing; so do the next ones, with something else."""
+    TRUNCATED = "truncated"
+    """Half of the JSON."""
+    MISSING_FIELDS = "missing_fields"
+    """JSON without the new refresh token."""
+    HUGE_BODY = "huge_body"
+    """The JSON behind 10 MB of blanks."""
+    SLOW_LORIS = "slow_loris"
+    """The JSON, a byte at a time, until the server stops."""
+    EXPIRES_TEXT = "expires_text"
+    """The JSON with `expires_in` in quotation marks."""
+    EXPIRES_NEGATIVE = "expires_negative"
+    """With -1 for it."""
+    EXPIRES_HUGE = "expires_huge"
+    """With 10**30 for it."""
+    WRONG_TYPE = "wrong_type"
+    """The JSON, called HTML."""
+
+
+WITHOUT_ROTATION = frozenset(
+    {
+        Misbehaviour.INVALID_GRANT,
+        Misbehaviour.UNAVAILABLE,
+        Misbehaviour.GARBAGE,
+        Misbehaviour.SLOW,
+        Misbehaviour.GATEWAY_401,
+        Misbehaviour.INVALID_CLIENT,
+        Misbehaviour.FORBIDDEN,
+        Misbehaviour.TOO_MANY,
+        Misbehaviour.REDIRECT,
+    }
+)
+"""What leaves the token as it was."""
+SPOILED_FIELDS: dict[Misbehaviour, tuple[str, object]] = {
+    Misbehaviour.MISSING_FIELDS: ("refresh_token", None),
+    Misbehaviour.EXPIRES_TEXT: ("expires_in", str(EXPIRES_IN_SECONDS)),
+    Misbehaviour.EXPIRES_NEGATIVE: ("expires_in", -1),
+    Misbehaviour.EXPIRES_HUGE: ("expires_in", 10**30),
+}
+HUGE_BODY_BYTES = 10 * 1024 * 1024
+LORIS_SECONDS = 0.05
 
 
 @dataclass(slots=True)
@@ -71,6 +116,8 @@ class ShaamSimulator:
     spoil: dict[str, Misbehaviour]
     """What goes wrong, by subject; may be changed while it runs."""
     seed: str = "bon"
+    delay_seconds: float = 0
+    """How long each answer takes."""
     token_url: str = ""
     requests: int = 0
     """How many token requests came, whatever became of them."""
@@ -90,8 +137,23 @@ class ShaamSimulator:
         """Return the latest consent's unspent refresh token. Raises KeyError if none was issued."""
         return self._refresh_token(self._consents[subject][-1])
 
-    def _token(self, kind: str, consent: _Consent) -> str:
-        text = f"{self.seed}/{kind}/{consent.subject}/{consent.number}/{consent.generation}"
+    def withdraw(self, subject: str) -> None:
+        """Let the owner withdraw the latest consent."""
+        self._consents[subject][-1].revoked = True
+
+    def honours(self, token: str) -> bool:
+        """Say whether a refresh token would be exchanged."""
+        consent, generation = self._issued.get(token, (None, 0))
+        return consent is not None and not consent.revoked and consent.generation == generation
+
+    def secrets(self) -> set[str]:
+        """Return every token that was ever issued."""
+        access = {self._token("access", consent, n) for consent, n in self._issued.values()}
+        return {*self._issued, *access}
+
+    def _token(self, kind: str, consent: _Consent, generation: int | None = None) -> str:
+        generation = consent.generation if generation is None else generation
+        text = f"{self.seed}/{kind}/{consent.subject}/{consent.number}/{generation}"
         digest = hashlib.blake2b(text.encode(), digest_size=48).digest()
         return f"AA{base64.urlsafe_b64encode(digest).decode()}"
 
@@ -102,6 +164,8 @@ class ShaamSimulator:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.requests += 1
+        if self.delay_seconds:
+            await asyncio.sleep(self.delay_seconds)
         form = {name: value for name, value in (await request.post()).items() if isinstance(value, str)}
         if not self._is_the_client(request, form):
             return _refusal("invalid_client", f"client {self.client_id} is not who it says", status=401)
@@ -110,14 +174,23 @@ class ShaamSimulator:
         consent, generation = self._issued.get(form.get("refresh_token", ""), (None, 0))
         if consent is None:
             return _refusal("invalid_grant", USED_OR_REVOKED)
-        if fault := self.spoil.get(consent.subject):
-            return await self._misbehave(fault, request, consent)
+        fault = self.spoil.get(consent.subject)
+        if fault in WITHOUT_ROTATION:
+            return await self._refuse(Misbehaviour(fault), consent)
+        return await self._exchange(request, consent, generation, fault)
+
+    async def _exchange(
+        self, request: web.Request, consent: _Consent, generation: int, fault: Misbehaviour | None
+    ) -> web.StreamResponse:
         if generation != consent.generation:
             self.reuses.append(consent.subject)
             consent.revoked = True
         if consent.revoked:
             return _refusal("invalid_grant", USED_OR_REVOKED)
-        return self._rotate(consent)
+        tokens = self._rotate(consent)
+        if fault is None:
+            return web.json_response(tokens)
+        return await self._spoil(fault, request, tokens)
 
     def _is_the_client(self, request: web.Request, form: Mapping[str, str]) -> bool:
         given = form.get("client_id", ""), form.get("client_secret", "")
@@ -132,29 +205,52 @@ class ShaamSimulator:
         expected = self.client_id, self.client_secret
         return all(hmac.compare_digest(a.encode(), b.encode()) for a, b in zip(given, expected, strict=True))
 
-    def _rotate(self, consent: _Consent) -> web.Response:
+    def _rotate(self, consent: _Consent) -> dict[str, object]:
         consent.generation += 1
-        return web.json_response(
-            {
-                "token_type": "Bearer",
-                "access_token": self._token("access", consent),
-                "scope": "scope",
-                "expires_in": EXPIRES_IN_SECONDS,
-                "consented_on": int(datetime.now(UTC).timestamp()),
-                "refresh_token": self._refresh_token(consent),
-                "refresh_token_expires_in": REFRESH_TOKEN_EXPIRES_IN_SECONDS,
-            }
-        )
+        return {
+            "token_type": "Bearer",
+            "access_token": self._token("access", consent),
+            "scope": "scope",
+            "expires_in": EXPIRES_IN_SECONDS,
+            "consented_on": int(datetime.now(UTC).timestamp()),
+            "refresh_token": self._refresh_token(consent),
+            "refresh_token_expires_in": REFRESH_TOKEN_EXPIRES_IN_SECONDS,
+        }
 
-    async def _misbehave(self, fault: Misbehaviour, request: web.Request, consent: _Consent) -> web.StreamResponse:
-        match fault:
-            case Misbehaviour.DROP:
-                self._rotate(consent)
-                if request.transport is not None:
-                    request.transport.abort()
-            case Misbehaviour.SLOW:
-                await self._closing.wait()
+    async def _refuse(self, fault: Misbehaviour, consent: _Consent) -> web.StreamResponse:
+        if fault is Misbehaviour.SLOW:
+            await self._closing.wait()
+        if fault is Misbehaviour.INVALID_GRANT:
+            consent.revoked = True
         return _fault_answers(self.client_id)[fault]
+
+    async def _spoil(
+        self, fault: Misbehaviour, request: web.Request, tokens: Mapping[str, object]
+    ) -> web.StreamResponse:
+        name, value = SPOILED_FIELDS.get(fault, ("", None))
+        body = json.dumps({field: value if field == name else kept for field, kept in tokens.items()})
+        if fault is Misbehaviour.SLOW_LORIS:
+            return await self._drip(request, body.encode())
+        if fault is Misbehaviour.DROP and request.transport is not None:
+            request.transport.abort()
+        shapes = {
+            Misbehaviour.DROP: "",
+            Misbehaviour.EMPTY: "",
+            Misbehaviour.TRUNCATED: body[: len(body) // 2],
+            Misbehaviour.HUGE_BODY: " " * HUGE_BODY_BYTES + body if fault is Misbehaviour.HUGE_BODY else "",
+        }
+        kind = "text/html" if fault is Misbehaviour.WRONG_TYPE else "application/json"
+        return web.Response(text=shapes.get(fault, body), content_type=kind)
+
+    async def _drip(self, request: web.Request, body: bytes) -> web.StreamResponse:
+        response = web.StreamResponse()
+        response.content_length = len(body)
+        await response.prepare(request)
+        for byte in body:
+            await response.write(bytes([byte]))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), LORIS_SECONDS)
+        return response
 
 
 def _fault_answers(client_id: str) -> dict[Misbehaviour, web.Response]:
@@ -168,7 +264,7 @@ def _fault_answers(client_id: str) -> dict[Misbehaviour, web.Response]:
         Misbehaviour.GATEWAY_401: web.json_response(gateway | credentials, status=401),
         Misbehaviour.INVALID_CLIENT: _refusal("invalid_client", f"client {client_id} is unknown", status=401),
         Misbehaviour.FORBIDDEN: web.Response(status=403),
-        Misbehaviour.DROP: web.Response(status=503),
+        Misbehaviour.REDIRECT: web.Response(status=307, headers={"Location": PATH}),
         Misbehaviour.TOO_MANY: web.Response(status=429, headers={"Retry-After": str(RETRY_AFTER_SECONDS)}),
     }
 
@@ -179,14 +275,18 @@ def _refusal(error: str, description: str, *, status: int = 400) -> web.Response
 
 @asynccontextmanager
 async def shaam_simulator(
-    *, client_id: str, client_secret: str, spoil: Mapping[str, Misbehaviour] | None = None
+    *,
+    client_id: str,
+    client_secret: str,
+    spoil: Mapping[str, Misbehaviour] | None = None,
+    delay_seconds: float = 0,
 ) -> AsyncIterator[ShaamSimulator]:
     """
     Serve the token endpoint on a free port of 127.0.0.1 until the block ends.
 
     The same subjects get the same tokens in every process; `spoil` says what goes wrong for whom.
     """
-    simulator = ShaamSimulator(client_id, client_secret, dict(spoil or {}))
+    simulator = ShaamSimulator(client_id, client_secret, dict(spoil or {}), delay_seconds=delay_seconds)
     app = web.Application()
     app.router.add_post(PATH, simulator._answer)  # noqa: SLF001 - the route is this module's own
     # A client that gave up must not keep its handler, and with it the server's end, waiting.

@@ -24,7 +24,7 @@ async def test_the_demo_runs_every_job_as_its_sample_data_demands() -> None:
     states = {job["job"]: job["state"] for job in document["jobs"]}
     assert states.pop("shaam-token-refresh") == "partial"
     assert set(states.values()) == {"succeeded"}
-    assert document["digests"] == 13
+    assert document["letters"] == 14
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
@@ -46,7 +46,7 @@ async def test_nothing_survives_a_demo_that_is_ended(tmp_path: Path, number: sig
         return not servers_of(tmp_path)
 
     await until(gone)
-    assert len(list((tmp_path / "digests").glob("*.html"))) == 13
+    assert len(list((tmp_path / "digests").glob("*.html"))) == 14
 
 
 def servers_of(directory: Path) -> list[str]:

@@ -6,8 +6,30 @@ import pytest
 from pydantic import SecretStr
 
 from bon_scheduler.config import ClientAuth, Settings, ShaamMode
-from bon_scheduler.demo.shaam_simulator import Misbehaviour, ShaamSimulator, shaam_simulator
+from bon_scheduler.demo.shaam_simulator import WITHOUT_ROTATION, Misbehaviour, ShaamSimulator, shaam_simulator
 from bon_scheduler.shaam import Ambiguous, Answer, Misconfigured, NeedsReauth, Refreshed, Shaam, Transient
+
+KINDS: dict[Misbehaviour, type[Answer]] = {
+    Misbehaviour.INVALID_GRANT: NeedsReauth,
+    Misbehaviour.UNAVAILABLE: Transient,
+    Misbehaviour.GARBAGE: Ambiguous,
+    Misbehaviour.SLOW: Transient,
+    Misbehaviour.GATEWAY_401: Misconfigured,
+    Misbehaviour.INVALID_CLIENT: Misconfigured,
+    Misbehaviour.FORBIDDEN: Misconfigured,
+    Misbehaviour.DROP: Transient,
+    Misbehaviour.TOO_MANY: Transient,
+    Misbehaviour.REDIRECT: Transient,
+    Misbehaviour.EMPTY: Ambiguous,
+    Misbehaviour.TRUNCATED: Ambiguous,
+    Misbehaviour.MISSING_FIELDS: Ambiguous,
+    Misbehaviour.HUGE_BODY: Ambiguous,
+    Misbehaviour.SLOW_LORIS: Ambiguous,
+    Misbehaviour.EXPIRES_TEXT: Refreshed,
+    Misbehaviour.EXPIRES_NEGATIVE: Refreshed,
+    Misbehaviour.EXPIRES_HUGE: Refreshed,
+    Misbehaviour.WRONG_TYPE: Refreshed,
+}
 
 
 @pytest.fixture
@@ -78,20 +100,7 @@ async def test_a_token_it_never_issued_is_refused(simulator: ShaamSimulator) -> 
     assert isinstance(await refresh(simulator, "made-up"), NeedsReauth)
 
 
-@pytest.mark.parametrize(
-    ("fault", "kind"),
-    [
-        (Misbehaviour.INVALID_GRANT, NeedsReauth),
-        (Misbehaviour.UNAVAILABLE, Transient),
-        (Misbehaviour.GARBAGE, Ambiguous),
-        (Misbehaviour.SLOW, Transient),
-        (Misbehaviour.GATEWAY_401, Misconfigured),
-        (Misbehaviour.INVALID_CLIENT, Misconfigured),
-        (Misbehaviour.FORBIDDEN, Misconfigured),
-        (Misbehaviour.DROP, Transient),
-        (Misbehaviour.TOO_MANY, Transient),
-    ],
-)
+@pytest.mark.parametrize(("fault", "kind"), KINDS.items())
 async def test_it_misbehaves_for_one_business_only(
     simulator: ShaamSimulator, fault: Misbehaviour, kind: type[Answer]
 ) -> None:
@@ -100,8 +109,22 @@ async def test_it_misbehaves_for_one_business_only(
     assert isinstance(await refresh(simulator, simulator.issue("good")), Refreshed)
 
 
-async def test_a_dropped_answer_has_spent_the_token(simulator: ShaamSimulator) -> None:
-    simulator.spoil["a"] = Misbehaviour.DROP
+def test_each_misbehaviour_is_shown() -> None:
+    assert set(KINDS) == set(Misbehaviour)
+
+
+@pytest.mark.parametrize("fault", sorted(set(Misbehaviour) - WITHOUT_ROTATION))
+async def test_it_rotates_and_spoils_what_it_says_of_it(simulator: ShaamSimulator, fault: Misbehaviour) -> None:
+    simulator.spoil["a"] = fault
     token = simulator.issue("a")
-    await refresh(simulator, token)
-    assert simulator.current("a") != token
+    await refresh(simulator, token, shaam_timeout_seconds=0.3)
+    assert simulator.honours(simulator.current("a"))
+    assert not simulator.honours(token)
+
+
+async def test_a_consent_that_was_withdrawn_is_honoured_no_more(simulator: ShaamSimulator) -> None:
+    token = simulator.issue("a")
+    assert simulator.honours(token)
+    simulator.withdraw("a")
+    assert not simulator.honours(token)
+    assert isinstance(await refresh(simulator, token), NeedsReauth)

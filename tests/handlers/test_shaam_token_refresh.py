@@ -5,158 +5,38 @@ What cannot be seen from outside a run is asked of the handler, in a real attemp
 """
 
 import asyncio
-import importlib
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
-from typing import Any, NoReturn, TypeAlias
-from uuid import UUID, uuid4
+from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
 
-from bon_scheduler import attempts, history, ledger
+from bon_scheduler import attempts, history, ledger, rotation
+from bon_scheduler.breaker import HANDFUL
+from bon_scheduler.cipher import TokenCipher
+from bon_scheduler.clock import SystemClock
 from bon_scheduler.config import Settings
 from bon_scheduler.context import AttemptContext
 from bon_scheduler.db import Pool
-from bon_scheduler.demo.shaam_simulator import Misbehaviour, ShaamSimulator, shaam_simulator
-from bon_scheduler.jobs import BusinessOutcome, Counts, NoPayload
+from bon_scheduler.demo.shaam_simulator import Misbehaviour
+from bon_scheduler.jobs import BusinessOutcome, Counts
+from bon_scheduler.keeper import Keeper
 from bon_scheduler.ledger import Request
+from bon_scheduler.metrics import Metrics
 from bon_scheduler.once import RunReport
-from bon_scheduler.shaam import Answer, Shaam, TokenCipher
+from bon_scheduler.rotation import Rotator
+from bon_scheduler.shaam import Answer, Shaam
 from bon_scheduler.workers import Worker, register_worker
-from handlers.shaam_token_refresh import ASK_FOR_CONSENT, DUE, SAVE_TOKENS, shaam_token_refresh
-from tests import arrange
-from tests.conftest import Connection, MakeSettings, RunJob
+from handlers.shaam_token_refresh import RefreshTokens, shaam_token_refresh
+from tests.conftest import Connection, MakeSettings
+from tests.tax import CIPHER, NOTHING, NOW, Bon, Gate, Refresh, ended, environ
 
-# The package's attribute of this name is the job, not the module.
-module = importlib.import_module("handlers.shaam_token_refresh")
-
-Refresh: TypeAlias = Callable[..., Coroutine[Any, Any, RunReport]]
-
-KEY = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
-CIPHER = TokenCipher(KEY)
-NOW = datetime.now(UTC)
 FIRED = datetime(2026, 11, 23, 4, tzinfo=UTC)
 """A quarter of an hour before the next run, to the second."""
 EVERY_QUARTER = "*/15 * * * *"
-NOTHING = {"due": 0, "refreshed": 0, "needs_reauth": 0, "deferred": 0, "failed": 0}
-
-
-@pytest.fixture
-async def simulator() -> AsyncIterator[ShaamSimulator]:
-    async with shaam_simulator(client_id="bon", client_secret="s3cret") as simulator:
-        yield simulator
-
-
-def environ(token_url: str) -> dict[str, str]:
-    return {
-        "SHAAM_MODE": "sandbox",
-        "SHAAM_ENCRYPTION_KEY": KEY,
-        "SHAAM_CLIENT_ID": "bon",
-        "SHAAM_CLIENT_SECRET": "s3cret",
-        "SHAAM_TOKEN_URL": token_url,
-        "SHAAM_TIMEOUT_SECONDS": "5",
-    }
-
-
-@pytest.fixture
-def refresh(run_job: RunJob, simulator: ShaamSimulator) -> Refresh:
-    """Run the job whole, at NOW, against the simulator; keyword arguments are `run_job`'s."""
-
-    async def run(**changes: Any) -> RunReport:
-        return await run_job(shaam_token_refresh, **({"fire_time": NOW} | environ(simulator.token_url) | changes))
-
-    return run
-
-
-@dataclass
-class Gate:
-    """The authority as one whose answers are long on their way: `answered`, but not before `proceed`."""
-
-    url: str = ""
-    answered: asyncio.Event = field(default_factory=asyncio.Event)
-    proceed: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@pytest.fixture
-async def gate(simulator: ShaamSimulator) -> AsyncIterator[Gate]:
-    gate = Gate()
-
-    async def keep_back(request: web.Request) -> web.StreamResponse:
-        answer = await simulator._answer(request)
-        gate.answered.set()
-        await gate.proceed.wait()
-        return answer
-
-    app = web.Application()
-    app.router.add_post("/token", keep_back)
-    async with TestServer(app) as server:
-        gate.url = str(server.make_url("/token"))
-        yield gate
-        gate.proceed.set()
-
-
-@dataclass
-class Bon:
-    """BON's rows, made and read by a test."""
-
-    connection: Connection
-    simulator: ShaamSimulator
-
-    async def business(
-        self,
-        subject: str,
-        *,
-        expires_at: datetime = NOW + timedelta(minutes=1),
-        needs_reauth: bool = False,
-        active: bool = True,
-        stored: str | None = None,
-    ) -> UUID:
-        business_id = await arrange.business(
-            self.connection, name=subject, is_active=active, deleted_at=None if active else NOW
-        )
-        credentials = {
-            "business_id": business_id,
-            "encrypted_access_token": CIPHER.encrypt("old-access"),
-            "encrypted_refresh_token": stored or CIPHER.encrypt(self.simulator.issue(subject)),
-            "token_expires_at": expires_at,
-            "needs_reauth": needs_reauth,
-            "scope": "kept",
-            "updated_at": arrange.LONG_AGO,
-        }
-        await arrange.insert(self.connection, "business_shaam_credentials", credentials)
-        return business_id
-
-    async def row(self, business_id: UUID) -> dict[str, Any]:
-        query = "select * from business_shaam_credentials where business_id = $1"
-        row = await self.connection.fetchrow(query, business_id)
-        assert row is not None
-        return dict(row)
-
-    async def refresh_token(self, business_id: UUID) -> str:
-        return CIPHER.decrypt((await self.row(business_id))["encrypted_refresh_token"])
-
-    async def flagged(self) -> set[UUID]:
-        """Whose owner is asked to consent again."""
-        query = "select business_id from business_shaam_credentials where needs_reauth"
-        return {row["business_id"] for row in await self.connection.fetch(query)}
-
-    async def outcomes(self, run_id: UUID) -> dict[UUID, BusinessOutcome]:
-        """What the ledger holds of each business."""
-        rows = await history.businesses_of(self.connection, run_id)
-        return {row["business_id"]: BusinessOutcome(**row) for row in rows}
-
-
-@pytest.fixture
-async def bon(connection: Connection, simulator: ShaamSimulator) -> Bon:
-    return Bon(connection, simulator)
-
-
-def ended(report: RunReport) -> tuple[str, Counts]:
-    return report.run["state"], report.run["counts"]
 
 
 # What is refreshed
@@ -292,19 +172,28 @@ async def never_retried(bon: Bon, report: RunReport) -> bool:
 
 
 @pytest.mark.parametrize("fault", [Misbehaviour.INVALID_CLIENT, Misbehaviour.GATEWAY_401, Misbehaviour.FORBIDDEN])
-async def test_a_refused_application_stops_the_run_and_flags_nobody(
+async def test_a_refused_application_is_tried_a_handful_of_times_and_flags_nobody(
     refresh: Refresh, bon: Bon, fault: Misbehaviour
 ) -> None:
     first = await bon.business("first", expires_at=NOW - timedelta(minutes=3))
-    await bon.business("bad", expires_at=NOW - timedelta(minutes=2))
-    for n in range(5):
-        await bon.business(f"rest-{n}")
-    bon.simulator.spoil["bad"] = fault
+    for n in range(20):
+        await bon.business(f"b{n}")
+        bon.simulator.spoil[f"b{n}"] = fault
     report = await refresh(SHAAM_CONCURRENCY="1")
     assert await never_retried(bon, report)
-    assert "Refreshed 1 of 7, left 6" in report.run["error"]
-    assert bon.simulator.requests == 2
+    assert "Refreshed 1 of 21, left 20" in report.run["error"]
+    assert bon.simulator.requests == 1 + HANDFUL
     assert set(await bon.outcomes(report.run["run_id"])) == {first}
+    assert await bon.flagged() == set()
+
+
+async def test_what_refuses_one_business_is_its_own_failure(refresh: Refresh, bon: Bon) -> None:
+    """Where the application is accepted for others, it is not the application that is at fault."""
+    bad, _ = await bon.business("bad"), await bon.business("good")
+    bon.simulator.spoil["bad"] = Misbehaviour.FORBIDDEN
+    report = await refresh()
+    assert ended(report) == ("partial", NOTHING | {"due": 2, "refreshed": 1, "failed": 1})
+    assert (await bon.outcomes(report.run["run_id"]))[bad].error == "HTTP 403: no JSON object, but 0 bytes"
     assert await bon.flagged() == set()
 
 
@@ -317,6 +206,15 @@ async def test_a_wrong_client_secret_ends_the_run_dead_and_flags_nobody(refresh:
     assert await bon.flagged() == set()
 
 
+async def test_a_failing_endpoint_is_not_asked_for_everybody(refresh: Refresh, bon: Bon) -> None:
+    for n in range(50):
+        await bon.business(f"b{n}")
+        bon.simulator.spoil[f"b{n}"] = Misbehaviour.UNAVAILABLE
+    report = await refresh(SHAAM_CONCURRENCY="2")
+    assert ended(report) == ("partial", NOTHING | {"due": 50, "deferred": 50})
+    assert bon.simulator.requests <= 22
+
+
 # What is stored but cannot be read
 
 
@@ -326,6 +224,14 @@ async def test_an_unreadable_token_is_that_businesss_failure_alone(refresh: Refr
     assert ended(report) == ("partial", NOTHING | {"due": 2, "refreshed": 1, "failed": 1})
     assert await bon.flagged() == set()
     assert "AAAA" not in ((await bon.outcomes(report.run["run_id"]))[bad].error or "")
+
+
+async def test_an_unreadable_token_alone_is_told_from_a_wrong_key_by_those_that_are_not_due(
+    refresh: Refresh, bon: Bon
+) -> None:
+    await bon.business("bad", stored="AAAA")
+    await bon.business("resting", expires_at=NOW + timedelta(days=1))
+    assert ended(await refresh()) == ("partial", NOTHING | {"due": 1, "failed": 1})
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -398,17 +304,16 @@ async def test_a_save_is_tried_again_until_the_database_takes_it(
     refresh: Refresh, bon: Bon, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     business = await bon.business("a")
-    write = module._write
+    save = Keeper.save
 
-    async def mend_after_failing(*args: Any) -> Any:
+    async def mend_after_failing(keeper: Keeper, *args: Any) -> Any:
         try:
-            return await write(*args)
+            return await save(keeper, *args)
         except asyncpg.PostgresError:
             await bon.connection.execute("alter table elsewhere rename to business_shaam_credentials")
             raise
 
-    monkeypatch.setattr(module, "_write", mend_after_failing)
-    monkeypatch.setattr(module, "FIRST_SAVE_WAIT_SECONDS", 0)
+    monkeypatch.setattr(Keeper, "save", mend_after_failing)
     running = asyncio.create_task(refresh(SHAAM_TOKEN_URL=gate.url))
     await gate.answered.wait()
     await bon.connection.execute("alter table business_shaam_credentials rename to elsewhere")
@@ -422,33 +327,36 @@ async def test_a_save_whose_reply_was_lost_is_not_mistaken_for_another(
 ) -> None:
     """The first save commits and its connection drops: the repeated one must know its own row."""
     business = await bon.business("a")
-    write = module._write
+    save = Keeper.save
     failed: list[bool] = []
 
-    async def commit_then_break(*args: Any) -> Any:
-        value = await write(*args)
-        if not failed:
+    async def commit_then_break(keeper: Keeper, *args: Any) -> Any:
+        value = await save(keeper, *args)
+        if value and not failed:  # the rehearsal saves nothing
             failed.append(True)
             raise ConnectionResetError
         return value
 
-    monkeypatch.setattr(module, "_write", commit_then_break)
-    monkeypatch.setattr(module, "FIRST_SAVE_WAIT_SECONDS", 0)
+    monkeypatch.setattr(Keeper, "save", commit_then_break)
     assert (await refresh()).run["counts"]["refreshed"] == 1
+    assert failed
     assert await bon.refresh_token(business) == bon.simulator.current("a")
 
 
-async def test_after_a_lost_token_nobody_else_is_called(
+async def test_while_a_token_is_in_memory_alone_nobody_else_is_called(
     refresh: Refresh, bon: Bon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for n in range(4):
         await bon.business(f"b{n}")
+    save = Keeper.save
 
-    async def refuse(*_: object) -> NoReturn:
-        raise asyncpg.ReadOnlySQLTransactionError
+    async def refuse(keeper: Keeper, rotated: Any) -> bool:
+        if not rotated.credential.stored:  # the rehearsal
+            return await save(keeper, rotated)
+        raise asyncpg.ReadOnlySQLTransactionError("read only")
 
-    monkeypatch.setattr(module, "_write", refuse)
-    monkeypatch.setattr(module, "FIRST_SAVE_WAIT_SECONDS", 0)
+    monkeypatch.setattr(Keeper, "save", refuse)
+    monkeypatch.setattr(rotation, "SAVE_WAITS_SECONDS", (0,))
     report = await refresh(SHAAM_CONCURRENCY="1")
     assert ended(report) == ("partial", NOTHING | {"due": 4, "failed": 1, "deferred": 3})
     assert bon.simulator.requests == 1
@@ -474,6 +382,11 @@ async def test_one_businesss_defect_is_its_own(refresh: Refresh, bon: Bon, monke
 # What cannot be seen from outside a run
 
 
+def rotating(settings: Settings, pool: Pool, shaam: Shaam) -> AbstractAsyncContextManager[Rotator]:
+    rotator = Rotator(settings=settings, pool=pool, shaam=shaam, cipher=CIPHER, metrics=Metrics(), clock=SystemClock())
+    return rotator.running()
+
+
 @pytest.fixture
 async def ctx(
     pool: Pool, connection: Connection, make_settings: MakeSettings, gate: Gate
@@ -493,7 +406,7 @@ async def ctx(
         exclusive=True,
     )
     assert claim.ref is not None
-    async with Shaam(settings) as shaam:
+    async with Shaam(settings) as shaam, rotating(settings, pool, shaam) as rotator:
         yield AttemptContext(
             ref=claim.ref,
             job_name=shaam_token_refresh.name,
@@ -503,12 +416,12 @@ async def ctx(
             replay=False,
             zone=settings.bon_timezone,
             pool=pool,
-            resources={Settings: settings, Shaam: shaam, TokenCipher: CIPHER},
+            resources={Settings: settings, Shaam: shaam, Rotator: rotator},
         )
 
 
 async def handle(ctx: AttemptContext) -> Counts:
-    return await shaam_token_refresh.handler(ctx, NoPayload())
+    return await shaam_token_refresh.handler(ctx, RefreshTokens())
 
 
 async def test_the_outcomes_and_the_end_of_the_run_commit_together(ctx: AttemptContext, bon: Bon, gate: Gate) -> None:
@@ -538,22 +451,21 @@ async def test_no_token_is_spent_where_its_successor_could_not_be_saved(
     role = f"reader_{uuid4().hex}"  # roles belong to the server, not to the test's database
     await bon.connection.execute(f"create role {role}")
     await bon.connection.execute(f"grant select on all tables in schema public to {role}")
+    await bon.connection.execute(f"grant usage on schema bon_scheduler to {role}")
+    await bon.connection.execute(f"grant all on all tables in schema bon_scheduler to {role}")
     try:
         async with asyncpg.create_pool(database_url, min_size=1, max_size=2, server_settings={"role": role}) as pool:
-            ctx.pool = pool
-            with pytest.raises(asyncpg.InsufficientPrivilegeError):
-                await handle(ctx)
+            settings, shaam = ctx.get(Settings), ctx.get(Shaam)
+            async with rotating(settings, pool, shaam) as rotator:
+                ctx.resources = {**ctx.resources, Rotator: rotator}
+                with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                    await handle(ctx)
     finally:
         await bon.connection.execute(f"drop owned by {role}; drop role {role}")
     assert bon.simulator.requests == 0
 
 
 # What the handler takes for granted
-
-
-async def test_every_statement_is_valid_against_bons_schema(connection: Connection) -> None:
-    for statement in (DUE, SAVE_TOKENS, ASK_FOR_CONSENT):
-        await connection.prepare(statement)
 
 
 def test_the_answers_are_those_the_handler_knows() -> None:
