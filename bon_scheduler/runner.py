@@ -196,8 +196,15 @@ class Runner:
 
     async def attempt(self, run: Delivery) -> Claim:
         """Claim the run and, if it is ours, make one attempt at it; return what the claim said."""
-        async with self._control.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
-            claim = await self.claim(connection, run, run.job.retry)
+        claim: Claim | None = None
+        try:
+            async with self._control.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
+                claim = await self.claim(connection, run, run.job.retry)
+        except BaseException as error:
+            # The claim may have committed and its connection been lost after: then the run is ours all the same.
+            if claim is None or not isinstance(error, TRANSIENT_ERRORS):
+                self._under_way.pop(run.run_id, None)
+                raise
         await self.execute(run.job, claim, run.job.retry)
         return claim
 

@@ -40,11 +40,23 @@ DUE = """
        and c.needs_reauth = false
        and b.is_active = true
        and b.deleted_at is null
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = c.business_id)
        and (not $3
             or r.next_attempt_at is null
             or r.next_attempt_at <= clock_timestamp()
             or r.changed_at < c.updated_at)
      order by c.token_expires_at, c.business_id
+"""
+# $1 before: timestamptz. How many paused businesses are left as they are.
+COUNT_PAUSED = """
+    select count(*)
+      from bon_scheduler.business_pauses p
+      join business_shaam_credentials c on c.business_id = p.business_id
+      join businesses b on b.id = c.business_id
+     where c.token_expires_at < $1
+       and c.needs_reauth = false
+       and b.is_active = true
+       and b.deleted_at is null
 """
 # $1 businesses: uuid[]. Index: unique (business_id).
 READ_TOKENS = """
@@ -95,6 +107,11 @@ async def read_due(
     return [row["business_id"] for row in rows]
 
 
+async def count_paused(connection: Connection, horizon: datetime) -> int:
+    """Count the businesses that would be due before `horizon`, had nobody paused them."""
+    return int(await connection.fetchval(COUNT_PAUSED, horizon))
+
+
 async def rotate(ctx: JobContext, due: Sequence[UUID]) -> list[Result]:
     """
     Refresh each of these, SHAAM_CONCURRENCY at a time; return what became of each.
@@ -135,9 +152,9 @@ def teller(ctx: JobContext) -> Tell:
     return tell
 
 
-async def end_run(ctx: JobContext, results: Sequence[Result]) -> Counts:
+async def end_run(ctx: JobContext, results: Sequence[Result], *, paused: int = 0) -> Counts:
     """
-    Record what became of each business, and end the run.
+    Record what became of each business, and end the run; businesses that are paused are counted, if any are.
 
     Raises NeverRetryError where the application is at fault, after recording what was done all the same.
     """
@@ -155,7 +172,12 @@ async def end_run(ctx: JobContext, results: Sequence[Result]) -> Counts:
         )
     async with ctx.transaction() as tx:
         await ctx.record(_outcomes(results), on=tx)
-        return await ctx.finish(counts, on=tx)
+        return await ctx.finish(counts | with_paused(paused), on=tx)
+
+
+def with_paused(paused: int) -> dict[str, int]:
+    """Return the count of paused businesses, where it is worth a word."""
+    return {"paused": paused} if paused else {}
 
 
 def _count(results: Iterable[Result]) -> dict[str, int]:

@@ -29,7 +29,17 @@ from bon_scheduler.jobs import (
 )
 from bon_scheduler.refreshes import Credential, find_standing
 from bon_scheduler.rotation import Rotator
-from handlers.shaam_refresh_batch import COUNTS, RefreshBatch, end_run, read_due, rotate, shaam_refresh_batch, teller
+from handlers.shaam_refresh_batch import (
+    COUNTS,
+    RefreshBatch,
+    count_paused,
+    end_run,
+    read_due,
+    rotate,
+    shaam_refresh_batch,
+    teller,
+    with_paused,
+)
 
 __all__ = ["RefreshTokens", "shaam_token_refresh"]
 
@@ -67,11 +77,12 @@ async def shaam_token_refresh(ctx: JobContext, payload: RefreshTokens) -> Counts
     horizon = _horizon(ctx)
     async with ctx.connection() as connection:
         due = await read_due(connection, horizon)
+        paused = await count_paused(connection, horizon)
     if ctx.get(Settings).shaam_mode is ShaamMode.MOCK:
-        return await _mock(ctx, len(due))
+        return await _mock(ctx, len(due), paused)
     if len(due) > MOST_FOR_ONE_RUN:
-        return await _share_out(ctx, due, horizon)
-    return await end_run(ctx, await rotate(ctx, due))
+        return await _share_out(ctx, due, horizon, paused)
+    return await end_run(ctx, await rotate(ctx, due), paused=paused)
 
 
 def _horizon(ctx: JobContext) -> datetime:
@@ -79,13 +90,13 @@ def _horizon(ctx: JobContext) -> datetime:
     return max(ctx.fire_time, ctx.next_fire_time or ctx.now) + LOOK_AHEAD
 
 
-async def _mock(ctx: JobContext, due: int) -> Counts:
+async def _mock(ctx: JobContext, due: int, paused: int = 0) -> Counts:
     log.info("shaam.mocked", due=due)
     async with ctx.transaction() as tx:
-        return await ctx.finish({"due": due, **dict.fromkeys(COUNTS, 0)}, on=tx)
+        return await ctx.finish({"due": due, **dict.fromkeys(COUNTS, 0), **with_paused(paused)}, on=tx)
 
 
-async def _share_out(ctx: JobContext, due: list[UUID], horizon: datetime) -> Counts:
+async def _share_out(ctx: JobContext, due: list[UUID], horizon: datetime, paused: int) -> Counts:
     """Ask for a run a batch, the first to expire first, so that all replicas take part."""
     starts = range(0, len(due), BATCH)
     batches = [
@@ -94,7 +105,7 @@ async def _share_out(ctx: JobContext, due: list[UUID], horizon: datetime) -> Cou
     ]
     async with ctx.transaction() as tx:
         await ctx.enqueue_many(shaam_refresh_batch, batches, on=tx)
-        counts = {"due": len(due), "batches": len(batches), **dict.fromkeys(COUNTS, 0)}
+        counts = {"due": len(due), "batches": len(batches), **dict.fromkeys(COUNTS, 0), **with_paused(paused)}
         return await ctx.finish(counts, on=tx)
 
 
@@ -123,7 +134,10 @@ async def _read_credential(connection: Connection, business_id: UUID) -> Credent
     if row["needs_reauth"]:
         raise NeverRetryError(f"The owner of business {business_id} must consent again, in BON, first.")
     if not await read_due(connection, WHATEVER_ITS_EXPIRY, [business_id], patient=False):
-        raise NeverRetryError(f"Business {business_id} is not active, so its tokens are not refreshed.")
+        raise NeverRetryError(
+            f"Business {business_id} is not active, or a person has paused it, so its tokens are not refreshed. "
+            "End a pause with: python -m bon_scheduler resume --business UUID --reason …"
+        )
     standing = await find_standing(connection, business_id)
     if standing is not None and standing.silence:
         raise RetryLaterError("The authority asked for this business to be left alone.", after=standing.silence)

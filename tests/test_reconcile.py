@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
+import asyncpg
 import pytest
 
 from bon_scheduler import Counts, JobContext, NoPayload, Retry, attempts, db, job, runner, service
@@ -115,6 +116,37 @@ async def test_a_run_whose_claim_was_never_answered_is_let_go_of_and_run(
         await connection.execute(ASK)
         assert await until_state(connection, "succeeded", "dead") == "succeeded"
     assert await outcomes(connection) == ["lost", "succeeded"]
+
+
+async def test_a_run_whose_claims_connection_is_lost_after_the_answer_is_run_all_the_same(
+    make_settings: MakeSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool finds the connection dead when it is given back: the run must not stay claimed and untouched."""
+    claim, release = attempts.claim, asyncpg.Pool.release
+    claimed = asyncio.Event()
+
+    async def note_claim(*arguments: Any, **options: Any) -> Any:
+        answer = await claim(*arguments, **options)
+        claimed.set()
+        return answer
+
+    async def release_of_a_dead_connection(pool: Any, *arguments: Any, **options: Any) -> None:
+        await release(pool, *arguments, **options)
+        if claimed.is_set():
+            monkeypatch.setattr(asyncpg.Pool, "release", release)
+            raise asyncpg.ConnectionDoesNotExistError("terminated before it was given back")
+
+    monkeypatch.setattr(attempts, "claim", note_claim)
+    monkeypatch.setattr(asyncpg.Pool, "release", release_of_a_dead_connection)
+
+    @job("a-test", retry=QUICK)
+    async def quick(_: JobContext, __: NoPayload) -> Counts:
+        return {}
+
+    async with service.serving(make_settings(LEASE_SECONDS="2"), jobs=[quick]):
+        await connection.execute(ASK)
+        assert await until_state(connection, "succeeded", "dead") == "succeeded"
+    assert await outcomes(connection) == ["succeeded"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
 from handlers.draft_cleanup import draft_cleanup
 from handlers.overdue_detection import overdue_detection
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
+from handlers.shaam_token_refresh import shaam_token_refresh
 from tests import arrange
 from tests.conftest import Connection, RunJob
 from tests.process import run_command
@@ -52,6 +53,22 @@ async def test_detection_leaves_a_paused_business_as_it_is_and_counts_it(
     assert report.run["counts"] == {"marked": 1, "cleared": 2, "paused": 1}
     touched = "select count(*) from invoices where business_id = $1 and updated_at > $2"
     assert await connection.fetchval(touched, paused, arrange.LONG_AGO) == 0
+
+
+async def test_a_paused_businesss_tokens_are_left_alone_and_it_is_counted(
+    run_job: RunJob, connection: Connection
+) -> None:
+    for paused in (True, False):
+        business = await shop(connection, f"{paused}@shop.example", paused=paused)
+        credentials = {
+            "business_id": business,
+            "encrypted_access_token": "sealed",
+            "encrypted_refresh_token": "sealed",
+            "token_expires_at": FIRED,
+        }
+        await arrange.insert(connection, "business_shaam_credentials", credentials)
+    report = await run_job(shaam_token_refresh, fire_time=FIRED)
+    assert (report.run["counts"]["due"], report.run["counts"]["paused"]) == (1, 1)
 
 
 async def test_a_paused_business_gets_no_digest_and_is_counted(
