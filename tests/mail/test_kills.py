@@ -42,7 +42,8 @@ STEPS = {
     "the answer is recorded": ("bon_scheduler.deliveries", "update", "new.state = 'sent'"),
     "sending ends": ("bon_scheduler.runs", "update", "new.job = 'send-overdue-digest' and new.state = 'succeeded'"),
 }
-CERTAIN = STEPS.keys() - {"the answer is recorded"}
+# Where one run ends, other letters may be on their way: between DATA and the record of its answer.
+CERTAIN = STEPS.keys() - {"the answer is recorded", "sending ends"}
 UNFINISHED = "select count(*) from bon_scheduler.runs where state in ('queued', 'running', 'retrying')"
 INTENDED = "select count(*) from bon_scheduler.deliveries where state = 'intended'"
 SENDING_ASKED = "select count(*) from bon_scheduler.runs where job = 'send-overdue-digest'"
