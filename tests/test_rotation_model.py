@@ -148,6 +148,8 @@ class Life:
         await self.let_pass(self.chance.choice((timedelta(minutes=2), timedelta(minutes=20), timedelta(hours=6))))
 
     async def let_pass(self, duration: timedelta) -> None:
+        for replica in self.replicas:
+            await replica.offer()  # as it does every other second
         self.clock[0] += duration.total_seconds()
         await self.connection.execute(AGE, duration)
 
