@@ -45,15 +45,16 @@ class Breaker:
         return self._reason if self._refusals >= HANDFUL else None
 
     def why_not(self) -> str | None:
-        """Say why nobody may be called now; None lets the caller through."""
-        if self._reason is None:
-            return None
-        if self.seconds() < self._until:
-            return self._reason
-        # Half open: this one finds out, the others wait for what it finds.
-        self._probing = True
-        self._until = self.seconds() + self._pause.total_seconds()
-        return None
+        """Say why nobody may be called now, if so."""
+        return self._reason if self.seconds() < self._until else None
+
+    def admit(self) -> str | None:
+        """Let a call through, just before it is made, or say why not; half open, one finds out for the others."""
+        reason = self.why_not()
+        if reason is None and self._reason is not None:
+            self._probing = True
+            self._until = self.seconds() + self._pause.total_seconds()
+        return reason
 
     def note(self, answer: Answer) -> None:
         """Account for an answer."""

@@ -44,6 +44,7 @@ from bon_scheduler.shaam import (
     Refreshed,
     Shaam,
     Transient,
+    name_of,
 )
 from bon_scheduler.spool import Spool
 
@@ -64,6 +65,7 @@ SAVE_WAITS_SECONDS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Longer in all than a restart of PostgreSQL takes."""
 SPOOLED_SAVE_WAITS_SECONDS = (0.25,)
 """Where a spool is, a process that dies meanwhile is the greater risk."""
+COUNTED_AS: dict[State, Count] = {State.NEEDS_REAUTH: "needs_reauth", State.FAILED: "failed"}
 LOOK_AGAIN_SECONDS = 0.1
 JOIN_BEYOND_ANSWER_SECONDS = 15.0
 
@@ -84,6 +86,19 @@ class Result:
     """Whether another exchange of this business is under way."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """How many exchanges are under way at once, and how many of them wait for the authority."""
+
+    exchanges: asyncio.Semaphore
+    requests: asyncio.Semaphore
+
+    @classmethod
+    def of(cls, requests: int) -> "_Lane":
+        """Allow so many requests; some exchanges more, so that no request waits for the database."""
+        return cls(asyncio.Semaphore(requests + requests // 3 + 1), asyncio.Semaphore(requests))
+
+
 class Rotator:
     """Rotates tokens, for one process. Safe to use from many runs at once."""
 
@@ -102,8 +117,8 @@ class Rotator:
         self._save_waits = SPOOLED_SAVE_WAITS_SECONDS if spool else SAVE_WAITS_SECONDS
         self._answer_limit = timedelta(seconds=settings.shaam_timeout_seconds)
         self._lease = self._answer_limit + LEASE_BEYOND_ANSWER
-        self._slots = asyncio.Semaphore(settings.shaam_concurrency)
-        self._on_demand_slots = asyncio.Semaphore(ON_DEMAND_SLOTS)
+        self._scheduled = _Lane.of(settings.shaam_concurrency)
+        self._on_demand = _Lane.of(ON_DEMAND_SLOTS)
         # The loop keeps only weak references to tasks; these must end whoever is cancelled.
         self._under_way: set[asyncio.Task[Result]] = set()
 
@@ -129,12 +144,19 @@ class Rotator:
         await self.keeper.save(rehearsal)
 
     async def rotate(self, credential: Credential, tell: Tell, *, on_demand: bool = False) -> Result:
-        """Wait for a turn and exchange one business's token, once; cancelled, the exchange goes on by itself."""
-        async with self._on_demand_slots if on_demand else self._slots:
-            task = asyncio.create_task(self._exchange(credential, tell), name=f"exchange {credential.business_id}")
+        """Wait for a turn and exchange one business's token, once; cancelled, what was sent is seen to its end."""
+        lane = self._on_demand if on_demand else self._scheduled
+        async with lane.exchanges:
+            stopped = asyncio.Event()
+            work = self._exchange(credential, tell, lane, stopped)
+            task = asyncio.create_task(work, name=f"exchange {credential.business_id}")
             self._under_way.add(task)
             task.add_done_callback(self._forget)
-            return await asyncio.shield(task)
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:
+                stopped.set()
+                raise
 
     async def join(self, business_id: UUID, *, since: datetime) -> Result | None:
         """
@@ -159,7 +181,7 @@ class Rotator:
             return Result(business_id, "joined", "kept")
         if not waited:
             return None
-        return Result(business_id, _count_of(standing.state), "failed", standing.error)
+        return Result(business_id, COUNTED_AS.get(standing.state, "deferred"), "failed", standing.error)
 
     def _forget(self, task: asyncio.Task[Result]) -> None:
         self._under_way.discard(task)
@@ -167,23 +189,35 @@ class Rotator:
             # The caller sees it as well, unless it was cancelled. Its text may quote a statement's values.
             log.error("token.failed", error=type(error).__name__)
 
-    async def _exchange(self, credential: Credential, tell: Tell) -> Result:
+    async def _exchange(self, credential: Credential, tell: Tell, lane: _Lane, stopped: asyncio.Event) -> Result:
         business_id = credential.business_id
         if (reason := self._why_not()) is not None:
-            return Result(business_id, "deferred", "failed", f"not called: {reason}", called=False)
+            return _not_called(business_id, reason)
         try:
             token = self.cipher.decrypt(credential.stored)
         except UnreadableTokenError as error:
             return await self._report_unreadable(business_id, str(error))
         exchange = Exchange(uuid4(), credential, self.cipher.fingerprint(token))
+        began = seconds_since_boot()
         claimed = await self._prepare_to_send(exchange, tell)
         if isinstance(claimed, Result):
             return claimed
+        async with lane.requests:
+            # Frozen meanwhile, this process must not send: its lease may be another's soon.
+            late = seconds_since_boot() - began > self._lease.total_seconds() / 2
+            reason = "its run was stopped" if late or stopped.is_set() else self._why_not() or self.breaker.admit()
+            answer = await self._send(token) if reason is None else None
+        if answer is None:
+            await self._settle(exchange, State.DEFERRED, unspent=True)
+            return _not_called(business_id, reason or "")
+        return await self._conclude(exchange, claimed, answer, tell)
+
+    async def _send(self, token: str) -> Answer:
         started = time.perf_counter()
         answer = await self._shaam.refresh(token)
-        self._metrics.shaam_answered(_name_of(answer), time.perf_counter() - started)
+        self._metrics.shaam_answered(name_of(answer), time.perf_counter() - started)
         self.breaker.note(answer)
-        return await self._conclude(exchange, claimed, answer, tell)
+        return answer
 
     def _why_not(self) -> str | None:
         """Say why nobody may be called now."""
@@ -195,7 +229,6 @@ class Rotator:
     async def _prepare_to_send(self, exchange: Exchange, tell: Tell) -> Claimed | Result:
         """Commit the intent; a result says why the token is not to be sent."""
         business_id = exchange.credential.business_id
-        began = seconds_since_boot()
         try:
             claimed = await self._claim(exchange)
         except TRANSIENT_ERRORS as error:
@@ -206,10 +239,6 @@ class Rotator:
         if isinstance(claimed, Verdict):
             return await self._explain(exchange, claimed, tell)
         if claimed.unanswered > 1 and await self._was_answered(exchange):
-            return _superseded(business_id)
-        if seconds_since_boot() - began > self._lease.total_seconds() / 2:
-            # This process was frozen: its lease may be another's soon.
-            await self._settle(exchange, State.DEFERRED, unspent=True)
             return _superseded(business_id)
         return claimed
 
@@ -347,35 +376,14 @@ class Rotator:
             log.warning("token.unsettled", error=describe_error(trouble))
 
 
+def _not_called(business_id: UUID, reason: str) -> Result:
+    return Result(business_id, "deferred", "failed", f"not called: {reason}", called=False)
+
+
 def _superseded(business_id: UUID) -> Result:
     """Keep what came into the row meanwhile: it is newer. The next run looks at it again."""
     log.info("token.superseded", business_id=str(business_id))
     return Result(business_id, "deferred", "kept")
-
-
-def _count_of(state: State) -> Count:
-    match state:
-        case State.NEEDS_REAUTH:
-            return "needs_reauth"
-        case State.FAILED:
-            return "failed"
-        case _:
-            return "deferred"
-
-
-def _name_of(answer: Answer) -> str:
-    """Name an answer as `shaam_requests_total` does."""
-    match answer:
-        case Refreshed():
-            return "refreshed"
-        case NeedsReauth():
-            return "needs_reauth"
-        case Misconfigured():
-            return "misconfigured"
-        case Transient():
-            return "transient"
-        case Ambiguous():
-            return "ambiguous"
 
 
 async def _persist(write: Callable[[], Awaitable[T]], waits_seconds: tuple[float, ...]) -> T:

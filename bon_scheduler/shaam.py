@@ -35,6 +35,7 @@ __all__ = [
     "Refreshed",
     "Shaam",
     "Transient",
+    "name_of",
 ]
 
 MAX_ANSWER_BYTES = 64 * 1024
@@ -113,6 +114,21 @@ class Ambiguous:
 
 
 Answer: TypeAlias = Refreshed | NeedsReauth | Misconfigured | Transient | Ambiguous
+
+
+def name_of(answer: Answer) -> str:
+    """Name an answer as `shaam_requests_total` does."""
+    match answer:
+        case Refreshed():
+            return "refreshed"
+        case NeedsReauth():
+            return "needs_reauth"
+        case Misconfigured():
+            return "misconfigured"
+        case Transient():
+            return "transient"
+        case Ambiguous():
+            return "ambiguous"
 
 
 @dataclass(frozen=True, slots=True)

@@ -277,6 +277,11 @@ class Replica:
         except (Exception, Crash) as error:  # noqa: BLE001 - whatever ended it, the next run goes on from there
             return error
 
+    async def offer(self) -> None:
+        """Offer what this process keeps to the database."""
+        assert self._rotator is not None
+        await self._rotator.keeper.offer()
+
     def kept(self) -> set[str]:
         """The refresh tokens in the spool, opened."""
         if self.spool is None:

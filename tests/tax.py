@@ -25,6 +25,13 @@ CLIENT_SECRET = "client-s3cret-of-bon"
 NOW = datetime.now(UTC)
 NOTHING = {"due": 0, "refreshed": 0, "joined": 0, "needs_reauth": 0, "deferred": 0, "failed": 0}
 
+# $1 how much time is to have passed: interval.
+AGE = """
+    update bon_scheduler.shaam_refreshes
+       set lease_until = lease_until - $1::interval, next_attempt_at = next_attempt_at - $1::interval,
+           silent_until = silent_until - $1::interval, changed_at = changed_at - $1::interval
+"""
+
 
 def environ(token_url: str) -> dict[str, str]:
     return {
@@ -100,12 +107,7 @@ class Bon:
 
     async def age(self, duration: timedelta) -> None:
         """Let so much time pass for what is in our table."""
-        await self.connection.execute(
-            "update bon_scheduler.shaam_refreshes"
-            "   set lease_until = lease_until - $1::interval, next_attempt_at = next_attempt_at - $1::interval,"
-            "       silent_until = silent_until - $1::interval, changed_at = changed_at - $1::interval",
-            duration,
-        )
+        await self.connection.execute(AGE, duration)
 
     async def outcomes(self, run_id: UUID) -> dict[UUID, BusinessOutcome]:
         """What the ledger holds of each business."""

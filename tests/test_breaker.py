@@ -34,7 +34,7 @@ def test_a_handful_of_refusals_opens_it_and_says_so() -> None:
     assert breaker_after(*[REFUSED] * (HANDFUL - 1))[0].refusal is None
     breaker, _ = breaker_after(*[REFUSED] * HANDFUL)
     assert "HTTP 403" in (breaker.refusal or "")
-    assert breaker.why_not() == breaker.refusal
+    assert breaker.why_not() == breaker.admit() == breaker.refusal
 
 
 def test_any_answer_to_the_application_begins_the_count_anew() -> None:
@@ -48,8 +48,8 @@ def test_after_its_pause_one_is_let_through_and_decides() -> None:
     clock.seconds += 29
     assert breaker.why_not() is not None
     clock.seconds += 1
-    assert breaker.why_not() is None
-    assert breaker.why_not() is not None  # the others wait for what the first one finds
+    assert breaker.admit() is None
+    assert breaker.admit() is not None  # the others wait for what the first one finds
     breaker.note(GOOD)
     assert breaker.why_not() is None
 
@@ -60,7 +60,7 @@ def test_each_probe_that_fails_doubles_the_pause_up_to_ten_minutes() -> None:
         clock.seconds += pause - 1
         assert breaker.why_not() is not None, pause
         clock.seconds += 1
-        assert breaker.why_not() is None, pause
+        assert breaker.admit() is None, pause
         breaker.note(AWAY)
 
 

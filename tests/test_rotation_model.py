@@ -26,18 +26,13 @@ from tests import arrange
 from tests.authority import Authority, authority
 from tests.conftest import Connection, MakeSettings
 from tests.fated import Fate, Replica, Sendings
-from tests.tax import CIPHER, environ
+from tests.tax import AGE, CIPHER, environ
 
 BUSINESSES = 3
 STEPS = 7
 LATER = datetime(2100, 1, 1, tzinfo=UTC)
 LOST = "the rotation was lost"
 FAULTS = tuple(Misbehaviour)
-AGE = """
-    update bon_scheduler.shaam_refreshes
-       set lease_until = lease_until - $1::interval, next_attempt_at = next_attempt_at - $1::interval,
-           silent_until = silent_until - $1::interval, changed_at = changed_at - $1::interval
-"""
 
 
 @dataclass(slots=True)
@@ -153,6 +148,8 @@ class Life:
         await self.let_pass(self.chance.choice((timedelta(minutes=2), timedelta(minutes=20), timedelta(hours=6))))
 
     async def let_pass(self, duration: timedelta) -> None:
+        for replica in self.replicas:
+            await replica.offer()  # as it does every other second
         self.clock[0] += duration.total_seconds()
         await self.connection.execute(AGE, duration)
 
