@@ -18,7 +18,7 @@ from uuid import UUID
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 __all__ = [
     "BusinessOutcome",
@@ -35,6 +35,7 @@ __all__ = [
     "Payload",
     "Retry",
     "RetryLaterError",
+    "explain_payload",
     "job",
 ]
 
@@ -285,3 +286,13 @@ def job(
         return Job(name, handler, payload, schedule, retry or Retry(), timeout, summary)
 
     return declare
+
+
+def explain_payload(job: AnyJob, error: ValidationError) -> str:
+    """Say which fields of a payload are wrong, without their values."""
+    faults = "; ".join(
+        f"{'.'.join(map(str, item['loc'])) or 'payload'}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+        for item in error.errors(include_url=False, include_input=False, include_context=False)
+    )
+    known = ", ".join(job.payload.model_fields) or "no fields"
+    return f'The payload of "{job.name}" is not usable: {faults}. It takes: {known}.'

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
-import asyncpg
 import structlog
 from pydantic import ValidationError
 from structlog.contextvars import bound_contextvars
@@ -28,26 +27,16 @@ from bon_scheduler.clock import Clock
 from bon_scheduler.context import AttemptContext
 from bon_scheduler.db import TRANSIENT_ERRORS, Pool
 from bon_scheduler.deadman import Deadman
+from bon_scheduler.endings import Ending, invoke, judge
 from bon_scheduler.heartbeat import Heartbeat
-from bon_scheduler.jobs import (
-    AnyJob,
-    Connection,
-    Counts,
-    Cron,
-    LostRunError,
-    NeverRetryError,
-    NotNowError,
-    Payload,
-    Retry,
-    RetryLaterError,
-)
+from bon_scheduler.jobs import AnyJob, Connection, Counts, Cron, LostRunError, Payload, Retry, explain_payload
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Origin
-from bon_scheduler.log import describe_error, where, where_now
+from bon_scheduler.log import describe_error, where_now
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.timing import next_fire_time
 from bon_scheduler.workers import Worker
 
-__all__ = ["Delivery", "Runner", "explain_payload"]
+__all__ = ["Delivery", "Runner"]
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -64,72 +53,12 @@ class Delivery:
     job: AnyJob
 
 
-class _EscapedError(Exception):
-    """What a handler raised that is no Exception, described."""
-
-
 @dataclass(slots=True)
 class _UnderWay:
     """An attempt of this process: without `ref` while its claim is on the way."""
 
     ref: RunRef | None = None
     dropped: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ending:
-    """How an attempt ended: its outcome, and what the run becomes."""
-
-    outcome: str
-    counts: Counts = field(default_factory=dict)
-    error: str | None = None
-    wait: timedelta | None = None
-
-
-def explain_payload(job: AnyJob, error: ValidationError) -> str:
-    """Say which fields of a payload are wrong, without their values."""
-    faults = "; ".join(
-        f"{'.'.join(map(str, item['loc'])) or 'payload'}: {item['msg'][:1].lower()}{item['msg'][1:]}"
-        for item in error.errors(include_url=False, include_input=False, include_context=False)
-    )
-    known = ", ".join(job.payload.model_fields) or "no fields"
-    return f'The payload of "{job.name}" is not usable: {faults}. It takes: {known}.'
-
-
-def _explain(error: BaseException) -> str:
-    text = describe_error(error)
-    if isinstance(error, asyncpg.UndefinedTableError | asyncpg.UndefinedColumnError):
-        return f"{text}. See what BON's database lacks with: python -m bon_scheduler check"
-    return text
-
-
-async def _invoke(job: AnyJob, ctx: AttemptContext, payload: Payload) -> Counts:
-    try:
-        return await job.handler(ctx, payload)
-    except (SystemExit, asyncio.CancelledError) as error:
-        task = asyncio.current_task()
-        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-            raise
-        # As it is, it would end the event loop, or pass for a cancellation of ours.
-        raise _EscapedError(describe_error(error)) from error
-
-
-def _judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> _Ending:
-    """Say how a handler's own end is to be taken; `wait` is its policy's."""
-    error = handler.exception()
-    if error is None:
-        return _Ending("succeeded", handler.result())
-    if isinstance(error, LostRunError):
-        return _Ending("lost", error=str(error))
-    if isinstance(error, NotNowError):
-        return _Ending("given_back", error=describe_error(error), wait=error.after)
-    if isinstance(error, NeverRetryError):
-        return _Ending("dead", error=describe_error(error))
-    if isinstance(error, RetryLaterError):
-        return _Ending("failed", error=describe_error(error), wait=None if wait is None else error.after)
-    text = str(error) if isinstance(error, _EscapedError) else _explain(error)
-    log.warning("handler.raised", error=text, where=where(error))
-    return _Ending("failed", error=text, wait=wait)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
@@ -288,12 +217,12 @@ class Runner:
             resources=self._resources,
         )
 
-    async def _call(self, job: AnyJob, claim: Claim, ctx: AttemptContext, retry: Retry) -> _Ending:
+    async def _call(self, job: AnyJob, claim: Claim, ctx: AttemptContext, retry: Retry) -> Ending:
         try:
             payload: Payload = job.payload.model_validate(claim.payload)
         except ValidationError as error:
-            return _Ending("dead", error=explain_payload(job, error))
-        handler = asyncio.create_task(_invoke(job, ctx, payload), name=f"{job.name} {ctx.run_id}/{ctx.attempt}")
+            return Ending("dead", error=explain_payload(job, error))
+        handler = asyncio.create_task(invoke(job, ctx, payload), name=f"{job.name} {ctx.run_id}/{ctx.attempt}")
         try:
             stopped = await self._watch(job, ctx, handler)
         except asyncio.CancelledError:
@@ -303,9 +232,9 @@ class Runner:
         wait = None if number >= retry.attempts else retry.wait(number)
         if stopped is not None and (not handler.done() or handler.cancelled() or handler.exception()):
             return replace(stopped, wait=wait)
-        return _judge(handler, wait)
+        return judge(handler, wait)
 
-    async def _watch(self, job: AnyJob, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> _Ending | None:
+    async def _watch(self, job: AnyJob, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> Ending | None:
         """Wait for the handler, and stop it when its time is over or its run is lost; then say why."""
         dropped = asyncio.create_task(self._under_way[ctx.run_id].dropped.wait())
         try:
@@ -314,9 +243,9 @@ class Runner:
             if handler.done():
                 return None
             ending = (
-                _Ending("lost", error="another attempt owns the run")
+                Ending("lost", error="another attempt owns the run")
                 if dropped.done()
-                else _Ending("timed_out", error=f"timed out after {job.timeout}")
+                else Ending("timed_out", error=f"timed out after {job.timeout}")
             )
             await self._stop(ctx, handler, DEADLINE_GRACE_SECONDS)
             return ending
@@ -347,7 +276,7 @@ class Runner:
             await self._record(ctx, lambda connection: attempts.give_back(connection, ctx.ref))
         log.info("run.given_back" if ctx.ended is None else "run.ended", outcome=ctx.ended)
 
-    async def _settle(self, ctx: AttemptContext, ending: _Ending) -> str:
+    async def _settle(self, ctx: AttemptContext, ending: Ending) -> str:
         """Record how the attempt ended; return the run's state, or how the run was lost."""
         if ctx.ended is not None:
             if ending.outcome != "succeeded":
@@ -394,7 +323,7 @@ class Runner:
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
             wait = min(wait * 2, LONGEST_RECORDING_WAIT_SECONDS)
 
-    def _report(self, job: AnyJob, state: str, ending: _Ending, seconds: float) -> None:
+    def _report(self, job: AnyJob, state: str, ending: Ending, seconds: float) -> None:
         retry_in = round(ending.wait.total_seconds(), 1) if ending.wait else None
         if state == "given_back":
             # Not a warning for each: whoever knows what is lacking says it once.

@@ -5,17 +5,16 @@ Asked for in the transaction that flags the business. An owner who has consented
 gets none, and the delivery ledger sees to it that each gets one a day however often the run is repeated.
 """
 
-from collections import Counter
 from datetime import timedelta
 from uuid import UUID
 
 import structlog
 
 from bon_scheduler.config import Settings
-from bon_scheduler.jobs import BusinessOutcome, Counts, JobContext, Payload, Retry, RetryLaterError, job
+from bon_scheduler.jobs import Counts, JobContext, Payload, Retry, job
 from bon_scheduler.letters import Letter
-from bon_scheduler.mail import Delivery, Mailer
 from handlers.digest import render
+from handlers.mailing import LETTER_COUNTS, deliver_each, told
 from handlers.statement import read_recipients
 
 __all__ = ["REAUTH_KIND", "NotifyReauth", "notify_reauth"]
@@ -24,7 +23,6 @@ log = structlog.get_logger()
 
 REAUTH_KIND = "shaam-reauth"
 """The kind under which the delivery ledger knows these letters."""
-COUNTS = (*(delivery.value for delivery in Delivery), "no_recipient", "consented")
 
 # $1 business. Index: businesses_pkey, unique (business_id).
 READ_FLAGGED = """
@@ -54,46 +52,25 @@ async def notify_reauth(ctx: JobContext, payload: NotifyReauth) -> Counts:
     async with ctx.connection() as connection:
         business_name = await connection.fetchval(READ_FLAGGED, payload.business_id)
         recipients = await read_recipients(connection, payload.business_id)
-    tally: Counter[str] = Counter()
+    counts = dict.fromkeys((*LETTER_COUNTS, "consented"), 0)
     if business_name is None:
-        tally["consented"] = 1
-    elif not recipients:
-        log.warning("reauth.unaddressed", business_id=str(payload.business_id))
-        tally["no_recipient"] = 1
+        counts["consented"] = 1
+    elif recipients:
+        counts |= await deliver_each(ctx, _write_letters(ctx, payload.business_id, business_name, recipients))
     else:
-        tally.update(await _deliver(ctx, payload.business_id, business_name, recipients))
-    counts = {name: tally[name] for name in COUNTS}
+        log.warning("reauth.unaddressed", business_id=str(payload.business_id))
+        counts["no_recipient"] = 1
     async with ctx.transaction() as tx:
-        await ctx.record(_outcomes(payload.business_id, counts), on=tx)
+        await ctx.record(told(payload.business_id, counts), on=tx)
         return await ctx.finish(counts, on=tx)
 
 
-async def _deliver(ctx: JobContext, business_id: UUID, business_name: str, recipients: list[str]) -> list[str]:
-    """Write to each; raises RetryLaterError after everybody was tried, if someone must be tried again."""
+def _write_letters(ctx: JobContext, business_id: UUID, business_name: str, recipients: list[str]) -> list[Letter]:
     settings = ctx.get(Settings)
     language = settings.email_language
     values = {"business_name": business_name, "link": settings.app_origin, "language": language}
     subject, text, html = render("reauth", language, values)
-    deliveries = []
-    trouble: RetryLaterError | None = None
-    for recipient in recipients:
-        letter = Letter(REAUTH_KIND, business_id, ctx.business_date, recipient, subject, text, html, language)
-        try:
-            delivery = await ctx.get(Mailer).deliver(letter, run_id=ctx.run_id, attempt=ctx.attempt)
-        except RetryLaterError as error:
-            trouble = error
-        else:
-            deliveries.append(delivery.value)
-    if trouble is not None:
-        raise trouble
-    return deliveries
-
-
-def _outcomes(business_id: UUID, counts: Counts) -> list[BusinessOutcome]:
-    told = {name: n for name, n in counts.items() if n and name not in {"logged", "already_sent", "consented"}}
-    if counts["refused"] or counts["unknown"]:
-        error = f"{counts['refused']} refused, {counts['unknown']} unknown; see deliveries"
-        return [BusinessOutcome(business_id, "failed", told, error)]
-    if counts["no_recipient"]:
-        return [BusinessOutcome(business_id, "kept", told, "no recipient: no owner and no address of its own")]
-    return [BusinessOutcome(business_id, "done", told)] if told else []
+    return [
+        Letter(REAUTH_KIND, business_id, ctx.business_date, recipient, subject, text, html, language)
+        for recipient in recipients
+    ]

@@ -15,8 +15,7 @@ from pydantic import ValidationError
 
 from bon_scheduler import db, history, service
 from bon_scheduler.config import Settings
-from bon_scheduler.jobs import AnyJob, Connection, Payload
-from bon_scheduler.runner import explain_payload
+from bon_scheduler.jobs import AnyJob, Connection, Payload, explain_payload
 
 __all__ = [
     "BADLY",

@@ -1,0 +1,82 @@
+"""
+How an attempt ended: what its handler's result or exception means for the run.
+
+A handler may raise anything. Only the cancellation by which the runner stops it passes as one; a SystemExit or a
+cancellation of its own making is an error like any other.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import asyncpg
+import structlog
+
+from bon_scheduler.jobs import (
+    AnyJob,
+    Counts,
+    JobContext,
+    LostRunError,
+    NeverRetryError,
+    NotNowError,
+    Payload,
+    RetryLaterError,
+)
+from bon_scheduler.log import describe_error, where
+
+__all__ = ["Ending", "invoke", "judge"]
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an attempt ended: its outcome, and what the run becomes."""
+
+    outcome: str
+    """One of the ledger's outcomes of an attempt, or `dead`: a failure that no other attempt may mend."""
+    counts: Counts = field(default_factory=dict)
+    error: str | None = None
+    wait: timedelta | None = None
+    """Until the next attempt; None for none."""
+
+
+class _EscapedError(Exception):
+    """What a handler raised that is no Exception, described."""
+
+
+def _explain(error: BaseException) -> str:
+    text = describe_error(error)
+    if isinstance(error, asyncpg.UndefinedTableError | asyncpg.UndefinedColumnError):
+        return f"{text}. See what BON's database lacks with: python -m bon_scheduler check"
+    return text
+
+
+async def invoke(job: AnyJob, ctx: JobContext, payload: Payload) -> Counts:
+    """Call the handler; whatever it raises is an Exception, but for the cancellation of this task."""
+    try:
+        return await job.handler(ctx, payload)
+    except (SystemExit, asyncio.CancelledError) as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        # As it is, it would end the event loop, or pass for a cancellation of ours.
+        raise _EscapedError(describe_error(error)) from error
+
+
+def judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> Ending:
+    """Say how a handler's own end is to be taken; `wait` is its policy's."""
+    error = handler.exception()
+    if error is None:
+        return Ending("succeeded", handler.result())
+    if isinstance(error, LostRunError):
+        return Ending("lost", error=str(error))
+    if isinstance(error, NotNowError):
+        return Ending("given_back", error=describe_error(error), wait=error.after)
+    if isinstance(error, NeverRetryError):
+        return Ending("dead", error=describe_error(error))
+    if isinstance(error, RetryLaterError):
+        return Ending("failed", error=describe_error(error), wait=None if wait is None else error.after)
+    text = str(error) if isinstance(error, _EscapedError) else _explain(error)
+    log.warning("handler.raised", error=text, where=where(error))
+    return Ending("failed", error=text, wait=wait)
