@@ -1,6 +1,5 @@
 """The command line: parse, call, exit code. Run as `python -m bon_scheduler` or `bon-scheduler`."""
 
-import asyncio
 import importlib.util
 import sys
 from collections.abc import Callable, Coroutine
@@ -58,7 +57,7 @@ RunIds = Annotated[list[str] | None, typer.Argument(metavar="RUN_ID…", help="L
 def _run(as_json: bool, call: Callable[[Settings, Report], Coroutine[Any, Any, int]]) -> None:
     settings = service.read_settings()
     configure_logging(settings.log_level, settings.log_format)
-    raise typer.Exit(asyncio.run(call(settings, Report(as_json=as_json, zone=settings.bon_timezone))))
+    raise typer.Exit(commands.run(call(settings, Report(as_json=as_json, zone=settings.bon_timezone))))
 
 
 @app.command()

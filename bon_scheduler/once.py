@@ -16,7 +16,7 @@ from bon_scheduler import history, ledger, revise
 from bon_scheduler.attempts import Claim, Verdict
 from bon_scheduler.db import Pool
 from bon_scheduler.history import OPEN_STATES, Row
-from bon_scheduler.jobs import AnyJob, Payload, Retry
+from bon_scheduler.jobs import AnyJob, Connection, Payload, Retry
 from bon_scheduler.ledger import Origin, Request
 from bon_scheduler.revise import Action
 from bon_scheduler.runner import Delivery, Runner
@@ -77,15 +77,20 @@ async def run_once(
     concurrency: int,
 ) -> RunReport:
     """Make one attempt at a new run of `job`, work through what it causes, and report when all has ended."""
-    run_id, claim = await _ask_and_claim(pool, runner, job, payload, fire_time, asked_by)
+    run_id: UUID | None = None
     try:
+        async with pool.acquire() as connection, connection.transaction():
+            run_id = await _ask(connection, job, payload, fire_time, asked_by)
+            claim = await _claim(connection, runner, Delivery(run_id, job))
         await runner.execute(job, claim, ONE_ATTEMPT)
     except asyncio.CancelledError:
-        # Given back by the runner; a person who interrupts does not want another replica to go on with it.
-        async with pool.acquire() as connection:
-            await revise.revise(
-                connection, Action.CANCEL, [run_id], states=OPEN_STATES, by=asked_by, reason="interrupted"
-            )
+        # Committed or not, claimed or given back by the runner: a person who interrupts does not want another
+        # replica to go on with it.
+        if run_id is not None:
+            async with pool.acquire() as connection:
+                await revise.revise(
+                    connection, Action.CANCEL, [run_id], states=OPEN_STATES, by=asked_by, reason="interrupted"
+                )
         raise
     await _work_through(pool, runner, jobs, run_id, concurrency)
     async with pool.acquire() as connection:
@@ -99,29 +104,32 @@ async def run_once(
         )
 
 
-async def _ask_and_claim(
-    pool: Pool, runner: Runner, job: AnyJob, payload: Payload, fire_time: datetime, asked_by: str
-) -> tuple[UUID, Claim]:
-    request = Request(
-        job.name,
-        payload.model_dump(mode="json"),
-        fire_time=fire_time,
-        origin=Origin.PERSON,
-        asked_by=asked_by,
+async def _ask(connection: Connection, job: AnyJob, payload: Payload, fire_time: datetime, asked_by: str) -> UUID:
+    run_id = await ledger.enqueue(
+        connection,
+        Request(
+            job.name,
+            payload.model_dump(mode="json"),
+            fire_time=fire_time,
+            origin=Origin.PERSON,
+            asked_by=asked_by,
+        ),
     )
-    async with pool.acquire() as connection, connection.transaction():
-        run_id = await ledger.enqueue(connection, request)
-        if run_id is None:
-            raise LookupError("the ledger gave no run for a request without a key")
-        claim = await runner.claim(connection, Delivery(run_id, job), ONE_ATTEMPT)
-        if claim.verdict is Verdict.BUSY:
-            since = f"{claim.holder_since:%Y-%m-%d %H:%M:%S} UTC" if claim.holder_since else "an unknown time"
-            raise AlreadyRunningError(
-                f'"{job.name}" is already running on {claim.holder_host} since {since}. '
-                "Wait for it to end; see it with: python -m bon_scheduler runs --state running; "
-                "stop it with: python -m bon_scheduler cancel RUN_ID --reason …"
-            )
-    return run_id, claim
+    if run_id is None:
+        raise LookupError("the ledger gave no run for a request without a key")
+    return run_id
+
+
+async def _claim(connection: Connection, runner: Runner, run: Delivery) -> Claim:
+    claim = await runner.claim(connection, run, ONE_ATTEMPT)
+    if claim.verdict is Verdict.BUSY:
+        since = f"{claim.holder_since:%Y-%m-%d %H:%M:%S} UTC" if claim.holder_since else "an unknown time"
+        raise AlreadyRunningError(
+            f'"{run.job.name}" is already running on {claim.holder_host} since {since}. '
+            "Wait for it to end; see it with: python -m bon_scheduler runs --state running; "
+            "stop it with: python -m bon_scheduler cancel RUN_ID --reason …"
+        )
+    return claim
 
 
 async def _work_through(pool: Pool, runner: Runner, jobs: Mapping[str, AnyJob], root: UUID, concurrency: int) -> None:

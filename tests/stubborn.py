@@ -46,7 +46,7 @@ def main() -> int:
     """Serve."""
     settings = service.read_settings()
     configure_logging(settings.log_level, settings.log_format)
-    return asyncio.run(commands.serve(settings, jobs=JOBS))
+    return commands.run(commands.serve(settings, jobs=JOBS))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 import asyncio
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 
+from bon_scheduler.commands.signals import waking_on_signals
 from tests.conftest import Connection
 from tests.process import Service, serve
 from tests.server import backends, frozen
@@ -110,3 +112,23 @@ async def test_a_service_whose_database_is_away_stops_when_asked(database_url: s
             status, seconds = await stopped(service, signal.SIGTERM)
     assert status in {0, 1}
     assert seconds < 1 + LEAVING_SECONDS + 1
+
+
+async def test_a_signal_wakes_the_event_loop_whichever_thread_it_arrives_in() -> None:
+    """One that comes to the main thread just before the loop goes to sleep is as little noticed: Ctrl-C waited."""
+    taken = asyncio.Event()
+    before = signal.signal(signal.SIGUSR1, lambda *_: taken.set())
+
+    def strike() -> None:
+        time.sleep(0.1)  # so that the loop sleeps
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    try:
+        with waking_on_signals():
+            threading.Thread(target=strike).start()
+            # Not a time-out alone: as it wakes the loop, the signal is taken as well.
+            started = time.monotonic()
+            await asyncio.wait({asyncio.create_task(taken.wait())}, timeout=5)
+            assert time.monotonic() - started < 4
+    finally:
+        signal.signal(signal.SIGUSR1, before)

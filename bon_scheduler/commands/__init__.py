@@ -7,7 +7,7 @@ What each command does, given settings and somewhere to report: returns the exit
 from bon_scheduler.commands.act import cancel, migrate, pause, resend, resume, retry
 from bon_scheduler.commands.look import STATES, check, jobs, runs, show
 from bon_scheduler.commands.parsing import UsageError
-from bon_scheduler.commands.signals import INTERRUPTED
+from bon_scheduler.commands.signals import INTERRUPTED, run
 from bon_scheduler.commands.ticks import audit, timeline
 from bon_scheduler.commands.work import enqueue, run_once, serve
 
@@ -25,6 +25,7 @@ __all__ = [
     "resend",
     "resume",
     "retry",
+    "run",
     "run_once",
     "runs",
     "serve",

@@ -3,25 +3,57 @@ SIGTERM and SIGINT: the first asks the service to stop, the second ends it at on
 
 They must work whatever the event loop is doing, so they are taken by the interpreter and not by the loop; and what
 was asked to stop does stop, whatever a handler does: when its time is over the process ends.
+
+The interpreter takes a signal between two steps of the main thread. One that arrives just before the loop goes to
+sleep would be taken when something else wakes the loop, which may be never; `run` has every signal wake it.
 """
 
 import asyncio
 import os
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import structlog
 
-__all__ = ["INTERRUPTED", "end_now", "stopping_on_signals"]
+__all__ = ["INTERRUPTED", "end_now", "run", "stopping_on_signals", "waking_on_signals"]
 
 log = structlog.get_logger()
 INTERRUPTED = 130
 FORCED = 1
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+def run(command: Coroutine[Any, Any, int]) -> int:
+    """Run a command to its end on an event loop that signals wake; return its exit status."""
+
+    async def awake() -> int:
+        with waking_on_signals():
+            return await command
+
+    return asyncio.run(awake())
+
+
+@contextmanager
+def waking_on_signals() -> Iterator[None]:
+    """Have each signal wake the running event loop, whichever thread it arrives in; the main thread only."""
+    loop = asyncio.get_running_loop()
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        reader.setblocking(False)
+        writer.setblocking(False)
+        loop.add_reader(reader, reader.recv, 4096)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            loop.remove_reader(reader)
 
 
 def end_now(status: int) -> None:

@@ -117,7 +117,7 @@ def main() -> int:
     """Serve; SIGUSR1 has it say where its attempts are."""
     settings = service.read_settings()
     configure_logging(settings.log_level, settings.log_format)
-    return asyncio.run(_serve(settings))
+    return commands.run(_serve(settings))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""A run in the foreground, interrupted at every step."""
+
+import asyncio
+import types
+from collections.abc import Coroutine, Generator
+from datetime import UTC, datetime
+from itertools import count
+from typing import Any, TypeVar
+
+from bon_scheduler import once, service
+from bon_scheduler.jobs import Counts, JobContext, NoPayload, job
+from tests.conftest import Connection, MakeSettings
+
+T = TypeVar("T")
+STATES = "select state::text, reason, count(*) as runs from bon_scheduler.runs group by 1, 2"
+ACTIONS = "select count(*) from bon_scheduler.operator_actions where action = 'cancel' and reason = 'interrupted'"
+
+
+@types.coroutine
+def interrupted_at(step: int, work: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Await `work`; cancel the task when it waits for the `step`th time."""
+    waits = 0
+    while True:
+        try:
+            waiting = work.send(None)
+            while True:
+                waits += 1
+                if waits == step:
+                    task = asyncio.current_task()
+                    assert task is not None
+                    task.cancel()
+                try:
+                    yield waiting
+                except asyncio.CancelledError as error:
+                    waiting = work.throw(error)
+                else:
+                    waiting = work.send(None)
+        except StopIteration as ended:
+            result: T = ended.value
+            return result
+
+
+@job("linger")
+async def linger(ctx: JobContext, _: NoPayload) -> Counts:
+    """Take a while, and end with the last transaction."""
+    async with ctx.transaction() as tx:
+        await tx.execute("select pg_sleep(0.02)")
+        return await ctx.finish({"lingered": 1}, on=tx)
+
+
+async def test_an_interruption_at_any_step_leaves_no_run_that_another_replica_would_go_on_with(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    """However near it was to the commit of the claim: the run is cancelled, has ended, or never was."""
+    async with service.machinery(make_settings(), jobs=[linger]) as parts:
+
+        async def run(step: int) -> once.RunReport:
+            return await interrupted_at(
+                step,
+                once.run_once(
+                    parts.pool,
+                    parts.runner,
+                    parts.jobs,
+                    job=linger,
+                    payload=NoPayload(),
+                    fire_time=datetime.now(UTC),
+                    asked_by="a test",
+                    concurrency=1,
+                ),
+            )
+
+        for step in count(1):
+            (outcome,) = await asyncio.gather(asyncio.create_task(run(step)), return_exceptions=True)
+            if isinstance(outcome, once.RunReport):
+                break
+            assert isinstance(outcome, asyncio.CancelledError)
+            left = {(row["state"], row["reason"]) for row in await connection.fetch(STATES)}
+            assert left <= {("cancelled", "interrupted"), ("succeeded", None)}, f"at step {step}"
+    assert await connection.fetchval(ACTIONS) > 1
