@@ -49,6 +49,8 @@ __all__ = [
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
 CONNECT_TIMEOUT_SECONDS = 10
+SERVICE_CONNECT_SECONDS = 3
+"""Of what connects again by itself: an attempt that a network swallows must not outlast the outage by more."""
 CLOSE_TIMEOUT_SECONDS = 3
 COMMAND_TIMEOUT_SECONDS = 900
 """Longer than any job's own deadline; calls of the ledger give a shorter one each."""
@@ -187,7 +189,7 @@ def _options(
             "client_connection_check_interval": CLIENT_CHECK_INTERVAL,
         }
     return {
-        "timeout": CONNECT_TIMEOUT_SECONDS,
+        "timeout": SERVICE_CONNECT_SECONDS,
         "command_timeout": command_seconds,
         "server_settings": server_settings,
     }
@@ -248,6 +250,7 @@ async def connect(
     *,
     settings: Settings | None = None,
     codecs: bool = True,
+    connect_seconds: float = CONNECT_TIMEOUT_SECONDS,
     command_seconds: float = COMMAND_TIMEOUT_SECONDS,
 ) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """
@@ -257,7 +260,7 @@ async def connect(
     """
     with explain_unavailable(url):
         options = _options(settings=settings, pooled=False, command_seconds=command_seconds)
-        connection = await asyncpg.connect(url, **options)
+        connection = await asyncpg.connect(url, **{**options, "timeout": connect_seconds})
     try:
         _watch_peer(connection)
         if codecs:

@@ -43,7 +43,7 @@ LOOK_SECONDS = 3.0
 QUERY_LIMIT_SECONDS = 6.0
 """With LOOK_SECONDS, within how long the loss of LISTEN is noticed."""
 FAREWELL_SECONDS = 2.0
-LONGEST_REBUILD_WAIT_SECONDS = 2.0
+LONGEST_REBUILD_WAIT_SECONDS = 1.5
 LISTENS = "select exists (select from pg_listening_channels())"
 
 
@@ -163,7 +163,7 @@ class Engine:
 
     async def _incarnate(self) -> None:
         """Be one PgQueuer until it breaks or we stop."""
-        async with db.connect(self._url, codecs=False) as connection:
+        async with db.connect(self._url, codecs=False, connect_seconds=db.SERVICE_CONNECT_SECONDS) as connection:
             driver = self._driver = _WatchedDriver(connection)
             manager = QueueManager(Queries(driver))
             over = asyncio.Event()

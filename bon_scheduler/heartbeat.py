@@ -35,11 +35,14 @@ BLOCKED_AFTER_SECONDS = 1.0
 WEDGED_AFTER_SECONDS = 300.0
 STOP_SECONDS = 2.0
 NOBODY_IS_DEAD = timedelta(days=1)
+BEATS_A_LEASE = 8
+"""A beat, and what may be waited for an answer: an outage of two thirds of the lease must not cost it."""
+SHORTEST_WAIT_SECONDS = 0.5
 STACK_LINES = 6
 
 
 class Heartbeat:
-    """Keeps `worker` alive in the ledger, every quarter `lease`, from a thread of its own."""
+    """Keeps `worker` alive in the ledger, eight times a `lease`, from a thread of its own."""
 
     def __init__(self, *, url: str, worker: Worker, lease: timedelta) -> None:
         self._url = url
@@ -95,13 +98,14 @@ class Heartbeat:
                 self._stopping.wait(RECONNECT_SECONDS)
 
     async def _beat(self) -> None:
-        seconds = self._lease.total_seconds()
-        async with db.connect(self._url, codecs=False, command_seconds=seconds / 3) as connection:
+        seconds = self._lease.total_seconds() / BEATS_A_LEASE
+        wait = max(seconds, SHORTEST_WAIT_SECONDS)
+        async with db.connect(self._url, codecs=False, connect_seconds=wait, command_seconds=wait) as connection:
             while not self._stopping.is_set():
                 if not await beat(connection, self._worker.id):
                     await register_worker(connection, self._worker)
                 self._note_beat()
-                await self._watch(seconds / 4)
+                await self._watch(seconds)
 
     def _note_beat(self) -> None:
         now = seconds_since_boot()

@@ -11,6 +11,7 @@ import pytest
 from bon_scheduler import Counts, JobContext, NoPayload, heartbeat, job, service
 from bon_scheduler.heartbeat import NOBODY_IS_DEAD, Heartbeat
 from bon_scheduler.workers import Worker, register_worker
+from tests.chaos.proxy import in_front_of
 from tests.conftest import Connection, MakeSettings
 from tests.waiting import until
 
@@ -97,6 +98,29 @@ async def test_a_worker_whose_row_was_deleted_is_registered_again(connection: Co
             return bool(await connection.fetchval("select count(*) from bon_scheduler.workers"))
 
         await until(back)
+
+
+async def test_a_network_that_swallowed_a_connection_attempt_costs_the_heartbeat_little(
+    connection: Connection, database_url: str
+) -> None:
+    """Otherwise an outage shorter than the lease robs a living worker."""
+    async with in_front_of(database_url) as (proxy, url), beating(connection, url):
+
+        async def word() -> object:
+            return await connection.fetchval("select seen_at from bon_scheduler.workers")
+
+        async with proxy.swallowing():
+
+            async def trying_again() -> bool:
+                return proxy.swallowed > 0
+
+            await until(trying_again, seconds=3)
+        before = await word()
+
+        async def speaks() -> bool:
+            return await word() != before
+
+        await until(speaks, seconds=2)
 
 
 async def test_a_heartbeat_whose_connection_is_cut_goes_on(connection: Connection, database_url: str) -> None:
