@@ -37,7 +37,7 @@ __all__ = ["Engine"]
 T = TypeVar("T")
 log = structlog.get_logger()
 BUSY_WAIT = timedelta(seconds=1)
-"""How long a run waits when another run of its job is active."""
+"""How long a run waits when another run of its job is active, or its row is locked."""
 POLL = timedelta(seconds=5)
 LOOK_SECONDS = 3.0
 QUERY_LIMIT_SECONDS = 6.0
@@ -206,7 +206,7 @@ class Engine:
             task.add_done_callback(partial(self._forget, run))
         await _first_of(asyncio.shield(task), over.wait())
         ended = task.done() and not task.cancelled() and task.exception() is None
-        if ended and task.result().verdict is Verdict.BUSY:
+        if ended and task.result().verdict in {Verdict.BUSY, Verdict.LOCKED}:
             raise RetryRequested(delay=BUSY_WAIT, reason="another run of this job is active")
 
     def _forget(self, run: Delivery, task: asyncio.Task[Claim]) -> None:
