@@ -10,6 +10,7 @@ import structlog
 import typer
 
 from bon_scheduler import commands, db, service
+from bon_scheduler.addresses import OtherDatabaseError
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.commands import INTERRUPTED, UsageError
 from bon_scheduler.config import LogFormat, LogLevel, Settings, SettingsError
@@ -28,6 +29,7 @@ EXIT_STATUS: dict[type[Exception], int] = {
     UsageError: 2,
     UnknownJobError: 2,
     PoolerError: 2,
+    OtherDatabaseError: 2,
     RefusedError: 2,
     NotUncertainError: 2,
     AlreadyRunningError: 4,

@@ -11,7 +11,6 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib import resources
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -22,7 +21,7 @@ import orjson
 
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Connection
-from bon_scheduler.pooling import PooledConnection, keeps_sessions
+from bon_scheduler.pooling import PooledConnection
 
 # BEFORE PgQueuer is imported, otherwise it settles on the connection's search path.
 os.environ["PGQUEUER_SCHEMA"] = "bon_scheduler"
@@ -37,13 +36,14 @@ __all__ = [
     "PoolerError",
     "SchemaBehindError",
     "connect",
+    "describe_target",
     "explain_unavailable",
+    "idle_limit_ms",
     "migrating",
     "migration_sql",
     "open_control_pool",
     "open_pool",
     "require_schema",
-    "require_sessions",
 ]
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -123,7 +123,8 @@ def _migrations() -> list[Migration]:
     )
 
 
-def _target(url: str) -> str:
+def describe_target(url: str) -> str:
+    """Say where an address leads, without credentials."""
     parts = urlsplit(url)
     host = f"{parts.hostname or 'the local socket'}{f':{parts.port}' if parts.port else ''}"
     return f"the database {parts.path.lstrip('/') or '(default)'} at {host}"
@@ -136,19 +137,21 @@ def explain_unavailable(url: str) -> Iterator[None]:
         yield
     except asyncpg.InvalidPasswordError as error:
         raise DatabaseUnavailableError(
-            f"{_target(url)} refuses the user or password of DATABASE_URL. Check both."
+            f"{describe_target(url)} refuses the user or password of DATABASE_URL. Check both."
         ) from error
     except asyncpg.InvalidCatalogNameError as error:
-        raise DatabaseUnavailableError(f"{_target(url)} does not exist. Create it, or correct DATABASE_URL.") from error
+        raise DatabaseUnavailableError(
+            f"{describe_target(url)} does not exist. Create it, or correct DATABASE_URL."
+        ) from error
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         if UNSUPPORTED_STARTUP in str(error):
             raise PoolerError(
-                f"{_target(url)} is behind a connection pooler (PgBouncer). Set DATABASE_LISTEN_URL to the server's "
-                "own address as well; DATABASE_URL may then go through the pooler."
+                f"{describe_target(url)} is behind a connection pooler (PgBouncer). Set DATABASE_LISTEN_URL to the "
+                "server's own address as well; DATABASE_URL may then go through the pooler."
             ) from error
         what = type(error).__name__ if isinstance(error, TimeoutError) else str(error) or type(error).__name__
         raise DatabaseUnavailableError(
-            f"Cannot connect to {_target(url)}: {what.splitlines()[0]}. "
+            f"Cannot connect to {describe_target(url)}: {what.splitlines()[0]}. "
             "Is PostgreSQL running there, and does DATABASE_URL name it?"
         ) from error
 
@@ -189,12 +192,12 @@ def _session(settings: Settings, worker: UUID | None = None) -> dict[str, str]:
     return {
         # By this name a successor ends the connections of a worker that is taken for dead: see `cut_off`.
         "application_name": f"bon_scheduler {worker}" if worker else "bon_scheduler",
-        "idle_in_transaction_session_timeout": str(_idle_limit_ms(settings)),
+        "idle_in_transaction_session_timeout": str(idle_limit_ms(settings)),
         "client_connection_check_interval": CLIENT_CHECK_INTERVAL,
     }
 
 
-def _idle_limit_ms(settings: Settings) -> int:
+def idle_limit_ms(settings: Settings) -> int:
     """Shorter than the lease: a frozen worker must neither block its successor nor hold BON's rows."""
     return int(settings.lease_seconds * 1000 * 2 / 3)
 
@@ -274,20 +277,6 @@ async def connect(
         connection.terminate()
         raise
     await connection.close(timeout=CLOSE_TIMEOUT_SECONDS)
-
-
-async def require_sessions(settings: Settings) -> None:
-    """Raise PoolerError where LISTEN would hear nothing or limits be lost: behind a pooler."""
-    url = settings.listen_url
-    async with connect(url, settings=settings) as one, connect(url) as other:
-        limit = await one.fetchval("select current_setting('idle_in_transaction_session_timeout')::interval")
-        if limit == timedelta(milliseconds=_idle_limit_ms(settings)) and await keeps_sessions(one, other):
-            return
-    name = "DATABASE_LISTEN_URL" if settings.database_listen_url else "DATABASE_URL"
-    raise PoolerError(
-        f"{name} leads to {_target(url)} through a connection pooler, where notifications or the limits of a session "
-        "are lost. Set DATABASE_LISTEN_URL to the server's own address; DATABASE_URL may then go through the pooler."
-    )
 
 
 @asynccontextmanager

@@ -7,13 +7,23 @@ has a name, whatever is set ends with its transaction, and whatever needs a sess
 """
 
 import asyncio
+import os
 from uuid import uuid4
 
 import asyncpg
 
-__all__ = ["PooledConnection", "keeps_sessions"]
+__all__ = ["PooledConnection", "keeps_sessions", "same_database"]
 
 PROBE_SECONDS = 3.0
+# $1 key of an advisory lock: bigint, not negative.
+SEES_LOCK = """
+    select exists (select from pg_locks l
+                     join pg_database d on d.oid = l.database
+                    where d.datname = current_database()
+                      and l.locktype = 'advisory'
+                      and l.granted
+                      and (l.classid::bigint << 32 | l.objid::bigint) = $1)
+"""
 
 
 class PooledConnection(asyncpg.Connection):
@@ -95,3 +105,16 @@ async def keeps_sessions(
         # A pooler's server would go on listening; the one used last is usually the one it gives next.
         await listener.remove_listener(channel, hear)
     return True
+
+
+async def same_database(one: "asyncpg.Connection[asyncpg.Record]", other: "asyncpg.Connection[asyncpg.Record]") -> bool:
+    """
+    Say whether two connections, maybe through poolers, lead to the same database of the same server.
+
+    Asked of the thing itself: a lock taken through one is seen through the other. Anybody may look at locks, and
+    a replica, or a copy with the same names and identifiers, does not have it.
+    """
+    key = int.from_bytes(os.urandom(8), "big") >> 1
+    async with one.transaction():  # the lock ends with it, whatever lies in between
+        await one.execute("select pg_advisory_xact_lock($1)", key)
+        return bool(await other.fetchval(SEES_LOCK, key))

@@ -14,6 +14,7 @@ import orjson
 from pydantic import ValidationError
 
 from bon_scheduler import db, history, service
+from bon_scheduler.addresses import require_addresses
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import AnyJob, Connection, Payload, explain_payload
 
@@ -144,6 +145,7 @@ def type_payload(job: AnyJob, value: Mapping[str, Any]) -> Payload:
 @asynccontextmanager
 async def reading(settings: Settings) -> AsyncIterator[Connection]:
     """Borrow a connection to a database whose schema is there."""
+    await require_addresses(settings)
     async with db.open_pool(settings) as pool, pool.acquire() as connection:
         await db.require_schema(connection)
         yield connection
