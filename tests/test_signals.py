@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from bon_scheduler import commands
 from bon_scheduler.commands.signals import waking_on_signals
-from tests.conftest import Connection
+from tests.conftest import Connection, MakeSettings
 from tests.process import Service, serve
 from tests.server import backends, frozen
 from tests.waiting import until
@@ -112,6 +113,24 @@ async def test_a_service_whose_database_is_away_stops_when_asked(database_url: s
             status, seconds = await stopped(service, signal.SIGTERM)
     assert status in {0, 1}
     assert seconds < 1 + LEAVING_SECONDS + 1
+
+
+async def test_a_service_that_starts_on_a_database_that_hangs_stops_when_asked(make_settings: MakeSettings) -> None:
+    """It has nothing to drain, so it is as well off as an idle one."""
+    called = asyncio.Event()
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        called.set()
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as silent:
+        port = silent.sockets[0].getsockname()[1]
+        serving = asyncio.create_task(commands.serve(make_settings(DATABASE_URL=f"postgresql://x@127.0.0.1:{port}/x")))
+        async with asyncio.timeout(LEAVING_SECONDS):
+            await called.wait()
+            signal.raise_signal(signal.SIGTERM)
+            assert await serving == 0
 
 
 async def test_a_signal_wakes_the_event_loop_whichever_thread_it_arrives_in() -> None:
