@@ -10,12 +10,12 @@ import structlog
 import typer
 
 from bon_scheduler import commands, db, service
-from bon_scheduler.addresses import OtherDatabaseError
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.commands import INTERRUPTED, UsageError
 from bon_scheduler.config import LogFormat, LogLevel, Settings, SettingsError
 from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
 from bon_scheduler.deliveries import NotUncertainError
+from bon_scheduler.endpoints import OtherDatabaseError
 from bon_scheduler.ledger import UnknownJobError
 from bon_scheduler.log import configure_logging, describe_error
 from bon_scheduler.once import AlreadyRunningError

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 
-from bon_scheduler import addresses, db, deliveries, mail_gate
-from bon_scheduler.addresses import OtherDatabaseError
+from bon_scheduler import db, deliveries, endpoints, mail_gate
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
+from bon_scheduler.endpoints import OtherDatabaseError
 from bon_scheduler.jobs import Connection
 from bon_scheduler.log import describe_error
 from bon_scheduler.smtp import NotConnectedError, try_login
@@ -140,7 +140,7 @@ async def _check_server(connection: Connection) -> Finding:
 
 async def _check_sessions(settings: Settings) -> Finding:
     try:
-        await addresses.require_sessions(settings)
+        await endpoints.require_sessions(settings)
     except PoolerError as error:
         what, _, remedy = str(error).partition(". ")
         return Finding("notifications", Level.FAILURE, what, remedy)
@@ -151,7 +151,7 @@ async def _check_same_database(settings: Settings) -> list[Finding]:
     if settings.database_listen_url is None:
         return []
     try:
-        await addresses.require_same_database(settings)
+        await endpoints.require_same_database(settings)
     except OtherDatabaseError as error:
         what, _, remedy = str(error).partition(". ")
         return [Finding("same database", Level.FAILURE, what, remedy)]

@@ -14,12 +14,12 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import pytest
 
-from bon_scheduler import Counts, JobContext, NoPayload, Retry, addresses, db, job, pooling, service
-from bon_scheduler.addresses import OtherDatabaseError
+from bon_scheduler import Counts, JobContext, NoPayload, Retry, db, endpoints, job, pooling, service
 from bon_scheduler.check import Level, check_deployment
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.commands import parsing
 from bon_scheduler.db import PoolerError
+from bon_scheduler.endpoints import OtherDatabaseError
 from bon_scheduler.workers import Worker
 from tests.conftest import Connection, MakeSettings
 from tests.process import run_command
@@ -152,7 +152,7 @@ async def test_a_pooler_that_keeps_the_limits_but_not_the_sessions_is_refused(
     with pgbouncer(tmp_path, database_url, more=last_first) as url:
         await answers(url)
         with pytest.raises(PoolerError, match="DATABASE_URL leads to"):
-            await addresses.require_sessions(make_settings(DATABASE_URL=url))
+            await endpoints.require_sessions(make_settings(DATABASE_URL=url))
         assert await residue(url) == []
 
 
@@ -175,7 +175,7 @@ async def test_a_listen_address_that_is_a_pooler_too_is_refused(tmp_path: Path, 
     with pgbouncer(tmp_path, direct, more=TOLERANT) as url:
         await answers(url)
         with pytest.raises(PoolerError, match="DATABASE_LISTEN_URL leads to"):
-            await addresses.require_sessions(make_settings(DATABASE_URL=direct, DATABASE_LISTEN_URL=url))
+            await endpoints.require_sessions(make_settings(DATABASE_URL=direct, DATABASE_LISTEN_URL=url))
 
 
 async def test_check_names_a_pooler_that_loses_notifications(tmp_path: Path, database_url: str) -> None:

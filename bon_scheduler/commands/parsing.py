@@ -14,8 +14,8 @@ import orjson
 from pydantic import ValidationError
 
 from bon_scheduler import db, history, service
-from bon_scheduler.addresses import require_addresses
 from bon_scheduler.config import Settings
+from bon_scheduler.endpoints import require_endpoints
 from bon_scheduler.jobs import AnyJob, Connection, Payload, explain_payload
 
 __all__ = [
@@ -145,7 +145,7 @@ def type_payload(job: AnyJob, value: Mapping[str, Any]) -> Payload:
 @asynccontextmanager
 async def reading(settings: Settings) -> AsyncIterator[Connection]:
     """Borrow a connection to a database whose schema is there."""
-    await require_addresses(settings)
+    await require_endpoints(settings)
     async with db.open_pool(settings) as pool, pool.acquire() as connection:
         await db.require_schema(connection)
         yield connection

@@ -13,14 +13,14 @@ from bon_scheduler.config import Settings
 from bon_scheduler.db import CONTROL_TIMEOUT_SECONDS, PoolerError, connect, describe_target, idle_limit_ms
 from bon_scheduler.pooling import keeps_sessions, same_database
 
-__all__ = ["OtherDatabaseError", "require_addresses", "require_same_database", "require_sessions"]
+__all__ = ["OtherDatabaseError", "require_endpoints", "require_same_database", "require_sessions"]
 
 
 class OtherDatabaseError(Exception):
     """The two addresses lead to two databases; the message says which and the remedy."""
 
 
-async def require_addresses(settings: Settings) -> None:
+async def require_endpoints(settings: Settings) -> None:
     """Raise PoolerError or OtherDatabaseError unless both addresses lead where they must."""
     await require_sessions(settings)
     await require_same_database(settings)
