@@ -6,6 +6,7 @@ Everything of ours and of PgQueuer's lives in that schema; nothing is ever creat
 
 import asyncio
 import hashlib
+import json
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -155,8 +156,15 @@ def explain_unavailable(url: str) -> Iterator[None]:
 async def _set_codecs(connection: Connection) -> None:
     for name in ("json", "jsonb"):
         await connection.set_type_codec(
-            name, schema="pg_catalog", encoder=lambda v: orjson.dumps(v).decode(), decoder=orjson.loads
+            name, schema="pg_catalog", encoder=lambda v: orjson.dumps(v).decode(), decoder=_from_json
         )
+
+
+def _from_json(text: str) -> object:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text)  # jsonb takes numbers that no machine has, such as 1e400
 
 
 async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
