@@ -24,6 +24,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from bon_scheduler.addresses import fault_of_database_url
+
 __all__ = ["ClientAuth", "Settings", "SettingsError", "ShaamMode", "SmtpTls", "load_settings"]
 
 SHAAM_HOST = "https://ita-api.taxes.gov.il"
@@ -150,8 +152,8 @@ class Settings(BaseSettings):
     @field_validator("database_url", "database_listen_url")
     @classmethod
     def _is_postgres(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
-            raise ValueError("must begin with postgresql:// (for example postgresql://user@host:5432/bon)")
+        if value is not None and (what := fault_of_database_url(value.get_secret_value())):
+            raise ValueError(what)
         return value
 
     @field_validator("app_origin", "unsubscribe_url")

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import resources
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 from uuid import UUID
 
 import asyncpg
 import orjson
 
+from bon_scheduler.addresses import describe_database
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Connection
 from bon_scheduler.pooling import PooledConnection, keeps_sessions
@@ -123,12 +123,6 @@ def _migrations() -> list[Migration]:
     )
 
 
-def _target(url: str) -> str:
-    parts = urlsplit(url)
-    host = f"{parts.hostname or 'the local socket'}{f':{parts.port}' if parts.port else ''}"
-    return f"the database {parts.path.lstrip('/') or '(default)'} at {host}"
-
-
 @contextmanager
 def explain_unavailable(url: str) -> Iterator[None]:
     """Turn what asyncpg raises while connecting into DatabaseUnavailableError, without credentials."""
@@ -136,19 +130,21 @@ def explain_unavailable(url: str) -> Iterator[None]:
         yield
     except asyncpg.InvalidPasswordError as error:
         raise DatabaseUnavailableError(
-            f"{_target(url)} refuses the user or password of DATABASE_URL. Check both."
+            f"{describe_database(url)} refuses the user or password of DATABASE_URL. Check both."
         ) from error
     except asyncpg.InvalidCatalogNameError as error:
-        raise DatabaseUnavailableError(f"{_target(url)} does not exist. Create it, or correct DATABASE_URL.") from error
+        raise DatabaseUnavailableError(
+            f"{describe_database(url)} does not exist. Create it, or correct DATABASE_URL."
+        ) from error
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         if UNSUPPORTED_STARTUP in str(error):
             raise PoolerError(
-                f"{_target(url)} is behind a connection pooler (PgBouncer). Set DATABASE_LISTEN_URL to the server's "
-                "own address as well; DATABASE_URL may then go through the pooler."
+                f"{describe_database(url)} is behind a connection pooler (PgBouncer). Set DATABASE_LISTEN_URL to the "
+                "server's own address as well; DATABASE_URL may then go through the pooler."
             ) from error
         what = type(error).__name__ if isinstance(error, TimeoutError) else str(error) or type(error).__name__
         raise DatabaseUnavailableError(
-            f"Cannot connect to {_target(url)}: {what.splitlines()[0]}. "
+            f"Cannot connect to {describe_database(url)}: {what.splitlines()[0]}. "
             "Is PostgreSQL running there, and does DATABASE_URL name it?"
         ) from error
 
@@ -287,8 +283,9 @@ async def require_sessions(settings: Settings) -> None:
             return
     name = "DATABASE_LISTEN_URL" if settings.database_listen_url else "DATABASE_URL"
     raise PoolerError(
-        f"{name} leads to {_target(url)} through a connection pooler, where notifications or the limits of a session "
-        "are lost. Set DATABASE_LISTEN_URL to the server's own address; DATABASE_URL may then go through the pooler."
+        f"{name} leads to {describe_database(url)} through a connection pooler, where notifications or the limits of "
+        "a session are lost. Set DATABASE_LISTEN_URL to the server's own address; DATABASE_URL may then go through the "
+        "pooler."
     )
 
 

@@ -1,0 +1,87 @@
+"""Settings, read in this process: what is refused, how it is said, and what is not refused."""
+
+import asyncpg
+import pytest
+
+from bon_scheduler import db, service
+from bon_scheduler.addresses import describe_database
+from bon_scheduler.config import Settings, SettingsError
+
+USABLE = {"DATABASE_URL": "postgresql://bon@127.0.0.1/bon"}
+
+
+def read(**environ: str) -> Settings:
+    return service.read_settings(USABLE | environ)
+
+
+def faults(**environ: str) -> list[str]:
+    """The faults that are named, one a line."""
+    with pytest.raises(SettingsError) as caught:
+        read(**environ)
+    return [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]]
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URL", "DATABASE_LISTEN_URL"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(f"postgresql://bon:S3c{sign}77tPW@127.0.0.1:1/bon" for sign in "#/?@[]\u2100"),
+        *(f"postgresql://bon:77{sign}S3ctPW@127.0.0.1:1/bon" for sign in "#/?"),
+        "postgresql://bon:77?a=S3c@127.0.0.1:1/bon",
+        "postgresql://bon:77@S3c/tPW@127.0.0.1:1/bon",
+    ],
+)
+def test_a_password_that_takes_the_address_apart_is_refused_and_no_part_of_it_is_shown(name: str, url: str) -> None:
+    (fault,) = faults(**{name: url})
+    assert fault.startswith(f"{name}: ")
+    assert "/ as %2F" in fault
+    assert "S3c" not in fault
+    assert "77" not in fault
+    assert "tPW" not in fault
+
+
+@pytest.mark.parametrize(
+    "rest",
+    ["h:99999/bon", "h:0/bon", "h:-1/bon", "h:port/bon", "h:1,h2:x/bon", "/bon?port=x", "/bon?host=h:x", "[::1]:x/bon"],
+)
+def test_a_port_that_is_none_is_refused(rest: str) -> None:
+    (fault,) = faults(DATABASE_URL=f"postgresql://{rest}")
+    assert fault.startswith("DATABASE_URL: has a port that is not a number from 1 to 65535")
+
+
+@pytest.mark.parametrize("rest", ["h,/bon", ",h/bon", "/bon?host=h,", "[::1/bon", "h/bon?ssl", "h/bon#1"])
+def test_an_address_that_is_none_is_refused(rest: str) -> None:
+    (fault,) = faults(DATABASE_URL=f"postgresql://{rest}")
+    assert fault.startswith("DATABASE_URL: ")
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        ("bon:S3c%23%2F%3F%40tPW@127.0.0.1:1/bon", "bon at 127.0.0.1:1"),
+        ("bon:S3c%tPW@127.0.0.1:1/bon", "bon at 127.0.0.1:1"),
+        ("bon:S3c tPW:a,b;c=&d@127.0.0.1:1/bon", "bon at 127.0.0.1:1"),
+        ("bon%40server:S3c@127.0.0.1:1", "(default) at 127.0.0.1:1"),
+        ("127.0.0.1:1,[::1]:1/bon", "bon at 127.0.0.1:1, [::1]:1"),
+        ("bon:S3c@127.0.0.1:1,127.0.0.1:2/bon?target_session_attrs=read-write", "bon at 127.0.0.1:1, 127.0.0.1:2"),
+        ("/bon?host=/nowhere", "bon at /nowhere"),
+        ("/?host=127.0.0.1:1,127.0.0.1:2&dbname=bon&user=bon@server", "bon at 127.0.0.1:1, 127.0.0.1:2"),
+        ("?host=/nowhere&port=5433&user=bon@server&database=bon", "bon at /nowhere"),
+        ("bon@%2Fnowhere:7/bon", "bon at /nowhere:7"),
+        ("127.0.0.1:1/bon?user=bon@server&password=S3c@", "bon at 127.0.0.1:1"),
+        ("bon@127.0.0.1:1/b%40n?sslmode=disable&passfile=/nowhere", "b@n at 127.0.0.1:1"),
+        ("bon@127.0.0.1:1/bon?application_name=bon@prod&options=-c%20a.b%3D1&connect_timeout=3", "bon at 127.0.0.1:1"),
+        ("127.0.0.1:1/bon?", "bon at 127.0.0.1:1"),
+    ],
+)
+async def test_whatever_asyncpg_takes_is_taken_and_named_without_its_password(rest: str, says: str) -> None:
+    """Nothing answers there: asyncpg has understood an address that it tried to connect to."""
+    url = f"postgresql://{rest}"
+    assert describe_database(url) == f"the database {says}"
+    with pytest.raises(db.DatabaseUnavailableError, match="Is PostgreSQL running there") as caught:
+        async with db.connect(read(DATABASE_URL=url).database_url.get_secret_value()):
+            pass
+    assert isinstance(caught.value.__cause__, OSError), repr(caught.value.__cause__)
+    assert not isinstance(caught.value.__cause__, asyncpg.InterfaceError)
+    assert f"the database {says}: " in str(caught.value)
+    assert "S3c" not in str(caught.value)
