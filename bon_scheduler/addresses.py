@@ -1,16 +1,17 @@
 """
-What is wrong with an address in a setting: a database's. Never quotes any part of one.
+What is wrong with an address in a setting: a database's, a web page's, a host's. Never quotes any part of one.
 
 A password in which `#`, `/`, `?` or `@` stands as it is takes a database's address apart in the wrong place; what
 follows then passes for a port or a database, which messages name. Such an address is refused before anything reads
 it. Whatever else asyncpg takes is taken: several servers, sockets, parameters.
 """
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-__all__ = ["describe_database", "fault_of_database_url"]
+__all__ = ["describe_database", "fault_of_database_url", "fault_of_host", "fault_of_web_address"]
 
 DATABASE_SCHEMES = ("postgresql://", "postgres://")
 MAX_PORT = 65535
@@ -18,6 +19,8 @@ ENCODE = (
     "in the user, the password and the database's name write # as %23, / as %2F, ? as %3F, @ as %40, [ as %5B, ] as %5D"
 )
 BAD_PORT = f"has a port that is not a number from 1 to {MAX_PORT}"
+NOT_IN_WEB_ADDRESS = re.compile(r'[\x00-\x20\x7f-\xa0"<>\\^`{|}]')
+HOST_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.?")
 
 
 def fault_of_database_url(url: str) -> str | None:
@@ -84,3 +87,31 @@ def describe_database(url: str) -> str:
         f"{f'[{host}]' if ':' in host else host}{f':{port}' if port else ''}" for host, port in _servers(parts, query)
     )
     return f"the database {name} at {servers or 'the local socket'}"
+
+
+def fault_of_web_address(url: str, *, begins: bool = False, secret: bool = False) -> str | None:
+    """Say why an http(s) address is of no use, else None. One that `begins` others is added to; a secret may log in."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return "must be an http(s) address such as https://app.example.com, with a port up to 65535 if with any"
+    if parts.scheme not in {"http", "https"} or not parts.hostname or port == 0:
+        return "must be an http(s) address such as https://app.example.com"
+    if NOT_IN_WEB_ADDRESS.search(url):
+        return "must be an http(s) address without spaces, quotes or brackets; percent-encode them"
+    if "@" in parts.netloc and not secret:
+        return "must be an http(s) address without a user or password"
+    if begins and ("?" in url or "#" in url):
+        return "must be an http(s) address without ? and #, because it is the beginning of others"
+    return None
+
+
+def fault_of_host(host: str) -> str | None:
+    """Say why the name or number of a host is none, else None."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if not HOST_NAME.fullmatch(host):
+            return "must be a host's name or number alone, without scheme, port, brackets or spaces"
+    return None
