@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +34,9 @@ EXIT_STATUS: dict[type[Exception], int] = {
     DatabaseUnavailableError: 1,
     SchemaBehindError: 1,
 }
+
+MAX_PRIORITY = 2**31 - 1
+"""PostgreSQL's integer."""
 
 app = typer.Typer(
     name="bon-scheduler",
@@ -110,7 +113,7 @@ def enqueue(
     payload: PayloadText = "{}",
     key: Annotated[str | None, typer.Option(help="At most one run for this key.")] = None,
     after: Annotated[str | None, typer.Option("--in", metavar="SPAN", help="Not before: 90s, 10m, 2h.")] = None,
-    priority: Annotated[int, typer.Option(help="Higher goes first.")] = 0,
+    priority: Annotated[int, typer.Option(min=-MAX_PRIORITY, max=MAX_PRIORITY, help="Higher goes first.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Ask for a run; print its id, or which run already holds the key."""
@@ -274,6 +277,7 @@ def demo(
 def main() -> None:
     """Run a command; an error is a paragraph on standard error, never a traceback."""
     try:
+        _require_text(sys.argv[1:])
         app()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -284,6 +288,15 @@ def main() -> None:
         structlog.get_logger().debug("command.failed", exc_info=True)
         _complain(f"{describe_error(error)}. LOG_LEVEL=debug shows where it came from.")
         sys.exit(1)
+
+
+def _require_text(arguments: Sequence[str]) -> None:
+    """Raise UsageError for bytes that are not text: neither a database nor a terminal would take them."""
+    for number, argument in enumerate(arguments, 1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"Argument {number} is not UTF-8. Write it in UTF-8.") from error
 
 
 def _complain(text: str) -> None:

@@ -10,7 +10,7 @@ from bon_scheduler import service
 from bon_scheduler.audit import Audit, AuditedTick, Verdict
 from bon_scheduler.audit import audit as audit_ticks
 from bon_scheduler.clock import Clock
-from bon_scheduler.commands.parsing import BADLY, DONE, UsageError, parse_instant, parse_span, reading
+from bon_scheduler.commands.parsing import BADLY, DONE, UsageError, is_span, parse_instant, parse_span, reading
 from bon_scheduler.config import Settings
 from bon_scheduler.report import Report
 from bon_scheduler.timing import Transition, fire_times, transitions
@@ -44,10 +44,7 @@ async def audit(settings: Settings, report: Report, clock: Clock, *, since: str)
 
 
 def _parse_since(text: str, settings: Settings, clock: Clock) -> datetime:
-    try:
-        return clock.now() - parse_span(text)
-    except UsageError:
-        return parse_instant(text, settings)
+    return clock.now() - parse_span(text) if is_span(text) else parse_instant(text, settings)
 
 
 def _as_document(found: Audit) -> dict[str, Any]:

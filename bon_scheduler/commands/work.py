@@ -16,6 +16,7 @@ from bon_scheduler.commands.parsing import (
     parse_instant,
     parse_span,
     person,
+    read_key,
     read_payload,
     reading,
     require_known,
@@ -141,7 +142,7 @@ async def enqueue(
     request = Request(
         name,
         arguments,
-        dedupe_key=key,
+        dedupe_key=None if key is None else read_key(key),
         run_at=clock.now() + parse_span(after) if after else None,
         priority=priority,
         origin=Origin.PERSON,
@@ -151,7 +152,7 @@ async def enqueue(
         if name not in declared:
             await require_known(connection, name)
         run_id = await ledger.enqueue(connection, request)
-        holder = await history.holder_of_key(connection, name, key) if run_id is None and key else None
+        holder = await history.holder_of_key(connection, name, key) if run_id is None and key is not None else None
     answer = {"run_id": run_id or (holder or {}).get("run_id"), "duplicate": run_id is None}
     if report.as_json:
         report.document(answer)
