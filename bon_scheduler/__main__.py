@@ -1,6 +1,8 @@
 """The command line: parse, call, exit code. Run as `python -m bon_scheduler` or `bon-scheduler`."""
 
 import importlib.util
+import io
+import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Annotated, Any
 import structlog
 import typer
 
+import health
 from bon_scheduler import commands, db, service
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.commands import INTERRUPTED, UsageError
@@ -30,6 +33,7 @@ EXIT_STATUS: dict[type[Exception], int] = {
     PoolerError: 2,
     RefusedError: 2,
     NotUncertainError: 2,
+    health.CannotListenError: 2,
     AlreadyRunningError: 4,
     DatabaseUnavailableError: 1,
     SchemaBehindError: 1,
@@ -276,6 +280,7 @@ def demo(
 
 def main() -> None:
     """Run a command; an error is a paragraph on standard error, never a traceback."""
+    _prepare_streams()
     try:
         _require_text(sys.argv[1:])
         app()
@@ -288,6 +293,15 @@ def main() -> None:
         structlog.get_logger().debug("command.failed", exc_info=True)
         _complain(f"{describe_error(error)}. LOG_LEVEL=debug shows where it came from.")
         sys.exit(1)
+
+
+def _prepare_streams() -> None:
+    """Have what a terminal cannot show written in escapes, and logs on standard error until settings are read."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    debugging = os.environ.get("LOG_LEVEL", "").lower() == LogLevel.DEBUG
+    configure_logging(LogLevel.DEBUG if debugging else LogLevel.INFO, LogFormat.JSON)
 
 
 def _require_text(arguments: Sequence[str]) -> None:

@@ -93,9 +93,10 @@ def describe_error(error: BaseException) -> str:
     Return an exception's type and first line, masked, as any text column and any log takes it.
 
     PostgreSQL's DETAIL is left out: it quotes whole rows, names and addresses included. So are the values in what
-    it says of unusable data.
+    it says of unusable data, and the file of an OSError, whose first argument is a number.
     """
-    first = str(error.args[0] if error.args else error).strip().partition("\n")[0]
+    told = error.strerror if isinstance(error, OSError) else None
+    first = str(told or (error.args[0] if error.args else error)).strip().partition("\n")[0]
     if isinstance(error, asyncpg.DataError):
         first = _QUOTED.sub("…", first.partition(": ")[0])
     name = type(error).__name__
