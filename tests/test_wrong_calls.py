@@ -55,11 +55,12 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         (["enqueue", "generate-pdf", "--key", "ש" * 501], "--key has 1,002 bytes. Give at most 1,000"),
         (["enqueue", "generate-pdf", "--key", "\udcff"], "Argument 4 is not UTF-8"),
         (["pause", "draft-cleanup", "--reason", "\udcff"], "Argument 4 is not UTF-8"),
+        (["migrate", "--sql", "--json"], "Leave one of them out"),
+        (["demo", "--keep", "/proc/x"], '--keep "/proc/x" cannot be made a directory: No such file or directory.'),
+        (["demo", "--keep", "/dev/null"], '--keep "/dev/null" cannot be made a directory: File exists.'),
     ],
 )
-def test_what_no_instant_number_or_text_can_hold_is_status_2_with_the_remedy(
-    call: Call, arguments: list[str], says: str
-) -> None:
+def test_what_cannot_be_meant_or_kept_is_status_2_with_the_remedy(call: Call, arguments: list[str], says: str) -> None:
     status, out, err = call(*arguments)
     assert (status, out) == (2, "")
     assert says in err
@@ -75,7 +76,7 @@ def test_what_no_instant_number_or_text_can_hold_is_status_2_with_the_remedy(
         ["enqueue", "generate-pdf", "--payload", '{"a": "\\\\u0000"}', "--key", "ש" * 500],
     ],
 )
-def test_what_they_can_hold_goes_on_to_the_database(call: Call, arguments: list[str]) -> None:
+def test_what_can_be_kept_goes_on_to_the_database(call: Call, arguments: list[str]) -> None:
     status, _, err = call(*arguments)
     assert status == 1
     assert "Cannot connect to the database bon at 127.0.0.1:1" in err

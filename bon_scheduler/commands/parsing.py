@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -23,6 +24,7 @@ __all__ = [
     "UsageError",
     "find_job",
     "is_span",
+    "make_directory",
     "parse_instant",
     "parse_span",
     "person",
@@ -167,6 +169,18 @@ def read_key(text: str) -> str:
     if (size := len(text.encode())) > LONGEST_KEY_BYTES:
         raise UsageError(f"--key has {size:,} bytes. Give at most {LONGEST_KEY_BYTES:,}; a hash of it, for example.")
     return text
+
+
+def make_directory(option: str, path: Path) -> Path:
+    """Return a directory that files can be written to, made if it is not there; raises UsageError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        usable = os.access(path, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise UsageError(f'{option} "{path}" cannot be made a directory: {error.strerror}. Give another.') from error
+    if not usable:
+        raise UsageError(f'{option} "{path}" cannot be written to. Give another.')
+    return path
 
 
 def type_payload(job: AnyJob, value: Mapping[str, Any]) -> Payload:
