@@ -40,6 +40,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         (["runs", "--since", "999999d"], '"999999d" is too long a span of time. The longest is 36500d.'),
         (["runs", "--since", "9" * 5000 + "d"], "is too long a span of time"),
         (["audit", "--since", "9999999d"], '"9999999d" is too long a span of time'),
+        (["audit", "--since", "2999-01-01"], "--since 2999-01-01 is in the future"),
         (["audit", "--since", "0001-01-01"], "Give a year from 1900 to 2999"),
         (["enqueue", "generate-pdf", "--in", "9999999999d"], "is too long a span of time"),
         (["run-once", "overdue-detection", "--fire-time", "0001-01-01"], '"0001-01-01" is out of range.'),
