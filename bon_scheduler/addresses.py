@@ -49,7 +49,7 @@ def _is_astray(parts: SplitResult, url: str) -> bool:
     """Whether a separator stands where only a user, a password or a name that is not encoded can have brought it."""
     nobody = "@" not in parts.netloc and ":" in parts.netloc
     return (
-        "#" in url
+        re.search(r"[#\t\r\n]", url) is not None  # urlsplit drops the last three
         or parts.netloc.count("@") > 1
         or "@" in parts.path
         or (nobody and not parts.path and "@" in parts.query)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
@@ -124,7 +124,7 @@ class Settings(BaseSettings):
 
     email_from: str = "noreply@bon.co.il"
     email_rate_per_second: float = Field(5, gt=0, le=1000)
-    email_language: Annotated[str, Field(pattern="^(he|en)$")] = "he"
+    email_language: Literal["he", "en"] = "he"
     app_origin: str | None = None
     unsubscribe_url: str | None = None
     smtp_host: str | None = None

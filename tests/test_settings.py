@@ -30,6 +30,7 @@ def faults(**environ: str) -> list[str]:
         *(f"postgresql://bon:S3c{sign}77tPW@127.0.0.1:1/bon" for sign in "#/?@[]\u2100"),
         *(f"postgresql://bon:77{sign}S3ctPW@127.0.0.1:1/bon" for sign in "#/?"),
         "postgresql://bon:77?a=S3c@127.0.0.1:1/bon",
+        "postgresql://bon@127.0.0.1:1/bon\nS3c",
         "postgresql://bon:77@S3c/tPW@127.0.0.1:1/bon",
     ],
 )
@@ -162,6 +163,10 @@ def test_a_host_that_is_more_than_one_is_refused(name: str, host: str) -> None:
 )
 def test_a_host_is_taken(host: str) -> None:
     assert read(SMTP_HOST=host, HEALTH_HOST=host).smtp_host == host
+
+
+def test_what_a_setting_may_be_is_said() -> None:
+    assert faults(EMAIL_LANGUAGE="fr") == ["EMAIL_LANGUAGE: input should be 'he' or 'en' (it is \"fr\")"]
 
 
 def test_faults_of_every_kind_are_named_at_once(tmp_path: Path) -> None:
