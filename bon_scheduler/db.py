@@ -6,6 +6,7 @@ Everything of ours and of PgQueuer's lives in that schema; nothing is ever creat
 
 import asyncio
 import hashlib
+import json
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -13,12 +14,12 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 from uuid import UUID
 
 import asyncpg
 import orjson
 
+from bon_scheduler.addresses import describe_database
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Connection
 from bon_scheduler.pooling import PooledConnection
@@ -36,7 +37,6 @@ __all__ = [
     "PoolerError",
     "SchemaBehindError",
     "connect",
-    "describe_target",
     "explain_unavailable",
     "idle_limit_ms",
     "migrating",
@@ -123,13 +123,6 @@ def _migrations() -> list[Migration]:
     )
 
 
-def describe_target(url: str) -> str:
-    """Say where an address leads, without credentials."""
-    parts = urlsplit(url)
-    host = f"{parts.hostname or 'the local socket'}{f':{parts.port}' if parts.port else ''}"
-    return f"the database {parts.path.lstrip('/') or '(default)'} at {host}"
-
-
 @contextmanager
 def explain_unavailable(url: str) -> Iterator[None]:
     """Turn what asyncpg raises while connecting into DatabaseUnavailableError, without credentials."""
@@ -137,21 +130,21 @@ def explain_unavailable(url: str) -> Iterator[None]:
         yield
     except asyncpg.InvalidPasswordError as error:
         raise DatabaseUnavailableError(
-            f"{describe_target(url)} refuses the user or password of DATABASE_URL. Check both."
+            f"{describe_database(url)} refuses the user or password of DATABASE_URL. Check both."
         ) from error
     except asyncpg.InvalidCatalogNameError as error:
         raise DatabaseUnavailableError(
-            f"{describe_target(url)} does not exist. Create it, or correct DATABASE_URL."
+            f"{describe_database(url)} does not exist. Create it, or correct DATABASE_URL."
         ) from error
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         if UNSUPPORTED_STARTUP in str(error):
             raise PoolerError(
-                f"{describe_target(url)} is behind a connection pooler (PgBouncer). Set DATABASE_LISTEN_URL to the "
+                f"{describe_database(url)} is behind a connection pooler (PgBouncer). Set DATABASE_LISTEN_URL to the "
                 "server's own address as well; DATABASE_URL may then go through the pooler."
             ) from error
         what = type(error).__name__ if isinstance(error, TimeoutError) else str(error) or type(error).__name__
         raise DatabaseUnavailableError(
-            f"Cannot connect to {describe_target(url)}: {what.splitlines()[0]}. "
+            f"Cannot connect to {describe_database(url)}: {what.splitlines()[0]}. "
             "Is PostgreSQL running there, and does DATABASE_URL name it?"
         ) from error
 
@@ -159,8 +152,15 @@ def explain_unavailable(url: str) -> Iterator[None]:
 async def _set_codecs(connection: Connection) -> None:
     for name in ("json", "jsonb"):
         await connection.set_type_codec(
-            name, schema="pg_catalog", encoder=lambda v: orjson.dumps(v).decode(), decoder=orjson.loads
+            name, schema="pg_catalog", encoder=lambda v: orjson.dumps(v).decode(), decoder=_from_json
         )
+
+
+def _from_json(text: str) -> object:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text)  # jsonb takes numbers that no machine has, such as 1e400
 
 
 async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:

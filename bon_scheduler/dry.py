@@ -50,6 +50,8 @@ class DryMailer:
     pool: Pool
     clock: Clock
     out: Path | None
+    kept: Counter[str]
+    """How many letters were written to `out`, by kind."""
 
     async def deliver(self, letter: Letter, *, run_id: UUID, attempt: int) -> Delivery:
         """Return what would become of the letter if the server takes it."""
@@ -60,6 +62,7 @@ class DryMailer:
             return Delivery.REFUSED
         if self.out is not None:
             _keep(self.out, letter, self.settings, self.clock.now())
+            self.kept[letter.kind] += 1
         return Delivery.LOGGED if self.settings.smtp_host is None else Delivery.SENT
 
 
@@ -163,6 +166,8 @@ class Rehearsal:
     schedules: Mapping[str, Cron]
     out: Path | None
     """Where letters are kept as files; None: nowhere."""
+    kept: Counter[str] = field(default_factory=Counter)
+    """How many were, by kind."""
 
     async def run(self, job: AnyJob, payload: Payload, *, fire_time: datetime, asked_by: str) -> RunReport:
         """Do everything but keep it, then what it would cause; report as of a run that was real."""
@@ -213,7 +218,7 @@ class Rehearsal:
             pool=self.pool,
             resources={
                 Settings: mocking,
-                Mailer: DryMailer(self.settings, self.pool, self.clock, self.out),
+                Mailer: DryMailer(self.settings, self.pool, self.clock, self.out, self.kept),
             },
         )
 

@@ -9,8 +9,9 @@ from datetime import timedelta
 
 import asyncpg
 
+from bon_scheduler.addresses import describe_database
 from bon_scheduler.config import Settings
-from bon_scheduler.db import CONTROL_TIMEOUT_SECONDS, PoolerError, connect, describe_target, idle_limit_ms
+from bon_scheduler.db import CONTROL_TIMEOUT_SECONDS, PoolerError, connect, idle_limit_ms
 from bon_scheduler.pooling import keeps_sessions, same_database
 
 __all__ = ["OtherDatabaseError", "require_endpoints", "require_same_database", "require_sessions"]
@@ -37,7 +38,7 @@ async def require_sessions(settings: Settings) -> None:
                     return
     name = "DATABASE_LISTEN_URL" if settings.database_listen_url else "DATABASE_URL"
     raise PoolerError(
-        f"{name} leads to {describe_target(url)} through a connection pooler, where notifications or the limits of a "
+        f"{name} leads to {describe_database(url)} through a connection pooler, where notifications or the limits of a "
         "session are lost. Set DATABASE_LISTEN_URL to the server's own address; DATABASE_URL may then go through the "
         "pooler."
     )
@@ -52,8 +53,8 @@ async def require_same_database(settings: Settings) -> None:
         if await same_database(one, other):
             return
     raise OtherDatabaseError(
-        f"DATABASE_URL leads to {describe_target(url)}, where a lock is not seen that was taken through "
-        f"DATABASE_LISTEN_URL, which leads to {describe_target(settings.listen_url)}. Have both lead to the same "
+        f"DATABASE_URL leads to {describe_database(url)}, where a lock is not seen that was taken through "
+        f"DATABASE_LISTEN_URL, which leads to {describe_database(settings.listen_url)}. Have both lead to the same "
         "database of the same server, the primary."
     )
 

@@ -68,9 +68,13 @@ async def test_what_does_not_finish_in_time_is_given_back_and_the_process_ends(
     assert await connection.fetchval("select outcome from bon_scheduler.attempts") == "given_back"
 
 
-async def test_a_blocked_event_loop_does_not_keep_the_process(connection: Connection, database_url: str) -> None:
+@pytest.mark.parametrize("job", ["block", "thread"])
+async def test_what_nothing_can_stop_does_not_keep_the_process(
+    connection: Connection, database_url: str, job: str
+) -> None:
+    """A blocked event loop, or a thread that a handler left behind."""
     async with serving(database_url, 1) as service:
-        await start(connection, "block")
+        await start(connection, job)
         status, seconds = await stopped(service, signal.SIGTERM)
     assert status == 1
     assert seconds < 1 + LEAVING_SECONDS + 1

@@ -31,13 +31,22 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(command: Coroutine[Any, Any, int]) -> int:
-    """Run a command to its end on an event loop that signals wake; return its exit status."""
+    """
+    Run a command to its end on an event loop that signals wake; return its exit status.
+
+    SIGTERM interrupts it as Ctrl-C does, unless it takes both itself.
+    """
 
     async def awake() -> int:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel) if task else None)
         with waking_on_signals():
             return await command
 
-    return asyncio.run(awake())
+    try:
+        return asyncio.run(awake())
+    except asyncio.CancelledError:
+        return INTERRUPTED
 
 
 @contextmanager
@@ -67,8 +76,8 @@ def stopping_on_signals(patience: timedelta) -> Iterator[asyncio.Event]:
     """
     Yield the event that the first signal sets.
 
-    A second signal ends the process with status 130; so does, with status 1, being still here `patience` after
-    the first.
+    A second signal ends the process with status 130; so does, with status 1, a process that is still here
+    `patience` after the first, even when this block is over: a thread or a task that does not end holds it as well.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -87,7 +96,6 @@ def stopping_on_signals(patience: timedelta) -> Iterator[asyncio.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        forcing.cancel()
 
 
 async def unless(stop: asyncio.Event, awaited: Awaitable[T]) -> T | None:
