@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, Self, TypeAlias
 from urllib.parse import quote_plus
 
@@ -146,6 +146,13 @@ class Shaam:
     """
     The client of the token endpoint: one pooled session, opened by `async with`.
 
+@dataclass(slots=True)
+class _Sending:
+    """One request; `begun` once a byte of it may have left."""
+
+    begun: bool = False
+
+
     In mock mode no session exists, so nothing can open a socket.
     """
 
@@ -172,6 +179,7 @@ class Shaam:
         return self
 
     async def __aexit__(
+                trace_configs=[_tracing()],
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close every connection."""
@@ -190,16 +198,14 @@ class Shaam:
             return Misconfigured("SHAAM_MODE is mock: nobody is called")
         if self._session is None:
             raise RuntimeError("Shaam is used outside its `async with`")
-        secrets = [refresh_token, *self._client()]
+        secrets, sending = [refresh_token, *self._client()], _Sending()
         try:
-            reply = await self._post(self._session, refresh_token)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            return Transient(f"the connection failed ({_name(error)})")
-        except TimeoutError as error:
-            limit = self._settings.shaam_timeout_seconds
-            return Transient(f"no answer within {limit:g} s ({type(error).__name__})", maybe_spent=True)
+            reply = await self._post(self._session, refresh_token, sending)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return Transient(f"the connection failed ({_name(error)})", maybe_spent=True)
+            reason = f"the connection failed ({_name(error)})"
+            if sending.begun and isinstance(error, TimeoutError):
+                reason = f"no answer within {self._settings.shaam_timeout_seconds:g} s ({type(error).__name__})"
+            return Transient(reason, maybe_spent=sending.begun)
         return _classify(reply, secrets)
 
     def _client(self) -> tuple[str, str]:
@@ -215,11 +221,11 @@ class Shaam:
         pair = f"{quote_plus(client_id)}:{quote_plus(client_secret)}"
         return form, {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
 
-    async def _post(self, session: aiohttp.ClientSession, refresh_token: str) -> _Reply:
+    async def _post(self, session: aiohttp.ClientSession, refresh_token: str, sending: _Sending) -> _Reply:
         form, headers = self._request(refresh_token)
         # A redirect would carry the token and the secret to wherever it points.
         async with session.post(
-            self._settings.token_url, data=form, headers=headers, allow_redirects=False
+            self._settings.token_url, data=form, headers=headers, allow_redirects=False, trace_request_ctx=sending
         ) as response:
             # Raised here, a failure would hide that a 2xx had begun, and with it that the token is spent.
             try:
@@ -234,6 +240,17 @@ class Shaam:
 
 def _reveal(secret: SecretStr | None) -> str:
     return secret.get_secret_value() if secret is not None else ""
+
+
+def _tracing() -> aiohttp.TraceConfig:
+    """Have each request say when it begins; aiohttp does so BEFORE it writes the first byte."""
+
+    async def begin(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+        context.trace_request_ctx.begun = True
+
+    tracing = aiohttp.TraceConfig()
+    tracing.on_request_headers_sent.append(begin)
+    return tracing
 
 
 def _name(error: Exception) -> str:

@@ -631,10 +631,13 @@ async def test_an_answer_says_whether_the_token_may_be_spent(
     assert answer.maybe_spent is maybe_spent
 
 
-async def test_a_request_that_was_never_sent_has_spent_nothing() -> None:
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:{port}/", "https://127.0.0.1:99999/x", "https://no-such-host.invalid/x", "https://a..b/x"]
+)
+async def test_a_request_that_was_never_sent_has_spent_nothing(url: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
-        async with Shaam(settings(f"http://127.0.0.1:{taken.getsockname()[1]}/token")) as shaam:
+        async with Shaam(settings(url.format(port=taken.getsockname()[1]))) as shaam:
             answer = await shaam.refresh(TOKEN)
     assert isinstance(answer, Transient)
     assert not answer.maybe_spent
@@ -645,3 +648,4 @@ async def test_a_request_without_an_answer_may_have_spent_the_token() -> None:
         answer = await shaam.refresh(TOKEN)
     assert isinstance(answer, Transient)
     assert answer.maybe_spent
+    assert answer.reason.startswith("the connection failed")
