@@ -10,6 +10,7 @@ Refresh tokens are single use: a success spends the token that was sent. Whoever
 """
 
 import base64
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,6 @@ from typing import Any, Self, TypeAlias
 from urllib.parse import quote_plus
 
 import aiohttp
-import orjson
 from pydantic import SecretStr
 
 from bon_scheduler.config import ClientAuth, Settings, ShaamMode
@@ -48,6 +48,8 @@ LONGEST_LIFETIME = timedelta(days=366)
 """An access token said to live longer than this is not believed."""
 ASSUMED_LIFETIME = timedelta(seconds=601)
 """What is seen, for an access token whose lifetime is missing or not believed."""
+LONGEST_REFRESH_LIFETIME = timedelta(days=3660)
+"""A refresh token said to live longer than this is not believed; 90 days are seen."""
 
 OK = range(200, 300)
 REDIRECTED = range(300, 400)
@@ -65,7 +67,9 @@ BAD_CREDENTIALS_TEXT = "invalid client id or secret"
 
 _OPAQUE = re.compile(r"[A-Za-z0-9+/_=.~-]{40,}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _DIGITS = re.compile(r"[0-9]{1,12}")
+LONGEST_INTEGER_DIGITS = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +146,16 @@ class _Reply:
     """Why the body could not be read."""
 
 
-class Shaam:
-    """
-    The client of the token endpoint: one pooled session, opened by `async with`.
-
 @dataclass(slots=True)
 class _Sending:
     """One request; `begun` once a byte of it may have left."""
 
     begun: bool = False
 
+
+class Shaam:
+    """
+    The client of the token endpoint: one pooled session, opened by `async with`.
 
     In mock mode no session exists, so nothing can open a socket.
     """
@@ -175,11 +179,11 @@ class _Sending:
                 # One business's cookie must not travel with the next one's request.
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"Accept": "application/json", "User-Agent": "bon-scheduler"},
+                trace_configs=[_tracing()],
             )
         return self
 
     async def __aexit__(
-                trace_configs=[_tracing()],
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close every connection."""
@@ -238,10 +242,6 @@ class _Sending:
             return _Reply(response.status, response.headers, body)
 
 
-def _reveal(secret: SecretStr | None) -> str:
-    return secret.get_secret_value() if secret is not None else ""
-
-
 def _tracing() -> aiohttp.TraceConfig:
     """Have each request say when it begins; aiohttp does so BEFORE it writes the first byte."""
 
@@ -251,6 +251,10 @@ def _tracing() -> aiohttp.TraceConfig:
     tracing = aiohttp.TraceConfig()
     tracing.on_request_headers_sent.append(begin)
     return tracing
+
+
+def _reveal(secret: SecretStr | None) -> str:
+    return secret.get_secret_value() if secret is not None else ""
 
 
 def _name(error: Exception) -> str:
@@ -293,11 +297,19 @@ def _classify(reply: _Reply, secrets: list[str]) -> Answer:
 
 def _parse(body: bytes | None) -> dict[str, Any]:
     """Read a JSON object; anything else is an empty one."""
+    # More than JSON allows (NaN, half a character, bare control characters): behind a 2xx the new tokens are nowhere
+    # but in these bytes, and one odd field beside them must not lose them.
+    text = (body or b"").decode("utf-8-sig", "replace")
     try:
-        data = orjson.loads(body or b"")
-    except orjson.JSONDecodeError:
+        data = json.loads(text, strict=False, parse_int=_integer)
+    except (ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _integer(digits: str) -> int | float:
+    """Read an integer; thousands of digits, which Python refuses, as infinity."""
+    return int(digits) if len(digits) <= LONGEST_INTEGER_DIGITS else float(digits)
 
 
 def _refreshed(data: dict[str, Any]) -> Refreshed | None:
@@ -305,23 +317,25 @@ def _refreshed(data: dict[str, Any]) -> Refreshed | None:
     access, refresh = _text(data.get("access_token")), _text(data.get("refresh_token"))
     if not access or not refresh:
         return None
-    expires_in = _lifetime(data.get("expires_in"))
-    if expires_in is None or expires_in > LONGEST_LIFETIME:
-        expires_in = ASSUMED_LIFETIME
-    scope = _text(data.get("scope")) or None
-    return Refreshed(access, refresh, expires_in, scope, _lifetime(data.get("refresh_token_expires_in")))
+    expires_in = _lifetime(data.get("expires_in"), LONGEST_LIFETIME) or ASSUMED_LIFETIME
+    refresh_expires_in = _lifetime(data.get("refresh_token_expires_in"), LONGEST_REFRESH_LIFETIME)
+    return Refreshed(access, refresh, expires_in, _scope(data.get("scope")), refresh_expires_in)
 
 
-def _lifetime(value: object) -> timedelta | None:
-    """Read a positive number of seconds, or digits in a string; None for anything else."""
+def _lifetime(value: object, longest: timedelta) -> timedelta | None:
+    """Read a number of seconds, or digits in a string; None for what is no lifetime, or longer than is believed."""
     if isinstance(value, str) and _DIGITS.fullmatch(value.strip()):
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return timedelta(seconds=value)
-    except OverflowError:
-        return None
+    # NaN is neither above nor below anything.
+    return timedelta(seconds=value) if 1 <= value <= longest.total_seconds() else None
+
+
+def _scope(value: object) -> str | None:
+    """Read a scope; None, which leaves the stored one, for what none can be (RFC 6749 §3.3) or PostgreSQL not hold."""
+    text = _text(value)
+    return text if text and not _UNPRINTABLE.search(text) else None
 
 
 def _retry_after(headers: Mapping[str, str]) -> timedelta | None:
@@ -350,7 +364,8 @@ def _http_date(text: str) -> datetime | None:
 
 
 def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
+    """Read a string; half a character in it, which nothing can encode, is replaced."""
+    return _LONE_SURROGATE.sub("\ufffd", value) if isinstance(value, str) else ""
 
 
 def _said(data: dict[str, Any]) -> str:
@@ -379,4 +394,4 @@ def _redact(text: str, secrets: list[str]) -> str:
     # The longest first, otherwise a secret that contains another would leave its rest behind.
     for form in sorted(forms, key=len, reverse=True):
         text = re.sub(re.escape(form), "[redacted]", text, flags=re.IGNORECASE)
-    return _UNPRINTABLE.sub(" ", mask(_OPAQUE.sub("[redacted]", text))).strip()
+    return _UNPRINTABLE.sub(" ", mask(_OPAQUE.sub("[redacted]", _text(text)))).strip()
