@@ -32,6 +32,7 @@ from bon_scheduler.config import Settings
 from bon_scheduler.db import TRANSIENT_ERRORS, Pool
 from bon_scheduler.jobs import Connection, Retry
 from bon_scheduler.keeper import Keeper
+from bon_scheduler.lanes import Lane
 from bon_scheduler.log import describe_error
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.refreshes import CALL_TIMEOUT_SECONDS, Claimed, Credential, Exchange, Rotated, State, Verdict
@@ -86,19 +87,6 @@ class Result:
     """Whether another exchange of this business is under way."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Lane:
-    """How many exchanges are under way at once, and how many of them wait for the authority."""
-
-    exchanges: asyncio.Semaphore
-    requests: asyncio.Semaphore
-
-    @classmethod
-    def of(cls, requests: int) -> "_Lane":
-        """Allow so many requests; some exchanges more, so that no request waits for the database."""
-        return cls(asyncio.Semaphore(requests + requests // 3 + 1), asyncio.Semaphore(requests))
-
-
 class Rotator:
     """Rotates tokens, for one process. Safe to use from many runs at once."""
 
@@ -117,8 +105,8 @@ class Rotator:
         self._save_waits = SPOOLED_SAVE_WAITS_SECONDS if spool else SAVE_WAITS_SECONDS
         self._answer_limit = timedelta(seconds=settings.shaam_timeout_seconds)
         self._lease = self._answer_limit + LEASE_BEYOND_ANSWER
-        self._scheduled = _Lane.of(settings.shaam_concurrency)
-        self._on_demand = _Lane.of(ON_DEMAND_SLOTS)
+        self._scheduled = Lane(settings.shaam_concurrency)
+        self._on_demand = Lane(ON_DEMAND_SLOTS)
         # The loop keeps only weak references to tasks; these must end whoever is cancelled.
         self._under_way: set[asyncio.Task[Result]] = set()
 
@@ -146,7 +134,7 @@ class Rotator:
     async def rotate(self, credential: Credential, tell: Tell, *, on_demand: bool = False) -> Result:
         """Wait for a turn and exchange one business's token, once; cancelled, what was sent is seen to its end."""
         lane = self._on_demand if on_demand else self._scheduled
-        async with lane.exchanges:
+        async with lane.exchange():
             stopped = asyncio.Event()
             work = self._exchange(credential, tell, lane, stopped)
             task = asyncio.create_task(work, name=f"exchange {credential.business_id}")
@@ -189,7 +177,7 @@ class Rotator:
             # The caller sees it as well, unless it was cancelled. Its text may quote a statement's values.
             log.error("token.failed", error=type(error).__name__)
 
-    async def _exchange(self, credential: Credential, tell: Tell, lane: _Lane, stopped: asyncio.Event) -> Result:
+    async def _exchange(self, credential: Credential, tell: Tell, lane: Lane, stopped: asyncio.Event) -> Result:
         business_id = credential.business_id
         if (reason := self._why_not()) is not None:
             return _not_called(business_id, reason)
@@ -202,11 +190,12 @@ class Rotator:
         claimed = await self._prepare_to_send(exchange, tell)
         if isinstance(claimed, Result):
             return claimed
-        async with lane.requests:
+        async with lane.request() as turn:
             # Frozen meanwhile, this process must not send: its lease may be another's soon.
             late = seconds_since_boot() - began > self._lease.total_seconds() / 2
             reason = "its run was stopped" if late or stopped.is_set() else self._why_not() or self.breaker.admit()
             answer = await self._send(token) if reason is None else None
+            turn.refused = isinstance(answer, Misconfigured)
         if answer is None:
             await self._settle(exchange, State.DEFERRED, unspent=True)
             return _not_called(business_id, reason or "")

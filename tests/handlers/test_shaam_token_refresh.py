@@ -7,6 +7,7 @@ What cannot be seen from outside a run is asked of the handler, in a real attemp
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -171,19 +172,31 @@ async def never_retried(bon: Bon, report: RunReport) -> bool:
     return (report.run["state"], attempt["outcome"]) == ("dead", "dead")
 
 
+@dataclass
+class AfterTheFirst(dict[str, Misbehaviour]):
+    """What goes wrong for every business but the first one that comes."""
+
+    fault: Misbehaviour
+    came: bool = False
+
+    def get(self, *_: object) -> Misbehaviour | None:  # type: ignore[override] # no default is asked for
+        came, self.came = self.came, True
+        return self.fault if came else None
+
+
 @pytest.mark.parametrize("fault", [Misbehaviour.INVALID_CLIENT, Misbehaviour.GATEWAY_401, Misbehaviour.FORBIDDEN])
 async def test_a_refused_application_is_tried_a_handful_of_times_and_flags_nobody(
     refresh: Refresh, bon: Bon, fault: Misbehaviour
 ) -> None:
-    first = await bon.business("first", expires_at=NOW - timedelta(minutes=3))
-    for n in range(20):
+    for n in range(21):
         await bon.business(f"b{n}")
-        bon.simulator.spoil[f"b{n}"] = fault
+    bon.simulator.spoil = AfterTheFirst(fault)
     report = await refresh(SHAAM_CONCURRENCY="1")
     assert await never_retried(bon, report)
     assert "Refreshed 1 of 21, left 20" in report.run["error"]
     assert bon.simulator.requests == 1 + HANDFUL
-    assert set(await bon.outcomes(report.run["run_id"])) == {first}
+    (done,) = (await bon.outcomes(report.run["run_id"])).values()
+    assert done.counts == {"refreshed": 1}
     assert await bon.flagged() == set()
 
 
@@ -197,13 +210,29 @@ async def test_what_refuses_one_business_is_its_own_failure(refresh: Refresh, bo
     assert await bon.flagged() == set()
 
 
-async def test_a_wrong_client_secret_ends_the_run_dead_and_flags_nobody(refresh: Refresh, bon: Bon) -> None:
-    for n in range(3):
+@pytest.mark.parametrize(("due", "requests"), [(3, 3), (100, HANDFUL)])
+async def test_a_wrong_client_secret_ends_the_run_dead_and_flags_nobody(
+    refresh: Refresh, bon: Bon, due: int, requests: int
+) -> None:
+    for n in range(due):
         await bon.business(f"b{n}")
+    bon.simulator.delay_seconds = 0.1  # as long as others are on their way
     report = await refresh(SHAAM_CLIENT_SECRET="wrong")
     assert await never_retried(bon, report)
     assert "HTTP 401: invalid_client" in report.run["error"]
+    assert bon.simulator.requests == requests
     assert await bon.flagged() == set()
+
+
+async def test_a_few_that_are_always_refused_do_not_speak_for_all_others(refresh: Refresh, bon: Bon) -> None:
+    """Those that fail are the first to expire: in that order no other would have its turn, run after run."""
+    for n in range(HANDFUL):
+        await bon.business(f"bad{n}", expires_at=NOW - timedelta(minutes=3))
+        bon.simulator.spoil[f"bad{n}"] = Misbehaviour.FORBIDDEN
+    for n in range(HANDFUL * 20):
+        await bon.business(f"good{n}")
+    report = await refresh(SHAAM_CONCURRENCY="1")
+    assert ended(report) == ("partial", NOTHING | {"due": 105, "refreshed": 100, "failed": 5})
 
 
 async def test_a_failing_endpoint_is_not_asked_for_everybody(refresh: Refresh, bon: Bon) -> None:
