@@ -329,6 +329,14 @@ async def test_a_cancelled_run_calls_nobody_new(refresh: Refresh, bon: Bon, gate
 # What the database refuses
 
 
+@pytest.mark.parametrize("odd", [Misbehaviour.REFRESH_EXPIRES_HUGE, Misbehaviour.SCOPE_NUL])
+async def test_tokens_are_saved_whatever_is_said_beside_them(refresh: Refresh, bon: Bon, odd: Misbehaviour) -> None:
+    business = await bon.business("a")
+    bon.simulator.spoil["a"] = odd
+    assert ended(await refresh()) == ("succeeded", NOTHING | {"due": 1, "refreshed": 1})
+    assert await bon.refresh_token(business) == bon.simulator.current("a")
+
+
 async def test_a_save_is_tried_again_until_the_database_takes_it(
     refresh: Refresh, bon: Bon, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
