@@ -160,7 +160,8 @@ def _check_spool(settings: Settings) -> list[Finding]:
         return [Finding("spool", Level.FAILURE, what, "Find out what damaged them; then delete them.")]
     if found.waiting:
         what = f"{found.waiting} rotated tokens in SPOOL_DIR wait for the database"
-        return [Finding("spool", Level.WARNING, what, "They are saved by a service that runs with this SPOOL_DIR.")]
+        remedy = "A service that runs with this SPOOL_DIR saves them; where it cannot, it logs token.refused and why."
+        return [Finding("spool", Level.WARNING, what, remedy)]
     return [Finding("spool", Level.OK, "SPOOL_DIR can be written, and nothing waits in it")]
 
 
