@@ -679,9 +679,7 @@ async def test_an_answer_says_whether_the_token_may_be_spent(
     assert answer.maybe_spent is maybe_spent
 
 
-@pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:{port}/", "https://127.0.0.1:99999/x", "https://no-such-host.invalid/x", "https://a..b/x"]
-)
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}/", "https://no-such-host.invalid/x", "https://a..b/x"])
 async def test_a_request_that_was_never_sent_has_spent_nothing(url: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
