@@ -37,6 +37,7 @@ import structlog
 
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings
+from bon_scheduler.db import TRANSIENT_ERRORS
 from bon_scheduler.jobs import NeverRetryError, Retry, RetryLaterError
 from bon_scheduler.letters import POLICY, Letter, compose, is_mailbox, message_id, printable, recipient_hash
 from bon_scheduler.log import mask
@@ -383,7 +384,7 @@ class Mailer:
             return _Answer(Delivery.UNKNOWN, what) if claim.data_begun else _Answer(None, what, away=True)
 
     async def _record(self, claim: _Intention, answer: _Answer) -> None:
-        """Settle or withdraw the intention; tried again while the database does not answer."""
+        """Settle or withdraw the intention; tried again while the database restarts, is full or does not answer."""
         ours = (claim.id, claim.run_id, claim.attempt)
         for pause_seconds in (*RECORDING_PAUSES_SECONDS, None):
             try:
@@ -391,7 +392,7 @@ class Mailer:
                     await self._pool.execute(WITHDRAW, *ours)
                 else:
                     await self._pool.execute(SETTLE, *ours, answer.delivery.value, answer.reply)
-            except (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError):
+            except TRANSIENT_ERRORS:
                 if pause_seconds is None:
                     raise
                 await asyncio.sleep(pause_seconds)

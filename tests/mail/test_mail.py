@@ -25,6 +25,7 @@ from bon_scheduler.mail import Delivery, LetterDeferredError, Mailer, MailUnavai
 from tests.conftest import SetClock
 from tests.mailserver import Hook, hang, hang_up
 from tests.mailworld import AS_OF, LETTER, NOW, RECIPIENT, World, a_run, intend, settings
+from tests.waiting import until
 
 # aiosmtpd warns that a login over plain TCP is unsafe, also where the socket itself is TLS.
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")
@@ -95,6 +96,31 @@ async def test_without_a_server_a_letter_is_logged_and_the_day_not_used_up(pool:
     assert result is Delivery.LOGGED
     assert [event["event"] for event in events] == ["delivery.logged"]
     assert await pool.fetchval("select count(*) from bon_scheduler.deliveries") == 0
+
+
+@pytest.mark.parametrize("cut", ["pg_cancel_backend", "pg_terminate_backend"])
+@pytest.mark.parametrize(("answer", "rows"), [("250 taken", [("sent", "250 taken")]), ("452 disk full", [])])
+async def test_an_answer_is_recorded_though_the_database_ends_the_statement_that_records_it(
+    world: World, cut: str, answer: str, rows: list[tuple[str, str]]
+) -> None:
+    """As a restart, an administrator or a full server does: the letter's fate is known, and must not be lost."""
+    mailer = await world.mailer()
+    async with world.pool.acquire() as holder:
+        held = holder.transaction()
+
+        async def hold_the_row(_: SMTP) -> str:
+            await held.start()
+            await holder.execute("select from bon_scheduler.deliveries for update")
+            return answer
+
+        world.server.on["DATA"] = hold_the_row
+        delivering = asyncio.create_task(world.deliver(mailer))
+        recording = f"select max({cut}(pid)::int) from pg_stat_activity where wait_event_type = 'Lock'"
+        recording += " and datname = current_database()"
+        await until(lambda: world.pool.fetchval(recording))
+        await held.rollback()
+        await asyncio.wait({delivering})
+    assert await world.rows() == rows
 
 
 # What it refuses, and when
