@@ -6,6 +6,7 @@ of a file that holds it. No secret is ever part of an error.
 """
 
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -42,6 +43,10 @@ SECRETS = frozenset(
 )
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 KEY_LENGTH_HEX = 64
+_ADDRESS = re.compile(
+    r"[\w!#$%&'*+/?^`{|}~-]+(\.[\w!#$%&'*+/?^`{|}~-]+)*@[^\W_]([\w-]*[^\W_])?(\.[^\W_]([\w-]*[^\W_])?)*", re.ASCII
+)
+"""RFC 5321 §4.1.2, without quoted local parts: its domain is also what we call ourselves in SMTP."""
 
 
 class SettingsError(Exception):
@@ -180,14 +185,26 @@ class Settings(BaseSettings):
         parts = urlsplit(value)
         if parts.scheme not in {"http", "https"} or not parts.netloc:
             raise ValueError("must be an http(s) address such as https://app.example.com")
-        return value.rstrip("/")
+        return value
+
+    @field_validator("app_origin")
+    @classmethod
+    def _is_put_before_paths(cls, value: str | None) -> str | None:
+        return value.rstrip("/") if value is not None else None
+
+    @field_validator("unsubscribe_url")
+    @classmethod
+    def _is_header_safe(cls, value: str | None) -> str | None:
+        # RFC 2369 §2: it stands in the header as it is, between < and >.
+        if value is not None and not (value.isascii() and value.isprintable() and not set(value) & set(" <>")):
+            raise ValueError("must be ASCII without spaces, < and >; write anything else as %XX (a host as xn--…)")
+        return value
 
     @field_validator("email_from")
     @classmethod
     def _is_address(cls, value: str) -> str:
-        local, _, domain = value.rpartition("@")
-        if not local or not domain or any(c.isspace() for c in value):
-            raise ValueError("must be one e-mail address such as noreply@bon.co.il")
+        if not _ADDRESS.fullmatch(value):
+            raise ValueError("must be one e-mail address in ASCII, such as noreply@bon.co.il, and nothing beside it")
         return value
 
     @field_validator("shaam_encryption_key")
