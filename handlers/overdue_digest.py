@@ -11,6 +11,7 @@ day asks again; the delivery ledger then finds nothing left to send.
 from datetime import date
 
 from bon_scheduler.jobs import Counts, JobContext, NeverRetryError, Payload, job
+from handlers.mailing import refuse_day_to_come
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
 
 __all__ = ["OverdueDigest", "overdue_digest"]
@@ -82,6 +83,7 @@ class OverdueDigest(Payload):
 async def overdue_digest(ctx: JobContext, payload: OverdueDigest) -> Counts:
     """Ask for a digest for each business that has overdue invoices."""
     as_of = payload.as_of or ctx.business_date
+    refuse_day_to_come(ctx, as_of)
     if payload.as_of is None and as_of < ctx.today and not ctx.dry_run:
         raise NeverRetryError(
             f"The digest of {as_of} is of a day that is over, and nobody said that it is still wanted. If it is, "
