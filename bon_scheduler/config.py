@@ -128,7 +128,7 @@ class Settings(BaseSettings):
     run_retention_days: int = Field(400, ge=1, le=36500)
 
     email_from: str = "noreply@bon.co.il"
-    email_rate_per_second: float = Field(5, gt=0, le=1000)
+    email_rate_per_second: float = Field(5, ge=0.001, le=1000)
     email_language: Literal["he", "en"] = "he"
     app_origin: str | None = None
     unsubscribe_url: str | None = None

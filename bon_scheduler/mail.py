@@ -191,10 +191,10 @@ class Mailer:
         """
         Send a letter unless its key was used before; return what became of it. Waits for the letter's turn.
 
-        Raises MailUnavailableError (a NotNowError) while the server is away, LetterDeferredError when it does
-        not take this letter just now, RetryLaterError while another run is sending the same letter, and
-        NeverRetryError for a letter of a day so long ago that its delivery may have been forgotten, and for one
-        that cannot be written with these settings.
+        Raises MailUnavailableError (a NotNowError) while the server is away, NotNowError while too many letters
+        wait for their turn, LetterDeferredError when the server does not take this letter just now, RetryLaterError
+        while another run is sending the same letter, and NeverRetryError for a letter of a day so long ago that its
+        delivery may have been forgotten, and for one that cannot be written with these settings.
         """
         self._require_remembered(letter)
         events = log.bind(kind=letter.kind, business_id=str(letter.business_id))
