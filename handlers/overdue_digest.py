@@ -52,19 +52,18 @@ FIND_OWED = """
     select b.id as business_id,
            o.invoices,
            case when owners.addresses > 0 then owners.addresses
-                when trim(b.email) <> '' then 1
+                when bon_scheduler.visible(b.email) is not null then 1
                 else 0
             end as addresses,
            exists (select from bon_scheduler.business_pauses p where p.business_id = b.id) as paused
       from owed o
       join businesses b on b.id = o.business_id
      cross join lateral (
-               select count(distinct lower(trim(u.email))) as addresses
+               select count(distinct lower(bon_scheduler.visible(u.email))) as addresses
                  from user_businesses m
                  join users u on u.id = m.user_id
                 where m.business_id = b.id
                   and m.role = 'owner'
-                  and trim(u.email) <> ''
            ) owners
      where b.is_active
        and b.deleted_at is null
