@@ -1,6 +1,7 @@
 """The digest: what is owed, who is told, and how the letter reads in two directions."""
 
 import re
+import unicodedata
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from babel.messages.extract import extract_from_file
 from babel.messages.pofile import read_po
 
 import handlers.digest
+from handlers.digest import render as render_letter
 from handlers.digest import render_digest
 from handlers.overdue_digest import FIND_OWED
 from handlers.statement import (
@@ -300,6 +302,28 @@ def test_a_name_can_neither_break_a_line_nor_turn_the_text_around() -> None:
         assert "\u202e" not in part
         assert "\u2028" not in part
     assert "\n" not in subject
+
+
+def first_letter(line: str) -> str | None:
+    """The class of what gives a paragraph its direction (UAX 9 P2): the first strong character outside isolates."""
+    depth = 0
+    for c in line:
+        kind = unicodedata.bidirectional(c)
+        depth += (kind in {"LRI", "RLI", "FSI"}) - (kind == "PDI")
+        if depth == 0 and kind in {"L", "R", "AL"}:
+            return kind
+    return None
+
+
+@pytest.mark.parametrize("name", ["Studio Dana", "סטודיו דנה"])
+def test_every_hebrew_line_reads_from_right_to_left(name: str) -> None:
+    about_consent = {"business_name": name, "link": "https://app.example.com", "language": "he"}
+    unpaid = [an_invoice(owed=5), an_invoice(currency="USD"), *[an_invoice(number=None)] * MAX_ROWS]
+    letters = render(a_statement(*unpaid, name=name)), render_letter("reauth", "he", about_consent)
+    lines = [line for subject, text, _ in letters for line in (subject, *text.splitlines())]
+    hebrew = [line for line in lines if any(unicodedata.bidirectional(c) == "R" for c in line)]
+    assert len(hebrew) > MAX_ROWS
+    assert [line for line in hebrew if first_letter(line) == "L"] == []
 
 
 @pytest.mark.parametrize("language", ["he", "en"])
