@@ -205,7 +205,7 @@ class Mailer:
         if (settled := await find_settled(self._pool, letter)) is not None:
             return settled  # BEFORE the gate: it takes nobody's turn
         # What is no address is refused without the server, and says nothing about it.
-        written = write(letter, self._settings, now=self._clock.now()) if is_mailbox(letter.recipient) else None
+        written = await self._write(letter) if is_mailbox(letter.recipient) else None
         passage = await self._gate.pass_through() if written else None
         claim = await self._claim(letter, run_id, attempt)
         if isinstance(claim, Delivery):
@@ -227,6 +227,10 @@ class Mailer:
         else:
             events.warning("delivery.refused" if answer.delivery is Delivery.REFUSED else "delivery.unknown")
         return answer.delivery
+
+    async def _write(self, letter: Letter) -> Written:
+        # In a thread: runs come in bursts, and twenty letters keep the event loop for a quarter of a second.
+        return await asyncio.to_thread(write, letter, self._settings, now=self._clock.now())
 
     def _require_remembered(self, letter: Letter) -> None:
         kept = self._settings.run_retention_days
