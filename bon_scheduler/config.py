@@ -179,25 +179,13 @@ class Settings(BaseSettings):
 
     @field_validator("unsubscribe_url")
     @classmethod
-    def _is_web_address(cls, value: str | None) -> str | None:
+    def _stands_in_a_header(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        parts = urlsplit(value)
-        if parts.scheme not in {"http", "https"} or not parts.netloc:
-            raise ValueError("must be an http(s) address such as https://app.example.com")
-        return value
-
-    @field_validator("app_origin")
-    @classmethod
-    def _is_put_before_paths(cls, value: str | None) -> str | None:
-        return value.rstrip("/") if value is not None else None
-
-    @field_validator("unsubscribe_url")
-    @classmethod
-    def _is_header_safe(cls, value: str | None) -> str | None:
-        # RFC 2369 §2: it stands in the header as it is, between < and >.
-        if value is not None and not (value.isascii() and value.isprintable() and not set(value) & set(" <>")):
-            raise ValueError("must be ASCII without spaces, < and >; write anything else as %XX (a host as xn--…)")
+        if what := fault_of_web_address(value):
+            raise ValueError(what)
+        if not value.isascii():  # RFC 2369 §2: it stands there as it is
+            raise ValueError("must be ASCII; percent-encode anything else, and write a host as xn--…")
         return value
 
     @field_validator("email_from")
