@@ -193,7 +193,8 @@ async def test_a_dry_run_counts_what_a_real_one_then_deletes_and_keeps_everythin
         dry = await rehearsal.run(ledger_pruning, NoPayload(), fire_time=datetime.now(UTC), asked_by="a test")
     assert await left(connection, old) == old
     real = await prune(run_job)
-    assert dry.run["counts"] == real.run["counts"] == {"deliveries": 1, "outcomes": 0, "runs": 5, "queue_log": 0}
+    assert dry.run["counts"] == real.run["counts"]
+    assert (real.run["counts"]["deliveries"], real.run["counts"]["runs"]) == (1, 5)
 
 
 async def test_a_clock_far_ahead_forgets_nothing(run_job: RunJob, connection: Connection) -> None:
