@@ -148,7 +148,7 @@ def teller(ctx: JobContext) -> Tell:
     """Return what asks for the letter to a business's owners, in the transaction that flags it."""
 
     async def tell(connection: Connection, business_id: UUID) -> None:
-        await ctx.enqueue(notify_reauth, NotifyReauth(business_id=business_id), on=connection)
+        await ctx.enqueue(notify_reauth, NotifyReauth(business_id=business_id, as_of=ctx.today), on=connection)
 
     return tell
 
