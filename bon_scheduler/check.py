@@ -13,6 +13,7 @@ from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
 from bon_scheduler.endpoints import OtherDatabaseError
+from bon_scheduler.indexes import missing_indexes
 from bon_scheduler.jobs import Connection
 from bon_scheduler.log import describe_error
 from bon_scheduler.smtp import NotConnectedError, try_login
@@ -72,16 +73,6 @@ MISSING_COLUMNS = """
                           and not a.attisdropped)
      order by 1, 2
 """
-# $1 table: text, $2 column: text. Whether some index begins with the column.
-HAS_INDEX_ON = """
-    select exists (select from pg_index i
-                     join pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
-                    where i.indrelid = to_regclass($1) and a.attname = $2 and i.indisvalid)
-"""
-RECOMMENDED_INDEXES = (
-    ("invoices", "credited_invoice_id"),
-    ("emergency_allocation_numbers", "used_for_invoice_id"),
-)
 
 
 class Level(StrEnum):
@@ -173,7 +164,8 @@ def _check_spool(settings: Settings) -> list[Finding]:
         return [Finding("spool", Level.FAILURE, what, "Find out what damaged them; then delete them.")]
     if found.waiting:
         what = f"{found.waiting} rotated tokens in SPOOL_DIR wait for the database"
-        return [Finding("spool", Level.WARNING, what, "They are saved by a service that runs with this SPOOL_DIR.")]
+        remedy = "A service that runs with this SPOOL_DIR saves them; where it cannot, it logs token.refused and why."
+        return [Finding("spool", Level.WARNING, what, remedy)]
     return [Finding("spool", Level.OK, "SPOOL_DIR can be written, and nothing waits in it")]
 
 
@@ -211,18 +203,15 @@ _BON_REMEDY = "Run BON's own migrations on this database, or point DATABASE_URL 
 
 
 async def _check_indexes(connection: Connection) -> list[Finding]:
-    findings = []
-    for table, column in RECOMMENDED_INDEXES:
-        if not await connection.fetchval(HAS_INDEX_ON, table, column):
-            statement = f"CREATE INDEX CONCURRENTLY ON {table} ({column}) WHERE {column} IS NOT NULL"
-            findings.append(
-                Finding(
-                    "indexes",
-                    Level.WARNING,
-                    f"no index on {table}.{column}: each deleted draft scans the table",
-                    f"Have BON run: {statement}",
-                )
-            )
+    findings = [
+        Finding(
+            "indexes",
+            Level.WARNING,
+            f"no index on {where}: each deleted draft scans the table",
+            f"Have BON run: {statement}",
+        )
+        for where, statement in (await missing_indexes(connection)).items()
+    ]
     return findings or [Finding("indexes", Level.OK, "the recommended ones exist")]
 
 

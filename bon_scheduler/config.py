@@ -6,6 +6,7 @@ of a file that holds it. No secret is ever part of an error.
 """
 
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -42,6 +43,10 @@ SECRETS = frozenset(
 )
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 KEY_LENGTH_HEX = 64
+_ADDRESS = re.compile(
+    r"[\w!#$%&'*+/?^`{|}~-]+(\.[\w!#$%&'*+/?^`{|}~-]+)*@[^\W_]([\w-]*[^\W_])?(\.[^\W_]([\w-]*[^\W_])?)*", re.ASCII
+)
+"""RFC 5321 §4.1.2, without quoted local parts: its domain is also what we call ourselves in SMTP."""
 
 
 class SettingsError(Exception):
@@ -123,7 +128,7 @@ class Settings(BaseSettings):
     run_retention_days: int = Field(400, ge=1, le=36500)
 
     email_from: str = "noreply@bon.co.il"
-    email_rate_per_second: float = Field(5, gt=0, le=1000)
+    email_rate_per_second: float = Field(5, ge=0.001, le=1000)
     email_language: Literal["he", "en"] = "he"
     app_origin: str | None = None
     unsubscribe_url: str | None = None
@@ -174,20 +179,20 @@ class Settings(BaseSettings):
 
     @field_validator("unsubscribe_url")
     @classmethod
-    def _is_web_address(cls, value: str | None) -> str | None:
+    def _stands_in_a_header(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        parts = urlsplit(value)
-        if parts.scheme not in {"http", "https"} or not parts.netloc:
-            raise ValueError("must be an http(s) address such as https://app.example.com")
-        return value.rstrip("/")
+        if what := fault_of_web_address(value):
+            raise ValueError(what)
+        if not value.isascii():  # RFC 2369 §2: it stands there as it is
+            raise ValueError("must be ASCII; percent-encode anything else, and write a host as xn--…")
+        return value
 
     @field_validator("email_from")
     @classmethod
     def _is_address(cls, value: str) -> str:
-        local, _, domain = value.rpartition("@")
-        if not local or not domain or any(c.isspace() for c in value):
-            raise ValueError("must be one e-mail address such as noreply@bon.co.il")
+        if not _ADDRESS.fullmatch(value):
+            raise ValueError("must be one e-mail address in ASCII, such as noreply@bon.co.il, and nothing beside it")
         return value
 
     @field_validator("shaam_encryption_key")

@@ -28,7 +28,7 @@ from bon_scheduler.db import Pool
 from bon_scheduler.history import Row
 from bon_scheduler.jobs import AnyJob, BusinessOutcome, Connection, Counts, Cron, Job, P, Payload
 from bon_scheduler.ledger import DryRun
-from bon_scheduler.letters import POLICY, Letter, compose, is_mailbox, recipient_hash
+from bon_scheduler.letters import Letter, is_mailbox, recipient_hash, write
 from bon_scheduler.log import describe_error
 from bon_scheduler.mail import Delivery, Mailer, find_settled
 from bon_scheduler.once import RunReport
@@ -72,7 +72,7 @@ def _keep(directory: Path, letter: Letter, settings: Settings, now: datetime) ->
     name = f"{letter.kind}-{letter.as_of}-{letter.business_id}-{who}"
     directory.joinpath(f"{name}.html").write_text(letter.html, encoding="utf-8")
     directory.joinpath(f"{name}.txt").write_text(letter.text, encoding="utf-8")
-    directory.joinpath(f"{name}.eml").write_bytes(compose(letter, settings, now=now).as_bytes(policy=POLICY))
+    directory.joinpath(f"{name}.eml").write_bytes(write(letter, settings, now=now).content)
 
 
 @dataclass(slots=True)

@@ -1,16 +1,20 @@
 """What is old enough goes; what something or somebody still needs stays, however old it is."""
 
+import asyncio
 from datetime import UTC, date, datetime, timedelta
 from uuid import UUID, uuid4
 
 import pytest
 
-from bon_scheduler import retention
+from bon_scheduler import NoPayload, retention
 from bon_scheduler.audit import audit
+from bon_scheduler.clock import SystemClock
+from bon_scheduler.db import Pool
+from bon_scheduler.dry import Rehearsal
 from bon_scheduler.once import RunReport
 from handlers import JOBS
 from handlers.ledger_pruning import ledger_pruning
-from tests.conftest import Connection, RunJob
+from tests.conftest import Connection, MakeSettings, RunJob
 
 OLD = timedelta(days=31)
 YOUNG = timedelta(days=29)
@@ -174,6 +178,23 @@ async def test_more_than_a_batch_goes_in_batches(
     report = await prune(run_job)
     assert report.run["counts"]["runs"] == 7
     assert await left(connection, old) == []
+
+
+async def test_a_dry_run_counts_what_a_real_one_then_deletes_and_keeps_everything(
+    run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch, make_settings: MakeSettings, pool: Pool
+) -> None:
+    monkeypatch.setattr(retention, "BATCH", 2)
+    settings = make_settings(RUN_RETENTION_DAYS="30")
+    parent = await run(connection)
+    old = [parent, *[await run(connection, cause=parent) for _ in range(4)]]
+    await delivery(connection, old[-1], "sent")
+    rehearsal = Rehearsal(pool, settings, SystemClock(), {}, out=None)
+    async with asyncio.timeout(20):
+        dry = await rehearsal.run(ledger_pruning, NoPayload(), fire_time=datetime.now(UTC), asked_by="a test")
+    assert await left(connection, old) == old
+    real = await prune(run_job)
+    assert dry.run["counts"] == real.run["counts"]
+    assert (real.run["counts"]["deliveries"], real.run["counts"]["runs"]) == (1, 5)
 
 
 async def test_a_clock_far_ahead_forgets_nothing(run_job: RunJob, connection: Connection) -> None:
