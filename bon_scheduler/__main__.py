@@ -19,6 +19,7 @@ from bon_scheduler.commands.parsing import make_directory
 from bon_scheduler.config import LogFormat, LogLevel, Settings, SettingsError
 from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
 from bon_scheduler.deliveries import NotUncertainError
+from bon_scheduler.endpoints import OtherDatabaseError
 from bon_scheduler.ledger import UnknownJobError
 from bon_scheduler.log import configure_logging, describe_error
 from bon_scheduler.once import AlreadyRunningError
@@ -32,6 +33,7 @@ EXIT_STATUS: dict[type[Exception], int] = {
     UsageError: 2,
     UnknownJobError: 2,
     PoolerError: 2,
+    OtherDatabaseError: 2,
     RefusedError: 2,
     NotUncertainError: 2,
     health.CannotListenError: 2,

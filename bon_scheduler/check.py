@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 
-from bon_scheduler import db, deliveries, mail_gate
+from bon_scheduler import db, deliveries, endpoints, mail_gate
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
+from bon_scheduler.endpoints import OtherDatabaseError
 from bon_scheduler.indexes import missing_indexes
 from bon_scheduler.jobs import Connection
 from bon_scheduler.log import describe_error
@@ -95,11 +96,12 @@ class Finding:
 async def check_deployment(settings: Settings, clock: Clock) -> list[Finding]:
     """Look at everything; an unreachable database ends the look early."""
     try:
-        async with db.connect(settings.listen_url) as connection:
+        async with db.connect(settings.listen_url, pooled=True) as connection:
             return [
                 Finding("settings", Level.OK, "every setting is usable"),
                 await _check_server(connection),
                 await _check_sessions(settings),
+                *await _check_same_database(settings),
                 *_check_spool(settings),
                 await _check_clock(connection, clock),
                 *await _check_columns(connection),
@@ -129,11 +131,22 @@ async def _check_server(connection: Connection) -> Finding:
 
 async def _check_sessions(settings: Settings) -> Finding:
     try:
-        await db.require_sessions(settings)
+        await endpoints.require_sessions(settings)
     except PoolerError as error:
         what, _, remedy = str(error).partition(". ")
         return Finding("notifications", Level.FAILURE, what, remedy)
     return Finding("notifications", Level.OK, "LISTEN hears what is notified")
+
+
+async def _check_same_database(settings: Settings) -> list[Finding]:
+    if settings.database_listen_url is None:
+        return []
+    try:
+        await endpoints.require_same_database(settings)
+    except OtherDatabaseError as error:
+        what, _, remedy = str(error).partition(". ")
+        return [Finding("same database", Level.FAILURE, what, remedy)]
+    return [Finding("same database", Level.OK, "DATABASE_URL leads where DATABASE_LISTEN_URL does")]
 
 
 def _check_spool(settings: Settings) -> list[Finding]:

@@ -9,10 +9,9 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib import resources
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -23,7 +22,7 @@ import orjson
 from bon_scheduler.addresses import describe_database
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Connection
-from bon_scheduler.pooling import PooledConnection, keeps_sessions
+from bon_scheduler.pooling import PooledConnection
 
 # BEFORE PgQueuer is imported, otherwise it settles on the connection's search path.
 os.environ["PGQUEUER_SCHEMA"] = "bon_scheduler"
@@ -39,12 +38,12 @@ __all__ = [
     "SchemaBehindError",
     "connect",
     "explain_unavailable",
+    "idle_limit_ms",
     "migrating",
     "migration_sql",
     "open_control_pool",
     "open_pool",
     "require_schema",
-    "require_sessions",
 ]
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -57,6 +56,7 @@ CONTROL_TIMEOUT_SECONDS = 20
 CLIENT_CHECK_INTERVAL = "5s"
 """How often a server that works on a long statement looks whether the worker that asked is still there."""
 KEEPALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
+POOLED: Mapping[str, Any] = {"connection_class": PooledConnection, "statement_cache_size": 0}
 UNSUPPORTED_STARTUP = "unsupported startup parameter"
 MIGRATION_LOCK = int.from_bytes(hashlib.sha256(b"bon_scheduler").digest()[:8], "big", signed=True)
 
@@ -179,25 +179,25 @@ def _watch_peer(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
             peer.setsockopt(socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP, option, value)
 
 
-def _options(
-    *, settings: Settings | None, pooled: bool, command_seconds: float, worker: UUID | None = None
-) -> dict[str, Any]:
-    # By this name a successor ends the connections of a worker that is taken for dead: see `cut_off`.
-    name = f"bon_scheduler {worker}" if worker else "bon_scheduler"
-    server_settings = {"application_name": name, "TimeZone": "UTC"}
-    if settings is not None and not pooled:
-        server_settings |= {
-            "idle_in_transaction_session_timeout": str(_idle_limit_ms(settings)),
-            "client_connection_check_interval": CLIENT_CHECK_INTERVAL,
-        }
+def _options(*, command_seconds: float, session: Mapping[str, str] | None = None) -> dict[str, Any]:
     return {
         "timeout": CONNECT_TIMEOUT_SECONDS,
         "command_timeout": command_seconds,
-        "server_settings": server_settings,
+        "server_settings": {"application_name": "bon_scheduler", "TimeZone": "UTC", **(session or {})},
     }
 
 
-def _idle_limit_ms(settings: Settings) -> int:
+def _session(settings: Settings, worker: UUID | None = None) -> dict[str, str]:
+    """Return what a session of ours sets, or behind a pooler, where it would stay on the server, a transaction."""
+    return {
+        # By this name a successor ends the connections of a worker that is taken for dead: see `cut_off`.
+        "application_name": f"bon_scheduler {worker}" if worker else "bon_scheduler",
+        "idle_in_transaction_session_timeout": str(idle_limit_ms(settings)),
+        "client_connection_check_interval": CLIENT_CHECK_INTERVAL,
+    }
+
+
+def idle_limit_ms(settings: Settings) -> int:
     """Shorter than the lease: a frozen worker must neither block its successor nor hold BON's rows."""
     return int(settings.lease_seconds * 1000 * 2 / 3)
 
@@ -209,24 +209,27 @@ async def open_pool(settings: Settings, *, worker: UUID | None = None) -> AsyncI
 
     With DATABASE_LISTEN_URL set, DATABASE_URL is taken to lead through a pooler in transaction mode.
     """
-    pooled = settings.database_listen_url is not None
-
-    async def prepare_pooled(connection: PooledConnection) -> None:
-        connection.idle_limit_ms = _idle_limit_ms(settings)
-        async with connection.transaction():
-            await _prepare(connection)
-
-    options = _options(settings=settings, pooled=pooled, command_seconds=COMMAND_TIMEOUT_SECONDS, worker=worker)
-    if pooled:
-        options |= {"connection_class": PooledConnection, "statement_cache_size": 0, "init": prepare_pooled}
+    session = _session(settings, worker)
+    if settings.database_listen_url is None:
+        options = _options(command_seconds=COMMAND_TIMEOUT_SECONDS, session=session)
+    else:
+        options = {**_options(command_seconds=COMMAND_TIMEOUT_SECONDS), **POOLED, "init": _prepare_pooled(session)}
     async with _pool(settings.database_url.get_secret_value(), settings.database_pool_size, options) as pool:
         yield pool
+
+
+def _prepare_pooled(session: Mapping[str, str]) -> Callable[[PooledConnection], Awaitable[None]]:
+    async def prepare(connection: PooledConnection) -> None:
+        connection.opening = "".join(f"set local {name} = '{value}';" for name, value in session.items())
+        await _prepare(connection)
+
+    return prepare
 
 
 @asynccontextmanager
 async def open_control_pool(settings: Settings, size: int, *, worker: UUID) -> AsyncIterator[Pool]:
     """Open a pool for a worker's short calls on the server's own address, each limited in time."""
-    options = _options(settings=settings, pooled=False, command_seconds=CONTROL_TIMEOUT_SECONDS, worker=worker)
+    options = _options(command_seconds=CONTROL_TIMEOUT_SECONDS, session=_session(settings, worker))
     async with _pool(settings.listen_url, size, options) as pool:
         yield pool
 
@@ -252,16 +255,18 @@ async def connect(
     *,
     settings: Settings | None = None,
     codecs: bool = True,
+    pooled: bool = False,
     command_seconds: float = COMMAND_TIMEOUT_SECONDS,
 ) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """
     Open one connection of its own; raises DatabaseUnavailableError.
 
-    `codecs=False` leaves JSON as text, as PgQueuer expects it; with `settings` transactions are limited as in a pool.
+    `codecs=False` leaves JSON as text, as PgQueuer expects it; `pooled` leaves nothing on a server that may be a
+    pooler's; with `settings` transactions are limited as in a pool.
     """
     with explain_unavailable(url):
-        options = _options(settings=settings, pooled=False, command_seconds=command_seconds)
-        connection = await asyncpg.connect(url, **options)
+        options = _options(command_seconds=command_seconds, session=_session(settings) if settings else None)
+        connection = await asyncpg.connect(url, **options, **(POOLED if pooled else {}))
     try:
         _watch_peer(connection)
         if codecs:
@@ -272,21 +277,6 @@ async def connect(
         connection.terminate()
         raise
     await connection.close(timeout=CLOSE_TIMEOUT_SECONDS)
-
-
-async def require_sessions(settings: Settings) -> None:
-    """Raise PoolerError where LISTEN would hear nothing or limits be lost: behind a pooler."""
-    url = settings.listen_url
-    async with connect(url, settings=settings) as one, connect(url) as other:
-        limit = await one.fetchval("select current_setting('idle_in_transaction_session_timeout')::interval")
-        if limit == timedelta(milliseconds=_idle_limit_ms(settings)) and await keeps_sessions(one, other):
-            return
-    name = "DATABASE_LISTEN_URL" if settings.database_listen_url else "DATABASE_URL"
-    raise PoolerError(
-        f"{name} leads to {describe_database(url)} through a connection pooler, where notifications or the limits of "
-        "a session are lost. Set DATABASE_LISTEN_URL to the server's own address; DATABASE_URL may then go through the "
-        "pooler."
-    )
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from bon_scheduler import db, history, service
 from bon_scheduler.config import Settings
+from bon_scheduler.endpoints import require_endpoints
 from bon_scheduler.jobs import AnyJob, Connection, Payload, explain_payload
 
 __all__ = [
@@ -195,6 +196,7 @@ def type_payload(job: AnyJob, value: Mapping[str, Any]) -> Payload:
 @asynccontextmanager
 async def reading(settings: Settings) -> AsyncIterator[Connection]:
     """Borrow a connection to a database whose schema is there."""
+    await require_endpoints(settings)
     async with db.open_pool(settings) as pool, pool.acquire() as connection:
         await db.require_schema(connection)
         yield connection

@@ -13,16 +13,17 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
-__all__ = ["INTERRUPTED", "end_now", "run", "stopping_on_signals", "waking_on_signals"]
+__all__ = ["INTERRUPTED", "end_now", "run", "stopping_on_signals", "unless", "waking_on_signals"]
 
+T = TypeVar("T")
 log = structlog.get_logger()
 INTERRUPTED = 130
 FORCED = 1
@@ -95,6 +96,26 @@ def stopping_on_signals(patience: timedelta) -> Iterator[asyncio.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+async def unless(stop: asyncio.Event, awaited: Awaitable[T]) -> T | None:
+    """Wait for something, in this task; cancel it and return None once `stop` is set."""
+    limit = asyncio.timeout(None)
+
+    async def watch() -> None:
+        await stop.wait()
+        limit.reschedule(0)
+
+    watching = asyncio.create_task(watch())
+    try:
+        async with limit:
+            return await awaited
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        return None
+    finally:
+        watching.cancel()
 
 
 def _force() -> None:

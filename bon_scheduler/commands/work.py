@@ -1,6 +1,7 @@
 """Commands that make runs: serve, run-once, enqueue."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from bon_scheduler.commands.parsing import (
     require_known,
     type_payload,
 )
-from bon_scheduler.commands.signals import end_now, stopping_on_signals
+from bon_scheduler.commands.signals import end_now, stopping_on_signals, unless
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import AnyJob
 from bon_scheduler.ledger import Origin, Request
@@ -41,9 +42,11 @@ async def serve(settings: Settings, jobs: Sequence[AnyJob] = service.JOBS) -> in
     """Be the service until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
     patience = timedelta(seconds=settings.shutdown_seconds) + LEAVING
     with stopping_on_signals(patience) as stop:
-        async with service.serving(settings, jobs=jobs) as serving:
+        async with AsyncExitStack() as stack:
+            # Starting may hang, as the database may, and leaves nothing to drain.
+            serving = await unless(stop, stack.enter_async_context(service.serving(settings, jobs=jobs)))
             await stop.wait()
-        if left := serving.machinery.runner.abandoned:
+        if serving is not None and (left := serving.machinery.runner.abandoned):
             # Their runs were given back and their transactions cut; nothing would end them.
             log.warning("service.left_handlers_behind", handlers=left)
             end_now(DONE)
