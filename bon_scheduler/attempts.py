@@ -38,12 +38,13 @@ CLAIM = """
            (c.run).enqueued_at, (c.run).payload, (c.run).origin, (c.run).given_back
       from bon_scheduler.claim($1, $2, $3, $4, $5) c
 """
-# $1 run, $2 attempt, $3 worker. Locks `for share`: claims lock `for no key update`, so the two exclude each other
-# while the fences of one run's transactions do not.
+# $1 run, $2 attempt, $3 worker, $4 whether this transaction has ended the run (FINISH). Locks `for share`: claims
+# exclude that, while the fences of one run's transactions do not exclude each other.
 FENCE = """
-    select true
+    select state::text
       from bon_scheduler.runs
-     where id = $1 and attempt = $2 and worker = $3 and state = 'running'
+     where id = $1 and attempt = $2 and worker = $3
+       and (state = 'running' or $4 and state in ('succeeded', 'partial'))
        for share
 """
 # $1 run, $2 attempt, $3 worker, $4 counts: jsonb. `partial` when the handler reported a failed business, since a
@@ -220,10 +221,18 @@ async def claim(
     )
 
 
-async def fence(connection: Connection, ref: RunRef) -> None:
-    """Refuse, with LostRunError, to go on to the commit unless this attempt still owns its run."""
-    if not await connection.fetchval(FENCE, ref.run_id, ref.attempt, ref.worker, timeout=CALL_TIMEOUT_SECONDS):
+async def fence(connection: Connection, ref: RunRef, *, finished: bool = False) -> str | None:
+    """
+    Refuse, with LostRunError, to go on to the commit unless this attempt still owns its run.
+
+    Return the state the run has ended in, when the transaction has `finished` it and that still stands; else None.
+    """
+    state: str | None = await connection.fetchval(
+        FENCE, ref.run_id, ref.attempt, ref.worker, finished, timeout=CALL_TIMEOUT_SECONDS
+    )
+    if state is None:
         raise LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
+    return None if state == "running" else state
 
 
 async def finish(connection: Connection, ref: RunRef, counts: Counts) -> str:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 
-from bon_scheduler import db, deliveries, mail_gate
+from bon_scheduler import db, deliveries, endpoints, mail_gate
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
+from bon_scheduler.endpoints import OtherDatabaseError
+from bon_scheduler.indexes import missing_indexes
 from bon_scheduler.jobs import Connection
 from bon_scheduler.log import describe_error
 from bon_scheduler.smtp import NotConnectedError, try_login
@@ -71,16 +73,6 @@ MISSING_COLUMNS = """
                           and not a.attisdropped)
      order by 1, 2
 """
-# $1 table: text, $2 column: text. Whether some index begins with the column.
-HAS_INDEX_ON = """
-    select exists (select from pg_index i
-                     join pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
-                    where i.indrelid = to_regclass($1) and a.attname = $2 and i.indisvalid)
-"""
-RECOMMENDED_INDEXES = (
-    ("invoices", "credited_invoice_id"),
-    ("emergency_allocation_numbers", "used_for_invoice_id"),
-)
 
 
 class Level(StrEnum):
@@ -104,11 +96,12 @@ class Finding:
 async def check_deployment(settings: Settings, clock: Clock) -> list[Finding]:
     """Look at everything; an unreachable database ends the look early."""
     try:
-        async with db.connect(settings.listen_url) as connection:
+        async with db.connect(settings.listen_url, pooled=True) as connection:
             return [
                 Finding("settings", Level.OK, "every setting is usable"),
                 await _check_server(connection),
                 await _check_sessions(settings),
+                *await _check_same_database(settings),
                 *_check_spool(settings),
                 await _check_clock(connection, clock),
                 *await _check_columns(connection),
@@ -138,11 +131,22 @@ async def _check_server(connection: Connection) -> Finding:
 
 async def _check_sessions(settings: Settings) -> Finding:
     try:
-        await db.require_sessions(settings)
+        await endpoints.require_sessions(settings)
     except PoolerError as error:
         what, _, remedy = str(error).partition(". ")
         return Finding("notifications", Level.FAILURE, what, remedy)
     return Finding("notifications", Level.OK, "LISTEN hears what is notified")
+
+
+async def _check_same_database(settings: Settings) -> list[Finding]:
+    if settings.database_listen_url is None:
+        return []
+    try:
+        await endpoints.require_same_database(settings)
+    except OtherDatabaseError as error:
+        what, _, remedy = str(error).partition(". ")
+        return [Finding("same database", Level.FAILURE, what, remedy)]
+    return [Finding("same database", Level.OK, "DATABASE_URL leads where DATABASE_LISTEN_URL does")]
 
 
 def _check_spool(settings: Settings) -> list[Finding]:
@@ -160,7 +164,8 @@ def _check_spool(settings: Settings) -> list[Finding]:
         return [Finding("spool", Level.FAILURE, what, "Find out what damaged them; then delete them.")]
     if found.waiting:
         what = f"{found.waiting} rotated tokens in SPOOL_DIR wait for the database"
-        return [Finding("spool", Level.WARNING, what, "They are saved by a service that runs with this SPOOL_DIR.")]
+        remedy = "A service that runs with this SPOOL_DIR saves them; where it cannot, it logs token.refused and why."
+        return [Finding("spool", Level.WARNING, what, remedy)]
     return [Finding("spool", Level.OK, "SPOOL_DIR can be written, and nothing waits in it")]
 
 
@@ -198,18 +203,15 @@ _BON_REMEDY = "Run BON's own migrations on this database, or point DATABASE_URL 
 
 
 async def _check_indexes(connection: Connection) -> list[Finding]:
-    findings = []
-    for table, column in RECOMMENDED_INDEXES:
-        if not await connection.fetchval(HAS_INDEX_ON, table, column):
-            statement = f"CREATE INDEX CONCURRENTLY ON {table} ({column}) WHERE {column} IS NOT NULL"
-            findings.append(
-                Finding(
-                    "indexes",
-                    Level.WARNING,
-                    f"no index on {table}.{column}: each deleted draft scans the table",
-                    f"Have BON run: {statement}",
-                )
-            )
+    findings = [
+        Finding(
+            "indexes",
+            Level.WARNING,
+            f"no index on {where}: each deleted draft scans the table",
+            f"Have BON run: {statement}",
+        )
+        for where, statement in (await missing_indexes(connection)).items()
+    ]
     return findings or [Finding("indexes", Level.OK, "the recommended ones exist")]
 
 

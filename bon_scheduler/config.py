@@ -6,11 +6,12 @@ of a file that holds it. No secret is ever part of an error.
 """
 
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
@@ -23,6 +24,8 @@ from pydantic import (
     field_validator,
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from bon_scheduler.addresses import fault_of_database_url, fault_of_host, fault_of_web_address
 
 __all__ = ["ClientAuth", "Settings", "SettingsError", "ShaamMode", "SmtpTls", "load_settings"]
 
@@ -40,6 +43,10 @@ SECRETS = frozenset(
 )
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 KEY_LENGTH_HEX = 64
+_ADDRESS = re.compile(
+    r"[\w!#$%&'*+/?^`{|}~-]+(\.[\w!#$%&'*+/?^`{|}~-]+)*@[^\W_]([\w-]*[^\W_])?(\.[^\W_]([\w-]*[^\W_])?)*", re.ASCII
+)
+"""RFC 5321 §4.1.2, without quoted local parts: its domain is also what we call ourselves in SMTP."""
 
 
 class SettingsError(Exception):
@@ -121,8 +128,8 @@ class Settings(BaseSettings):
     run_retention_days: int = Field(400, ge=1, le=36500)
 
     email_from: str = "noreply@bon.co.il"
-    email_rate_per_second: float = Field(5, gt=0, le=1000)
-    email_language: Annotated[str, Field(pattern="^(he|en)$")] = "he"
+    email_rate_per_second: float = Field(5, ge=0.001, le=1000)
+    email_language: Literal["he", "en"] = "he"
     app_origin: str | None = None
     unsubscribe_url: str | None = None
     smtp_host: str | None = None
@@ -150,26 +157,42 @@ class Settings(BaseSettings):
     @field_validator("database_url", "database_listen_url")
     @classmethod
     def _is_postgres(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
-            raise ValueError("must begin with postgresql:// (for example postgresql://user@host:5432/bon)")
+        if value is not None and (what := fault_of_database_url(value.get_secret_value())):
+            raise ValueError(what)
         return value
 
-    @field_validator("app_origin", "unsubscribe_url")
+    @field_validator("health_host", "smtp_host")
     @classmethod
-    def _is_web_address(cls, value: str | None) -> str | None:
+    def _is_host(cls, value: str | None) -> str | None:
+        if value is not None and (what := fault_of_host(value)):
+            raise ValueError(what)
+        return value
+
+    @field_validator("app_origin")
+    @classmethod
+    def _begins_links(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        parts = urlsplit(value)
-        if parts.scheme not in {"http", "https"} or not parts.netloc:
-            raise ValueError("must be an http(s) address such as https://app.example.com")
+        if what := fault_of_web_address(value, begins=True):
+            raise ValueError(what)
         return value.rstrip("/")
+
+    @field_validator("unsubscribe_url")
+    @classmethod
+    def _stands_in_a_header(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if what := fault_of_web_address(value):
+            raise ValueError(what)
+        if not value.isascii():  # RFC 2369 §2: it stands there as it is
+            raise ValueError("must be ASCII; percent-encode anything else, and write a host as xn--…")
+        return value
 
     @field_validator("email_from")
     @classmethod
     def _is_address(cls, value: str) -> str:
-        local, _, domain = value.rpartition("@")
-        if not local or not domain or any(c.isspace() for c in value):
-            raise ValueError("must be one e-mail address such as noreply@bon.co.il")
+        if not _ADDRESS.fullmatch(value):
+            raise ValueError("must be one e-mail address in ASCII, such as noreply@bon.co.il, and nothing beside it")
         return value
 
     @field_validator("shaam_encryption_key")
@@ -186,12 +209,12 @@ class Settings(BaseSettings):
     def _is_safe_token_url(cls, value: str | None) -> str | None:
         if value is None:
             return None
+        if what := fault_of_web_address(value):
+            raise ValueError(what)
         parts = urlsplit(value)
-        if parts.scheme == "https" and parts.netloc:
-            return value
-        if parts.scheme == "http" and parts.hostname in LOOPBACK_HOSTS:
-            return value
-        raise ValueError("must be https:// (plain http only to this machine's loopback address)")
+        if parts.scheme == "http" and parts.hostname not in LOOPBACK_HOSTS:
+            raise ValueError("must be https:// (plain http only to this machine's loopback address)")
+        return value
 
     @field_validator("spool_dir")
     @classmethod
@@ -247,12 +270,21 @@ def _read_values(environ: Mapping[str, str], faults: _Faults) -> dict[str, str]:
                 faults.add(name, f"is set twice, as {name} and as {name}_FILE; keep one")
                 continue
             path = Path(environ[f"{name}_FILE"])
-            try:
-                values[field] = path.read_text().rstrip("\r\n")
-            except OSError as error:
-                faults.add(f"{name}_FILE", f'cannot read "{path}" ({error.strerror})')
-                values[field] = ""
+            values[field], what = _read_secret(path)
+            if what:
+                faults.add(f"{name}_FILE", f'"{path}" {what}')
     return values
+
+
+def _read_secret(path: Path) -> tuple[str, str | None]:
+    """Return what a file holds, without the end of its last line, and what is wrong with it, if anything."""
+    try:
+        secret = path.read_text("utf-8").rstrip("\r\n")
+    except OSError as error:
+        return "", f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        return "", "is not text (UTF-8)"
+    return secret, None if secret.strip() else "is empty; write the secret to it, or leave the setting out"
 
 
 def _check_together(values: Mapping[str, str], faults: _Faults) -> None:
@@ -300,8 +332,8 @@ def _read_schedules(
 def _read_deadman_urls(environ: Mapping[str, str], jobs: Collection[str], faults: _Faults) -> dict[str, str]:
     urls = {job: found for job, found in _read_by_job("DEADMAN_URL_", environ, jobs, faults).items() if found[1]}
     for variable, url in urls.values():
-        if urlsplit(url).scheme not in {"http", "https"} or not urlsplit(url).netloc:
-            faults.add(variable, "must be an http(s) address")  # not shown: whoever has it can ping it
+        if what := fault_of_web_address(url, begins=True, secret=True):
+            faults.add(variable, what)  # not shown: whoever has it can ping it
     return {job: url for job, (_, url) in urls.items()}
 
 
@@ -342,7 +374,8 @@ def _explain(name: str, kind: str, message: str, value: object) -> str:
         return "is not set"
     text = message.removeprefix("Value error, ")
     text = text[:1].lower() + text[1:] if text.startswith("Input") else text
-    return text if name in SECRETS else f'{text} (it is "{value}")'
+    # An address may hold a password.
+    return text if name in SECRETS or ("://" in str(value) and "@" in str(value)) else f'{text} (it is "{value}")'
 
 
 def _message(faults: _Faults) -> str:

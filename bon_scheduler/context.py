@@ -2,7 +2,7 @@
 
 import typing
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import TypeVar
@@ -34,8 +34,8 @@ class AttemptContext:
     pool: Pool
     resources: Mapping[type, object]
     ended: str | None = None
-    _finishing: str | None = None
     _open: set[Connection] = field(default_factory=set)
+    _finishing: set[Connection] = field(default_factory=set)
     _severed: bool = False
 
     @property
@@ -69,29 +69,33 @@ class AttemptContext:
             raise LookupError(f"no {kind.__name__} in this process; service.py provides what handlers get")
         return typing.cast("T", self.resources[kind])
 
-    def connection(self) -> AbstractAsyncContextManager[Connection]:
-        """Borrow a connection without a fence."""
-        return self.pool.acquire()
-
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Connection]:
-        """Open a transaction whose commit is refused once another attempt owns the run."""
+    async def connection(self) -> AsyncIterator[Connection]:
+        """Borrow a connection without a fence."""
         async with self.pool.acquire() as connection:
             if self._severed:
                 raise LostRunError(f"attempt {self.attempt} of run {self.run_id} was given up")
             self._open.add(connection)
             try:
-                async with connection.transaction():
-                    yield connection
-                    if self._finishing is None:
-                        # Last, just before the commit: a claim waits for this lock, never for the handler's work.
-                        await attempts.fence(connection, self.ref)
-                self.ended = self._finishing
+                yield connection
             finally:
                 self._open.discard(connection)
 
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """Open a transaction whose commit is refused once another attempt owns the run."""
+        async with self.connection() as connection:
+            try:
+                async with connection.transaction():
+                    yield connection
+                    # Last, just before the commit: a claim waits for this lock, never for the handler's work.
+                    ended = await attempts.fence(connection, self.ref, finished=connection in self._finishing)
+            finally:
+                self._finishing.discard(connection)
+            self.ended = ended
+
     def sever(self) -> None:
-        """Cut the transactions of a handler that does not end, so that the server rolls them back; open no more."""
+        """Cut the connections of a handler that does not end, so that the server rolls back; lend no more."""
         self._severed = True
         for connection in list(self._open):
             connection.terminate()
@@ -129,5 +133,6 @@ class AttemptContext:
 
     async def finish(self, counts: Counts, *, on: Connection) -> Counts:
         """End the run in the handler's last transaction; return the counts."""
-        self._finishing = await attempts.finish(on, self.ref, counts)
+        await attempts.finish(on, self.ref, counts)
+        self._finishing.add(on)
         return counts

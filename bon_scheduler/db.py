@@ -6,23 +6,23 @@ Everything of ours and of PgQueuer's lives in that schema; nothing is ever creat
 
 import asyncio
 import hashlib
+import json
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib import resources
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 from uuid import UUID
 
 import asyncpg
 import orjson
 
+from bon_scheduler.addresses import describe_database
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Connection
-from bon_scheduler.pooling import PooledConnection, keeps_sessions
+from bon_scheduler.pooling import PooledConnection
 
 # BEFORE PgQueuer is imported, otherwise it settles on the connection's search path.
 os.environ["PGQUEUER_SCHEMA"] = "bon_scheduler"
@@ -38,12 +38,12 @@ __all__ = [
     "SchemaBehindError",
     "connect",
     "explain_unavailable",
+    "idle_limit_ms",
     "migrating",
     "migration_sql",
     "open_control_pool",
     "open_pool",
     "require_schema",
-    "require_sessions",
 ]
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -58,6 +58,7 @@ CONTROL_TIMEOUT_SECONDS = 20
 CLIENT_CHECK_INTERVAL = "5s"
 """How often a server that works on a long statement looks whether the worker that asked is still there."""
 KEEPALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
+POOLED: Mapping[str, Any] = {"connection_class": PooledConnection, "statement_cache_size": 0}
 UNSUPPORTED_STARTUP = "unsupported startup parameter"
 MIGRATION_LOCK = int.from_bytes(hashlib.sha256(b"bon_scheduler").digest()[:8], "big", signed=True)
 
@@ -124,12 +125,6 @@ def _migrations() -> list[Migration]:
     )
 
 
-def _target(url: str) -> str:
-    parts = urlsplit(url)
-    host = f"{parts.hostname or 'the local socket'}{f':{parts.port}' if parts.port else ''}"
-    return f"the database {parts.path.lstrip('/') or '(default)'} at {host}"
-
-
 @contextmanager
 def explain_unavailable(url: str) -> Iterator[None]:
     """Turn what asyncpg raises while connecting into DatabaseUnavailableError, without credentials."""
@@ -137,19 +132,21 @@ def explain_unavailable(url: str) -> Iterator[None]:
         yield
     except asyncpg.InvalidPasswordError as error:
         raise DatabaseUnavailableError(
-            f"{_target(url)} refuses the user or password of DATABASE_URL. Check both."
+            f"{describe_database(url)} refuses the user or password of DATABASE_URL. Check both."
         ) from error
     except asyncpg.InvalidCatalogNameError as error:
-        raise DatabaseUnavailableError(f"{_target(url)} does not exist. Create it, or correct DATABASE_URL.") from error
+        raise DatabaseUnavailableError(
+            f"{describe_database(url)} does not exist. Create it, or correct DATABASE_URL."
+        ) from error
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         if UNSUPPORTED_STARTUP in str(error):
             raise PoolerError(
-                f"{_target(url)} is behind a connection pooler (PgBouncer). Set DATABASE_LISTEN_URL to the server's "
-                "own address as well; DATABASE_URL may then go through the pooler."
+                f"{describe_database(url)} is behind a connection pooler (PgBouncer). Set DATABASE_LISTEN_URL to the "
+                "server's own address as well; DATABASE_URL may then go through the pooler."
             ) from error
         what = type(error).__name__ if isinstance(error, TimeoutError) else str(error) or type(error).__name__
         raise DatabaseUnavailableError(
-            f"Cannot connect to {_target(url)}: {what.splitlines()[0]}. "
+            f"Cannot connect to {describe_database(url)}: {what.splitlines()[0]}. "
             "Is PostgreSQL running there, and does DATABASE_URL name it?"
         ) from error
 
@@ -157,8 +154,15 @@ def explain_unavailable(url: str) -> Iterator[None]:
 async def _set_codecs(connection: Connection) -> None:
     for name in ("json", "jsonb"):
         await connection.set_type_codec(
-            name, schema="pg_catalog", encoder=lambda v: orjson.dumps(v).decode(), decoder=orjson.loads
+            name, schema="pg_catalog", encoder=lambda v: orjson.dumps(v).decode(), decoder=_from_json
         )
+
+
+def _from_json(text: str) -> object:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text)  # jsonb takes numbers that no machine has, such as 1e400
 
 
 async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
@@ -177,25 +181,25 @@ def _watch_peer(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
             peer.setsockopt(socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP, option, value)
 
 
-def _options(
-    *, settings: Settings | None, pooled: bool, command_seconds: float, worker: UUID | None = None
-) -> dict[str, Any]:
-    # By this name a successor ends the connections of a worker that is taken for dead: see `cut_off`.
-    name = f"bon_scheduler {worker}" if worker else "bon_scheduler"
-    server_settings = {"application_name": name, "TimeZone": "UTC"}
-    if settings is not None and not pooled:
-        server_settings |= {
-            "idle_in_transaction_session_timeout": str(_idle_limit_ms(settings)),
-            "client_connection_check_interval": CLIENT_CHECK_INTERVAL,
-        }
+def _options(*, command_seconds: float, session: Mapping[str, str] | None = None) -> dict[str, Any]:
     return {
         "timeout": SERVICE_CONNECT_SECONDS,
         "command_timeout": command_seconds,
-        "server_settings": server_settings,
+        "server_settings": {"application_name": "bon_scheduler", "TimeZone": "UTC", **(session or {})},
     }
 
 
-def _idle_limit_ms(settings: Settings) -> int:
+def _session(settings: Settings, worker: UUID | None = None) -> dict[str, str]:
+    """Return what a session of ours sets, or behind a pooler, where it would stay on the server, a transaction."""
+    return {
+        # By this name a successor ends the connections of a worker that is taken for dead: see `cut_off`.
+        "application_name": f"bon_scheduler {worker}" if worker else "bon_scheduler",
+        "idle_in_transaction_session_timeout": str(idle_limit_ms(settings)),
+        "client_connection_check_interval": CLIENT_CHECK_INTERVAL,
+    }
+
+
+def idle_limit_ms(settings: Settings) -> int:
     """Shorter than the lease: a frozen worker must neither block its successor nor hold BON's rows."""
     return int(settings.lease_seconds * 1000 * 2 / 3)
 
@@ -207,24 +211,27 @@ async def open_pool(settings: Settings, *, worker: UUID | None = None) -> AsyncI
 
     With DATABASE_LISTEN_URL set, DATABASE_URL is taken to lead through a pooler in transaction mode.
     """
-    pooled = settings.database_listen_url is not None
-
-    async def prepare_pooled(connection: PooledConnection) -> None:
-        connection.idle_limit_ms = _idle_limit_ms(settings)
-        async with connection.transaction():
-            await _prepare(connection)
-
-    options = _options(settings=settings, pooled=pooled, command_seconds=COMMAND_TIMEOUT_SECONDS, worker=worker)
-    if pooled:
-        options |= {"connection_class": PooledConnection, "statement_cache_size": 0, "init": prepare_pooled}
+    session = _session(settings, worker)
+    if settings.database_listen_url is None:
+        options = _options(command_seconds=COMMAND_TIMEOUT_SECONDS, session=session)
+    else:
+        options = {**_options(command_seconds=COMMAND_TIMEOUT_SECONDS), **POOLED, "init": _prepare_pooled(session)}
     async with _pool(settings.database_url.get_secret_value(), settings.database_pool_size, options) as pool:
         yield pool
+
+
+def _prepare_pooled(session: Mapping[str, str]) -> Callable[[PooledConnection], Awaitable[None]]:
+    async def prepare(connection: PooledConnection) -> None:
+        connection.opening = "".join(f"set local {name} = '{value}';" for name, value in session.items())
+        await _prepare(connection)
+
+    return prepare
 
 
 @asynccontextmanager
 async def open_control_pool(settings: Settings, size: int, *, worker: UUID) -> AsyncIterator[Pool]:
     """Open a pool for a worker's short calls on the server's own address, each limited in time."""
-    options = _options(settings=settings, pooled=False, command_seconds=CONTROL_TIMEOUT_SECONDS, worker=worker)
+    options = _options(command_seconds=CONTROL_TIMEOUT_SECONDS, session=_session(settings, worker))
     async with _pool(settings.listen_url, size, options) as pool:
         yield pool
 
@@ -250,17 +257,20 @@ async def connect(
     *,
     settings: Settings | None = None,
     codecs: bool = True,
+    pooled: bool = False,
     connect_seconds: float = CONNECT_TIMEOUT_SECONDS,
     command_seconds: float = COMMAND_TIMEOUT_SECONDS,
 ) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """
     Open one connection of its own; raises DatabaseUnavailableError.
 
-    `codecs=False` leaves JSON as text, as PgQueuer expects it; with `settings` transactions are limited as in a pool.
+    `codecs=False` leaves JSON as text, as PgQueuer expects it; `pooled` leaves nothing on a server that may be a
+    pooler's; with `settings` transactions are limited as in a pool.
     """
     with explain_unavailable(url):
-        options = _options(settings=settings, pooled=False, command_seconds=command_seconds)
-        connection = await asyncpg.connect(url, **{**options, "timeout": connect_seconds})
+        options = _options(command_seconds=command_seconds, session=_session(settings) if settings else None)
+        options |= {"timeout": connect_seconds, **(POOLED if pooled else {})}
+        connection = await asyncpg.connect(url, **options)
     try:
         _watch_peer(connection)
         if codecs:
@@ -271,20 +281,6 @@ async def connect(
         connection.terminate()
         raise
     await connection.close(timeout=CLOSE_TIMEOUT_SECONDS)
-
-
-async def require_sessions(settings: Settings) -> None:
-    """Raise PoolerError where LISTEN would hear nothing or limits be lost: behind a pooler."""
-    url = settings.listen_url
-    async with connect(url, settings=settings) as one, connect(url) as other:
-        limit = await one.fetchval("select current_setting('idle_in_transaction_session_timeout')::interval")
-        if limit == timedelta(milliseconds=_idle_limit_ms(settings)) and await keeps_sessions(one, other):
-            return
-    name = "DATABASE_LISTEN_URL" if settings.database_listen_url else "DATABASE_URL"
-    raise PoolerError(
-        f"{name} leads to {_target(url)} through a connection pooler, where notifications or the limits of a session "
-        "are lost. Set DATABASE_LISTEN_URL to the server's own address; DATABASE_URL may then go through the pooler."
-    )
 
 
 @asynccontextmanager

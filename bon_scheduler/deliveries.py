@@ -63,9 +63,11 @@ DELIVERIES_OF = """
      where run_id = $1
      order by intended_at, id
 """
-# $1 delivery: uuid. Indexes: deliveries_pkey, runs_pkey. The run that would have sent it says which job sends it.
+# $1 delivery: uuid. Indexes: deliveries_pkey, runs_pkey, business_pauses_pkey. The run that would have sent it says
+# which job sends it.
 LOCK_DELIVERY = """
-    select d.state, r.job, r.payload
+    select d.state, d.business_id, d.as_of, r.job, r.payload,
+           exists (select from bon_scheduler.business_pauses p where p.business_id = d.business_id) as paused
       from bon_scheduler.deliveries d
       join bon_scheduler.runs r on r.id = d.run_id
      where d.id = $1
@@ -128,8 +130,10 @@ async def release(connection: Connection, delivery_id: UUID, *, by: str, reason:
     """
     Let an `unknown` letter be sent once more, and ask for a run that sends it; return the run.
 
-    Raises NotUncertainError for any other. The letter is written anew, of the same day, and keeps its
-    Message-ID: mail readers that have it may show it once.
+    Raises NotUncertainError for any other, and while its business is paused: the run would leave it out, and the
+    letter be `released` for good. The letter is written anew, of the same day, and keeps its Message-ID: mail
+    readers that have it may show it once. The run is told the day (`as_of` of its payload), otherwise it would be
+    another day's letter, to everybody.
     """
     async with connection.transaction():
         row = await connection.fetchrow(LOCK_DELIVERY, delivery_id, timeout=CALL_TIMEOUT_SECONDS)
@@ -139,8 +143,14 @@ async def release(connection: Connection, delivery_id: UUID, *, by: str, reason:
             )
         if row["state"] != "unknown":
             raise NotUncertainError(f"Delivery {delivery_id} {_REFUSALS[row['state']]}.")
+        if row["paused"]:
+            raise NotUncertainError(
+                f"Delivery {delivery_id} is of a business that is paused, so that nothing goes out to it. First: "
+                f"python -m bon_scheduler resume --business {row['business_id']} --reason …"
+            )
         await connection.execute(RELEASE, delivery_id, by, reason, timeout=CALL_TIMEOUT_SECONDS)
-        request = Request(row["job"], row["payload"], origin=Origin.PERSON, asked_by=by)
+        payload = {**row["payload"], "as_of": row["as_of"].isoformat()}
+        request = Request(row["job"], payload, origin=Origin.PERSON, asked_by=by)
         run_id = await ledger.enqueue(connection, request)
     if run_id is None:
         raise LookupError("the ledger gave no run for a request without a key")

@@ -28,7 +28,7 @@ from bon_scheduler.db import Pool
 from bon_scheduler.history import Row
 from bon_scheduler.jobs import AnyJob, BusinessOutcome, Connection, Counts, Cron, Job, P, Payload
 from bon_scheduler.ledger import DryRun
-from bon_scheduler.letters import POLICY, Letter, compose, is_mailbox, recipient_hash
+from bon_scheduler.letters import Letter, is_mailbox, recipient_hash, write
 from bon_scheduler.log import describe_error
 from bon_scheduler.mail import Delivery, Mailer, find_settled
 from bon_scheduler.once import RunReport
@@ -50,6 +50,8 @@ class DryMailer:
     pool: Pool
     clock: Clock
     out: Path | None
+    kept: Counter[str]
+    """How many letters were written to `out`, by kind."""
 
     async def deliver(self, letter: Letter, *, run_id: UUID, attempt: int) -> Delivery:
         """Return what would become of the letter if the server takes it."""
@@ -60,6 +62,7 @@ class DryMailer:
             return Delivery.REFUSED
         if self.out is not None:
             _keep(self.out, letter, self.settings, self.clock.now())
+            self.kept[letter.kind] += 1
         return Delivery.LOGGED if self.settings.smtp_host is None else Delivery.SENT
 
 
@@ -69,7 +72,7 @@ def _keep(directory: Path, letter: Letter, settings: Settings, now: datetime) ->
     name = f"{letter.kind}-{letter.as_of}-{letter.business_id}-{who}"
     directory.joinpath(f"{name}.html").write_text(letter.html, encoding="utf-8")
     directory.joinpath(f"{name}.txt").write_text(letter.text, encoding="utf-8")
-    directory.joinpath(f"{name}.eml").write_bytes(compose(letter, settings, now=now).as_bytes(policy=POLICY))
+    directory.joinpath(f"{name}.eml").write_bytes(write(letter, settings, now=now).content)
 
 
 @dataclass(slots=True)
@@ -163,6 +166,8 @@ class Rehearsal:
     schedules: Mapping[str, Cron]
     out: Path | None
     """Where letters are kept as files; None: nowhere."""
+    kept: Counter[str] = field(default_factory=Counter)
+    """How many were, by kind."""
 
     async def run(self, job: AnyJob, payload: Payload, *, fire_time: datetime, asked_by: str) -> RunReport:
         """Do everything but keep it, then what it would cause; report as of a run that was real."""
@@ -213,7 +218,7 @@ class Rehearsal:
             pool=self.pool,
             resources={
                 Settings: mocking,
-                Mailer: DryMailer(self.settings, self.pool, self.clock, self.out),
+                Mailer: DryMailer(self.settings, self.pool, self.clock, self.out, self.kept),
             },
         )
 

@@ -6,6 +6,7 @@ cancellation of its own making is an error like any other.
 """
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -27,6 +28,7 @@ from bon_scheduler.log import describe_error, where
 __all__ = ["Ending", "invoke", "judge"]
 
 log = structlog.get_logger()
+LARGEST_COUNT = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,26 @@ def _explain(error: BaseException) -> str:
 async def invoke(job: AnyJob, ctx: JobContext, payload: Payload) -> Counts:
     """Call the handler; whatever it raises is an Exception, but for the cancellation of this task."""
     try:
-        return await job.handler(ctx, payload)
+        counts = await job.handler(ctx, payload)
     except (SystemExit, asyncio.CancelledError) as error:
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise
         # As it is, it would end the event loop, or pass for a cancellation of ours.
         raise _EscapedError(describe_error(error)) from error
+    if not _are_counts(counts):
+        raise NeverRetryError(
+            f'The handler of "{job.name}" did not return counts. It is to return a mapping of names to whole numbers, '
+            'as in {"deleted": 2}, or what ctx.finish returned.'
+        )
+    return counts
+
+
+def _are_counts(result: object) -> bool:
+    return isinstance(result, Mapping) and all(
+        isinstance(name, str) and isinstance(number, int) and abs(number) <= LARGEST_COUNT
+        for name, number in result.items()
+    )
 
 
 def judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> Ending:

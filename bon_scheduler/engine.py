@@ -38,6 +38,8 @@ T = TypeVar("T")
 log = structlog.get_logger()
 BUSY_WAIT = timedelta(seconds=1)
 """How long a run waits when another run of its job is active, or its row is locked."""
+ROOM_WAIT_SECONDS = 1.0
+"""How long a run waits here for attempts that an earlier incarnation brought, before another replica may have it."""
 POLL = timedelta(seconds=5)
 LOOK_SECONDS = 3.0
 QUERY_LIMIT_SECONDS = 6.0
@@ -95,6 +97,7 @@ class Engine:
         self._concurrency = concurrency
         self._lease = lease
         self._attempts: dict[UUID, asyncio.Task[Claim]] = {}
+        self._room = asyncio.Semaphore(concurrency)
         self._stopping = asyncio.Event()
         self._driver: _WatchedDriver | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -169,12 +172,11 @@ class Engine:
             over = asyncio.Event()
             for name in self._jobs:
                 manager.entrypoint(name, accepts_context=False)(partial(self._deliver, over))
-            limit = max(2, self._concurrency - self.active)
             running = asyncio.create_task(
                 manager.run(
                     dequeue_timeout=POLL,
-                    batch_size=limit // 2,
-                    max_concurrent_tasks=limit,
+                    batch_size=self._concurrency // 2,
+                    max_concurrent_tasks=self._concurrency,
                     heartbeat_timeout=self._lease,
                     shutdown_on_listener_failure=True,
                 )
@@ -196,21 +198,31 @@ class Engine:
 
     async def _deliver(self, over: asyncio.Event, row: QueueRow) -> None:
         """PgQueuer's entrypoint: start the attempt in a task of ours, and wait for it or for our end."""
-        if self._stopping.is_set():
-            raise RetryRequested(delay=timedelta(0), reason="this worker is stopping")
         run = Delivery(UUID((row.payload or b"").decode()), self._jobs[row.entrypoint])
-        task = self._attempts.get(run.run_id)
-        if task is None:
-            task = asyncio.create_task(self._runner.attempt(run), name=f"attempt {run.job.name} {run.run_id}")
-            self._attempts[run.run_id] = task
-            task.add_done_callback(partial(self._forget, run))
+        task = self._attempts.get(run.run_id) or await self._begin(run)
         await _first_of(asyncio.shield(task), over.wait())
         ended = task.done() and not task.cancelled() and task.exception() is None
         if ended and task.result().verdict in {Verdict.BUSY, Verdict.LOCKED}:
             raise RetryRequested(delay=BUSY_WAIT, reason="another run of this job is active")
 
+    async def _begin(self, run: Delivery) -> asyncio.Task[Claim]:
+        """Start an attempt once there is room: attempts outlive the incarnation that brought them."""
+        try:
+            async with asyncio.timeout(ROOM_WAIT_SECONDS):
+                await self._room.acquire()
+        except TimeoutError:
+            raise RetryRequested(delay=timedelta(0), reason="this worker has no room") from None
+        if self._stopping.is_set() or run.run_id in self._attempts:
+            self._room.release()
+            raise RetryRequested(delay=timedelta(0), reason="this worker is stopping, or has begun the run")
+        task = asyncio.create_task(self._runner.attempt(run), name=f"attempt {run.job.name} {run.run_id}")
+        self._attempts[run.run_id] = task
+        task.add_done_callback(partial(self._forget, run))
+        return task
+
     def _forget(self, run: Delivery, task: asyncio.Task[Claim]) -> None:
         del self._attempts[run.run_id]
+        self._room.release()
         if not task.cancelled() and (error := task.exception()):
             # The run stays as the ledger has it; the reconciliation pass delivers it again.
             log.error("attempt.unrecorded", job=run.job.name, run_id=str(run.run_id), error=describe_error(error))

@@ -8,6 +8,7 @@ import hashlib
 import re
 from dataclasses import dataclass, field
 from datetime import date, datetime
+from email.errors import MessageError
 from email.header import Header
 from email.headerregistry import Address, BaseHeader, HeaderRegistry, UnstructuredHeader
 from email.message import EmailMessage
@@ -16,8 +17,9 @@ from typing import Any
 from uuid import UUID
 
 from bon_scheduler.config import Settings
+from bon_scheduler.jobs import NeverRetryError
 
-__all__ = ["POLICY", "Letter", "compose", "is_mailbox", "message_id", "printable", "recipient_hash"]
+__all__ = ["Letter", "Written", "compose", "is_mailbox", "message_id", "printable", "recipient_hash", "write"]
 
 _MAILBOX = re.compile(r"""[^\s@<>()\[\]\\,;:"\x00-\x20\x7f]{1,64}@[^\s@<>()\[\]\\,;:"\x00-\x20\x7f]{1,255}""")
 
@@ -34,6 +36,15 @@ class Letter:
     text: str = field(repr=False)
     html: str = field(repr=False)
     language: str
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A letter as a server is given it."""
+
+    content: bytes = field(repr=False)
+    utf8: bool
+    """Whether an address in it takes a server that offers SMTPUTF8 (RFC 6531)."""
 
 
 class _UnfoldedHeader(UnstructuredHeader, BaseHeader):
@@ -102,6 +113,25 @@ def compose(letter: Letter, settings: Settings, *, now: datetime) -> EmailMessag
     # AFTER the alternatives, otherwise it moves into the first one with the other Content headers.
     message["Content-Language"] = letter.language
     return message
+
+
+def write(letter: Letter, settings: Settings, *, now: datetime) -> Written:
+    """
+    Write the message as bytes; `now` as in `compose`.
+
+    Raises NeverRetryError where no letter can be written with these settings. Asked BEFORE anybody hears of the
+    letter: it is neither used up then, nor is a server blamed.
+    """
+    utf8 = not letter.recipient.isascii()
+    try:
+        return Written(compose(letter, settings, now=now).as_bytes(policy=POLICY.clone(utf8=utf8)), utf8)
+    except (MessageError, ValueError) as error:
+        # Its text may quote an address; the class says enough.
+        raise NeverRetryError(
+            f"A letter cannot be written ({type(error).__name__}). EMAIL_FROM must be one e-mail address and "
+            "UNSUBSCRIBE_URL a web address, both in ASCII. Correct them, then: python -m bon_scheduler retry RUN_ID "
+            "--reason …"
+        ) from None
 
 
 def is_mailbox(address: str) -> bool:

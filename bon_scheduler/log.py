@@ -13,6 +13,7 @@ import sys
 import traceback
 from typing import Any
 
+import asyncpg
 import orjson
 import structlog
 from structlog.typing import EventDict, WrappedLogger
@@ -23,6 +24,7 @@ __all__ = ["configure_logging", "describe_error", "mask", "where"]
 
 _SENSITIVE = re.compile(r"token|secret|password|authorization|email|recipient|address|customer|url|dsn", re.IGNORECASE)
 _ADDRESS = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
+_QUOTED = re.compile(r"""(["']).*\1""")
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 _LEVELS = {
     LogLevel.DEBUG: logging.DEBUG,
@@ -88,13 +90,18 @@ def configure_logging(level: LogLevel, style: LogFormat) -> None:
 
 def describe_error(error: BaseException) -> str:
     """
-    Return an exception's type and first line, masked.
+    Return an exception's type and first line, masked, as any text column and any log takes it.
 
-    PostgreSQL's DETAIL is left out: it quotes whole rows, names and addresses included.
+    PostgreSQL's DETAIL is left out: it quotes whole rows, names and addresses included. So are the values in what
+    it says of unusable data, and the file of an OSError, whose first argument is a number.
     """
-    first = str(error.args[0] if error.args else error).strip().partition("\n")[0]
+    told = error.strerror if isinstance(error, OSError) else None
+    first = str(told or (error.args[0] if error.args else error)).strip().partition("\n")[0]
+    if isinstance(error, asyncpg.DataError):
+        first = _QUOTED.sub("…", first.partition(": ")[0])
     name = type(error).__name__
-    return mask(f"{name}: {first}" if first else name)[:500]
+    text = mask(f"{name}: {first}" if first else name)[:500]
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 
 
 def where(error: BaseException) -> list[str]:

@@ -19,14 +19,11 @@ Nothing logged or raised here holds an address, a name, a subject or an amount.
 """
 
 import asyncio
-import re
 import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
-from email.message import EmailMessage
-from enum import StrEnum
 from types import TracebackType
 from typing import Self
 from uuid import UUID
@@ -37,10 +34,11 @@ import structlog
 
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings
+from bon_scheduler.db import TRANSIENT_ERRORS
 from bon_scheduler.jobs import NeverRetryError, Retry, RetryLaterError
-from bon_scheduler.letters import POLICY, Letter, compose, is_mailbox, message_id, printable, recipient_hash
-from bon_scheduler.log import mask
+from bon_scheduler.letters import Letter, Written, is_mailbox, message_id, recipient_hash, write
 from bon_scheduler.mail_gate import MailGate, MailUnavailableError, Passage
+from bon_scheduler.replies import Answer, Delivery, clean_reply, judge
 from bon_scheduler.smtp import CLOSING, SMTP_TIMEOUT, Line, NotConnectedError, SmtpConnections
 
 __all__ = ["Delivery", "Letter", "LetterDeferredError", "MailUnavailableError", "Mailer", "find_settled"]
@@ -54,11 +52,8 @@ RETRY = Retry(delay=timedelta(seconds=30), longest=timedelta(minutes=30))
 """The wait that a LetterDeferredError asks for, by attempt."""
 RECORDING_PAUSES_SECONDS = (0.2, 1.0, 3.0)
 """Between the tries to record an answer while the database does not answer."""
-REPLY_LENGTH = 200
 DEFERRED = "deferred"
 """What is observed of a letter of which nothing was sent."""
-ABOUT_OUR_LOGIN = frozenset({530, 534, 535, 538})
-"""RFC 4954 §6: these speak about our authentication, whatever command they answer."""
 
 # $1 kind: text, $2 business: uuid, $3 day: date, $4 recipient: text (hash), $5 message id: text,
 # $6 run: uuid, $7 attempt: int. Index: deliveries_kind_business_id_as_of_recipient_hash_key.
@@ -128,17 +123,6 @@ def _key(letter: Letter) -> tuple[str, UUID, date, str]:
     return letter.kind, letter.business_id, letter.as_of, recipient_hash(letter.business_id, letter.recipient)
 
 
-class Delivery(StrEnum):
-    """What became of a letter; the values are the names of `send-overdue-digest`'s counts."""
-
-    SENT = "sent"
-    LOGGED = "logged"
-    """No SMTP server is configured; the day's delivery is not used up."""
-    REFUSED = "refused"
-    UNKNOWN = "unknown"
-    ALREADY_SENT = "already_sent"
-
-
 async def find_settled(pool: "asyncpg.Pool[asyncpg.Record]", letter: Letter) -> Delivery | None:
     """Return what became of a letter before, None while it may be sent."""
     state = await pool.fetchval(FIND_STATE, *_key(letter))
@@ -159,36 +143,6 @@ class _Intention:
     run_id: UUID
     attempt: int
     data_begun: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What the conversation came to; `delivery` None: nothing was sent, and another attempt may."""
-
-    delivery: Delivery | None
-    reply: str
-    away: bool = False
-    """Whether the server, and not the letter, was the trouble."""
-
-
-def _clean_reply(code: int, text: str, recipient: str) -> str:
-    """Return a server's answer without addresses, at most 200 characters."""
-    address = recipient.strip()
-    for needle in (address, address.rpartition("@")[0]):
-        text = re.sub(rf"(?<!\w){re.escape(needle)}(?!\w)", "[address]", text, flags=re.IGNORECASE)
-    return " ".join(f"{code} {mask(printable(text))}".split())[:REPLY_LENGTH]
-
-
-def _judge(stage: str, code: int, reply: str) -> _Answer:
-    """Classify an answer that was not the expected one (RFC 5321 §4.2.1)."""
-    if stage not in {"RCPT", "DATA"} or code in ABOUT_OUR_LOGIN or code == CLOSING:
-        return _Answer(None, f"{reply} (at {stage})", away=True)
-    if code // 100 == 5:  # noqa: PLR2004 - 5yz: never
-        return _Answer(Delivery.REFUSED, reply)
-    if code // 100 == 4 or stage == "RCPT":  # noqa: PLR2004 - 4yz: not now
-        return _Answer(None, f"{reply} (at {stage})")
-    # A 2yz other than 250 still accepts; anything else after DATA is no answer at all.
-    return _Answer(Delivery.SENT if code // 100 == 2 else Delivery.UNKNOWN, reply)  # noqa: PLR2004
 
 
 class Mailer:
@@ -217,7 +171,7 @@ class Mailer:
         self._clock = clock or SystemClock()
         self._observe = observe
         # The loop keeps only weak references to tasks; these must end whoever is cancelled.
-        self._sending: set[asyncio.Task[_Answer]] = set()
+        self._sending: set[asyncio.Task[Answer]] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -237,9 +191,10 @@ class Mailer:
         """
         Send a letter unless its key was used before; return what became of it. Waits for the letter's turn.
 
-        Raises MailUnavailableError (a NotNowError) while the server is away, LetterDeferredError when it does
-        not take this letter just now, RetryLaterError while another run is sending the same letter, and
-        NeverRetryError for a letter of a day so long ago that its delivery may have been forgotten.
+        Raises MailUnavailableError (a NotNowError) while the server is away, NotNowError while too many letters
+        wait for their turn, LetterDeferredError when the server does not take this letter just now, RetryLaterError
+        while another run is sending the same letter, and NeverRetryError for a letter of a day so long ago that its
+        delivery may have been forgotten, and for one that cannot be written with these settings.
         """
         self._require_remembered(letter)
         events = log.bind(kind=letter.kind, business_id=str(letter.business_id))
@@ -250,12 +205,13 @@ class Mailer:
         if (settled := await find_settled(self._pool, letter)) is not None:
             return settled  # BEFORE the gate: it takes nobody's turn
         # What is no address is refused without the server, and says nothing about it.
-        passage = await self._gate.pass_through() if is_mailbox(letter.recipient) else None
+        written = await self._write(letter) if is_mailbox(letter.recipient) else None
+        passage = await self._gate.pass_through() if written else None
         claim = await self._claim(letter, run_id, attempt)
         if isinstance(claim, Delivery):
             return claim
         started = time.perf_counter()
-        answer = await self._send_whole(letter, claim)
+        answer = await self._send_whole(letter, written, claim)
         self._observe(answer.delivery or DEFERRED, time.perf_counter() - started)
         events = events.bind(delivery_id=str(claim.id), reply=answer.reply)
         if passage is not None:
@@ -272,6 +228,10 @@ class Mailer:
             events.warning("delivery.refused" if answer.delivery is Delivery.REFUSED else "delivery.unknown")
         return answer.delivery
 
+    async def _write(self, letter: Letter) -> Written:
+        # In a thread: runs come in bursts, and twenty letters keep the event loop for a quarter of a second.
+        return await asyncio.to_thread(write, letter, self._settings, now=self._clock.now())
+
     def _require_remembered(self, letter: Letter) -> None:
         kept = self._settings.run_retention_days
         if letter.as_of < self._clock.now().date() - timedelta(days=kept):
@@ -280,7 +240,7 @@ class Mailer:
                 "forgotten, so it is not sent again."
             )
 
-    async def _tell_gate(self, passage: Passage, answer: _Answer) -> None:
+    async def _tell_gate(self, passage: Passage, answer: Answer) -> None:
         """Raise MailUnavailableError where the server was the trouble."""
         if answer.away:
             raise await self._gate.report_away(passage, answer.reply)
@@ -306,9 +266,9 @@ class Mailer:
         # Intended by a run that lives, or just withdrawn by it.
         raise RetryLaterError("Another run is sending the same letter just now.", after=OTHER_RUN_WAIT)
 
-    async def _send_whole(self, letter: Letter, claim: _Intention) -> _Answer:
+    async def _send_whole(self, letter: Letter, written: Written | None, claim: _Intention) -> Answer:
         """Converse and record in a task of its own, so that being cancelled loses no answer."""
-        task = asyncio.create_task(self._send(letter, claim), name=f"delivery {claim.id}")
+        task = asyncio.create_task(self._send(letter, written, claim), name=f"delivery {claim.id}")
         self._sending.add(task)
         task.add_done_callback(self._forget)
         try:
@@ -320,70 +280,64 @@ class Mailer:
             await asyncio.wait({task}, timeout=CANCEL_PATIENCE.total_seconds())
             raise
 
-    def _forget(self, task: "asyncio.Task[_Answer]") -> None:
+    def _forget(self, task: "asyncio.Task[Answer]") -> None:
         self._sending.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             # The caller sees it as well, unless it was cancelled.
             log.error("delivery.unrecorded", error=type(error).__name__)
 
-    async def _send(self, letter: Letter, claim: _Intention) -> _Answer:
+    async def _send(self, letter: Letter, written: Written | None, claim: _Intention) -> Answer:
         try:
-            answer = await self._try(letter, claim)
-        except asyncio.CancelledError:
+            answer = await self._try(letter, written, claim)
+        except BaseException:
+            # Cancelled, or a fault that nobody thought of: before DATA neither uses the letter up.
             if not claim.data_begun:
-                await self._record(claim, _Answer(None, ""))
+                await self._record(claim, Answer(None, ""))
             raise
         await self._record(claim, answer)
         return answer
 
-    async def _try(self, letter: Letter, claim: _Intention) -> _Answer:
-        if not is_mailbox(letter.recipient):
-            return _Answer(Delivery.REFUSED, "not an e-mail address")
-        try:
-            message = compose(letter, self._settings, now=self._clock.now())
-        except ValueError as error:  # EMAIL_FROM cannot stand in a header
-            return _Answer(None, f"{type(error).__name__} (at compose)", away=True)
+    async def _try(self, letter: Letter, written: Written | None, claim: _Intention) -> Answer:
+        if written is None:
+            return Answer(Delivery.REFUSED, "not an e-mail address")
         try:
             async with self._connections.line() as line:
-                return await self._converse(line, letter, message, claim)
+                return await self._converse(line, letter, written, claim)
         except NotConnectedError as error:
             cause = error.__cause__
             if isinstance(cause, aiosmtplib.SMTPResponseException):
-                return _judge(error.stage, cause.code, _clean_reply(cause.code, cause.message, letter.recipient))
-            return _Answer(None, f"{type(cause).__name__} (at {error.stage})", away=True)
+                return judge(error.stage, cause.code, clean_reply(cause.code, cause.message, letter))
+            return Answer(None, f"{type(cause).__name__} (at {error.stage})", away=True)
 
-    async def _converse(self, line: Line, letter: Letter, message: EmailMessage, claim: _Intention) -> _Answer:
+    async def _converse(self, line: Line, letter: Letter, written: Written, claim: _Intention) -> Answer:
         """Hold the conversation stage by stage, because what a failure means depends on the stage."""
         client, recipient, stage = line.client, letter.recipient.strip(), "MAIL"
         try:
-            utf8 = not f"{recipient}{self._settings.email_from}".isascii()
-            if utf8 and not client.supports_extension("smtputf8"):
-                return _Answer(Delivery.REFUSED, "the server takes no address outside ASCII (SMTPUTF8)")
-            encoding = "utf-8" if utf8 else "ascii"
-            options = ["SMTPUTF8"] if utf8 else []
+            if written.utf8 and not client.supports_extension("smtputf8"):
+                return Answer(Delivery.REFUSED, "the server takes no address outside ASCII (SMTPUTF8)")
+            encoding = "utf-8" if written.utf8 else "ascii"
+            options = ["SMTPUTF8"] if written.utf8 else []
             await client.mail(self._settings.email_from, encoding=encoding, options=options)
             stage = "RCPT"
             await client.rcpt(recipient, encoding=encoding)
-            content = message.as_bytes(policy=POLICY.clone(utf8=utf8))
             if not client.is_connected:
-                return _Answer(None, "the connection was lost (after RCPT)", away=True)
+                return Answer(None, "the connection was lost (after RCPT)", away=True)
             stage = "DATA"
             # From here on the server may have accepted it, whatever we hear.
             claim.data_begun = True
-            response = await client.data(content)
-            return _Answer(Delivery.SENT, _clean_reply(response.code, response.message, recipient))
+            response = await client.data(written.content)
+            return Answer(Delivery.SENT, clean_reply(response.code, response.message, letter))
         except aiosmtplib.SMTPResponseException as error:
             line.sound = error.code != CLOSING
-            return _judge(stage, error.code, _clean_reply(error.code, error.message, recipient))
-        except (aiosmtplib.SMTPException, OSError, ValueError) as error:
-            # ValueError: EMAIL_FROM cannot stand in a command.
+            return judge(stage, error.code, clean_reply(error.code, error.message, letter))
+        except (aiosmtplib.SMTPException, OSError) as error:
             # The text of any of these may quote an address; the class says enough.
             line.sound = False
             what = f"{type(error).__name__} (at {stage})"
-            return _Answer(Delivery.UNKNOWN, what) if claim.data_begun else _Answer(None, what, away=True)
+            return Answer(Delivery.UNKNOWN, what) if claim.data_begun else Answer(None, what, away=True)
 
-    async def _record(self, claim: _Intention, answer: _Answer) -> None:
-        """Settle or withdraw the intention; tried again while the database does not answer."""
+    async def _record(self, claim: _Intention, answer: Answer) -> None:
+        """Settle or withdraw the intention; tried again while the database restarts, is full or does not answer."""
         ours = (claim.id, claim.run_id, claim.attempt)
         for pause_seconds in (*RECORDING_PAUSES_SECONDS, None):
             try:
@@ -391,7 +345,7 @@ class Mailer:
                     await self._pool.execute(WITHDRAW, *ours)
                 else:
                     await self._pool.execute(SETTLE, *ours, answer.delivery.value, answer.reply)
-            except (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError):
+            except TRANSIENT_ERRORS:
                 if pause_seconds is None:
                     raise
                 await asyncio.sleep(pause_seconds)

@@ -2,10 +2,11 @@
 The gate that the letters of all replicas pass, one row in PostgreSQL: it spaces them, and it closes while the
 mail server is away.
 
-A place in the row of letters is reserved in one short statement, and waited for without a connection. While
-the gate is closed one letter at a time tries the server; the others wait here for a while before their runs
-are given back, so that a hundred thousand runs do not circulate through the queue. One event of level error
-says that the server is away, whatever the number of letters and replicas, and one says that it is back.
+A place in the row of letters is reserved in one short statement, and waited for without a connection. The row is
+two minutes long at most: who finds it full comes again, as at a closed gate. While that is closed one letter at a
+time tries the server; the others wait here for a while before their runs are given back, so that a hundred thousand
+runs do not circulate through the queue. One event of level error says that the server is away, whatever the number of
+letters and replicas, and one says that it is back.
 """
 
 import asyncio
@@ -76,7 +77,10 @@ class MailGate:
         self._apart = timedelta(seconds=1 / rate_per_second)
 
     async def pass_through(self) -> Passage:
-        """Wait for this letter's turn; raises MailUnavailableError while the server is away."""
+        """
+        Wait for this letter's turn; raises MailUnavailableError while the server is away, and NotNowError while
+        more letters wait than the rate lets go in two minutes.
+        """
         patience = PATIENCE.total_seconds() * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
         while True:
             gate = await self._pool.fetchrow(TAKE_TURN, self._apart, TRIAL)
@@ -89,7 +93,9 @@ class MailGate:
             await asyncio.sleep(min(wait_seconds, patience))
             patience -= wait_seconds
             if patience <= 0:
-                raise _unavailable(gate["trouble"], timedelta(seconds=-patience))
+                raise (
+                    _full() if gate["trouble"] is None else _unavailable(gate["trouble"], timedelta(seconds=-patience))
+                )
 
     async def report_away(self, passage: Passage, trouble: str) -> MailUnavailableError:
         """Report that the server was away for a letter; return what to raise. `trouble` names no address."""
@@ -109,10 +115,22 @@ class MailGate:
             log.info("mail.available", unavailable_since=since.isoformat())
 
 
+def _full() -> NotNowError:
+    return NotNowError(
+        "More letters wait for their turn than EMAIL_RATE_PER_SECOND lets go in two minutes. It comes again by "
+        "itself; if digests come late every day, raise the rate.",
+        after=_spread(FIRST_WAIT),
+    )
+
+
 def _unavailable(trouble: str, wait: timedelta) -> MailUnavailableError:
     return MailUnavailableError(
         f"The mail server is away: {trouble}. Nothing was sent; it is tried again by itself. "
         "If this lasts, find out why with: python -m bon_scheduler check",
-        # Spread, so that what waited together does not come back together.
-        after=wait * random.uniform(1.0, 1.5),  # noqa: S311 - jitter, not a secret
+        after=_spread(wait),
     )
+
+
+def _spread(wait: timedelta) -> timedelta:
+    """Lengthen a wait by up to half, so that what waited together does not come back together."""
+    return wait * random.uniform(1.0, 1.5)  # noqa: S311 - jitter, not a secret

@@ -84,6 +84,11 @@ async def run_once(
     concurrency: int,
 ) -> RunReport:
     """Make one attempt at a new run of `job`, work through what it causes, and report when all has ended."""
+
+    async def cancel(connection: Connection, run_id: UUID) -> None:
+        # Never given back: a person who interrupts does not want another replica to go on with it.
+        await revise.revise(connection, Action.CANCEL, [run_id], states=OPEN_STATES, by=asked_by, reason="interrupted")
+
     run_id: UUID | None = None
     try:
         claim: Claim | None = None
@@ -98,15 +103,12 @@ async def run_once(
                 # Until the reconciler takes that worker for dead, or it speaks: there may be no other to do it.
                 log.info("holder.watched", job=job.name)
                 await asyncio.sleep(WATCH_SECONDS)
-        await runner.execute(job, claim, ONE_ATTEMPT)
+        await runner.execute(job, claim, ONE_ATTEMPT, leave=lambda connection, ref: cancel(connection, ref.run_id))
     except asyncio.CancelledError:
-        # Committed or not, claimed or given back by the runner: a person who interrupts does not want another
-        # replica to go on with it.
+        # Perhaps before the attempt began, while the claim was being committed.
         if run_id is not None:
             async with pool.acquire() as connection:
-                await revise.revise(
-                    connection, Action.CANCEL, [run_id], states=OPEN_STATES, by=asked_by, reason="interrupted"
-                )
+                await cancel(connection, run_id)
         raise
     await _work_through(pool, runner, jobs, run_id, concurrency)
     async with pool.acquire() as connection:

@@ -1,54 +1,80 @@
 """
 Poolers in transaction mode (PgBouncer): what still works behind one, and how one is recognised.
 
-There a session is not a session: a named statement may be executed where nobody prepared it, settings go to
-somebody else, and LISTEN hears nothing. So behind one no statement has a name (asyncpg then prepares and executes
-in one go), each transaction sets its own limit, and whatever needs a session goes to DATABASE_LISTEN_URL.
+There a session is not a session: a named statement may be executed where nobody prepared it, LISTEN hears nothing,
+and what one client sets stays on a server that then serves another, BON's API among them. So behind one no statement
+has a name, whatever is set ends with its transaction, and whatever needs a session goes to DATABASE_LISTEN_URL.
 """
 
 import asyncio
-from typing import Literal, TypeAlias
+import os
 from uuid import uuid4
 
 import asyncpg
-from asyncpg.transaction import Transaction
 
-__all__ = ["PooledConnection", "keeps_sessions"]
+__all__ = ["PooledConnection", "keeps_sessions", "same_database"]
 
-Isolation: TypeAlias = Literal["read_committed", "read_uncommitted", "serializable", "repeatable_read"] | None
 PROBE_SECONDS = 3.0
-
-
-class _LimitedTransaction(Transaction):
-    """A transaction that limits its own idleness, for want of a session that would."""
-
-    def __init__(
-        self, connection: "PooledConnection", isolation: Isolation, *, readonly: bool, deferrable: bool
-    ) -> None:
-        super().__init__(connection, isolation, readonly, deferrable)
-        self._limited = connection
-
-    async def start(self) -> None:
-        await super().start()
-        limit_ms = self._limited.idle_limit_ms
-        await self._limited.execute(f"set local idle_in_transaction_session_timeout = {limit_ms:d}")
+# $1 key of an advisory lock: bigint, not negative.
+SEES_LOCK = """
+    select exists (select from pg_locks l
+                     join pg_database d on d.oid = l.database
+                    where d.datname = current_database()
+                      and l.locktype = 'advisory'
+                      and l.granted
+                      and (l.classid::bigint << 32 | l.objid::bigint) = $1)
+"""
 
 
 class PooledConnection(asyncpg.Connection):
-    """A connection through a pooler in transaction mode."""
+    """
+    A connection through a pooler in transaction mode, to be opened with `statement_cache_size=0`.
 
-    idle_limit_ms = 0
-    """How long a transaction may be idle before the server ends it; 0 for ever."""
+    It leaves nothing on the server that it borrows, whatever interrupts it.
+    """
 
-    def transaction(
-        self, *, isolation: Isolation = None, readonly: bool = False, deferrable: bool = False
-    ) -> Transaction:
-        """Make a transaction; see asyncpg."""
-        return _LimitedTransaction(self, isolation, readonly=readonly, deferrable=deferrable)
+    opening = ""
+    """What each transaction sets for itself, for want of a session that would: `set local …;` statements."""
+    _unsettled = False
+
+    async def execute(
+        self,
+        query: str,
+        *args: object,
+        timeout: float | None = None,  # noqa: ASYNC109 - asyncpg's signature
+    ) -> str:
+        """Execute; see asyncpg. With its BEGIN goes what the transaction sets."""
+        # In one message: a process that is frozen between two would hold a server without a name or a limit.
+        if query.startswith("BEGIN"):
+            query += self.opening
+        return await super().execute(query, *args, timeout=timeout)
 
     def get_reset_query(self) -> str:
         """Return nothing: what this session left behind is not on the server that would be asked."""
-        return ""
+        # But for a statement whose plan was asked for and which was never executed, as when an argument is of a wrong
+        # type: its server waits for the rest and keeps its table locked, until it is sent anything.
+        unsettled, self._unsettled = self._unsettled, False
+        return "select" if unsettled else ""
+
+    async def _do_execute(self, *args: object, **options: object) -> object:
+        try:
+            return await super()._do_execute(*args, **options)  # type: ignore[misc]
+        except BaseException:
+            self._unsettled = True
+            raise
+
+    async def _get_statement(self, *args: object, **options: object) -> object:
+        # A cursor would name its statement, and two processes choose the same names.
+        return await super()._get_statement(*args, **{**options, "named": False})  # type: ignore[misc]
+
+    async def _introspect_types(self, *args: object) -> object:
+        # asyncpg sets `jit` for the session meanwhile. Rolled back, that ends where it began.
+        transaction = self.transaction()
+        await transaction.start()
+        try:
+            return await super()._introspect_types(*args)  # type: ignore[misc]
+        finally:
+            await transaction.rollback()
 
 
 async def keeps_sessions(
@@ -64,11 +90,31 @@ async def keeps_sessions(
         return True
     heard = asyncio.Event()
     channel = f"bon_scheduler_{uuid4().hex}"
-    await listener.add_listener(channel, lambda *_: heard.set())
+
+    def hear(*_: object) -> None:
+        heard.set()
+
+    await listener.add_listener(channel, hear)
     await other.execute(f"notify {channel}")
     try:
         async with asyncio.timeout(PROBE_SECONDS):
             await heard.wait()
     except TimeoutError:
         return False
+    finally:
+        # A pooler's server would go on listening; the one used last is usually the one it gives next.
+        await listener.remove_listener(channel, hear)
     return True
+
+
+async def same_database(one: "asyncpg.Connection[asyncpg.Record]", other: "asyncpg.Connection[asyncpg.Record]") -> bool:
+    """
+    Say whether two connections, maybe through poolers, lead to the same database of the same server.
+
+    Asked of the thing itself: a lock taken through one is seen through the other. Anybody may look at locks, and
+    a replica, or a copy with the same names and identifiers, does not have it.
+    """
+    key = int.from_bytes(os.urandom(8), "big") >> 1
+    async with one.transaction():  # the lock ends with it, whatever lies in between
+        await one.execute("select pg_advisory_xact_lock($1)", key)
+        return bool(await other.fetchval(SEES_LOCK, key))

@@ -10,6 +10,7 @@ Saving is not fenced: what the authority has done is done. It is a compare-and-s
 it is stored, so that a consent or a rotation that came meanwhile is never overwritten by an older token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -166,12 +167,16 @@ NOTE = """
     on conflict (business_id) do update
        set state = excluded.state, error = excluded.error, changed_at = clock_timestamp()
      where r.holder is null
+        or r.lease_until <= clock_timestamp()
 """
 
-# $1 our spool. Index: shaam_refreshes_spool. What it held is applied: an answer that is not there never came.
+# $1 our spool, $2 fingerprints of the tokens whose answers the database refuses: bytea[]. Index:
+# shaam_refreshes_spool. What it held is applied: an answer that is not there never came. Others' patience with what
+# is there begins anew.
 RELEASE_ABANDONED = """
     update bon_scheduler.shaam_refreshes
-       set spool = null
+       set spool = case when token_fingerprint = any ($2) then spool end,
+           lease_until = case when token_fingerprint = any ($2) then clock_timestamp() else lease_until end
      where spool = $1
        and lease_until <= clock_timestamp()
 """
@@ -368,9 +373,9 @@ async def note(connection: Connection, business_id: UUID, state: State, error: s
     await connection.execute(NOTE, business_id, state, error, timeout=CALL_TIMEOUT_SECONDS)
 
 
-async def release_abandoned(connection: Connection, spool: UUID) -> None:
-    """Let every replica try the tokens again whose answers are not in this spool, which was just applied."""
-    await connection.execute(RELEASE_ABANDONED, spool, timeout=CALL_TIMEOUT_SECONDS)
+async def release_abandoned(connection: Connection, spool: UUID, here: Sequence[bytes]) -> None:
+    """Let every replica try the tokens again whose answers are not in this spool, which was applied but for `here`."""
+    await connection.execute(RELEASE_ABANDONED, spool, list(here), timeout=CALL_TIMEOUT_SECONDS)
 
 
 async def find_standing(connection: Connection, business_id: UUID) -> Standing | None:

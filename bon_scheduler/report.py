@@ -1,8 +1,9 @@
 """
 How commands speak: tables for people, one JSON document for programs.
 
-With JSON, standard output carries that document and nothing else. Without it, tables are plain where
-standard output is not a terminal, and NO_COLOR is honoured (rich does both).
+With JSON, standard output carries that document and nothing else: whatever else is said goes to standard error.
+Without it, tables are plain where standard output is not a terminal, and NO_COLOR is honoured (rich does both).
+Nothing is ever cut off: what is too long goes on in the next line, and an id stays in one line, to be copied.
 """
 
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import orjson
@@ -33,6 +35,7 @@ STATE_STYLES = {
 }
 SECONDS_A_MINUTE = 60
 PLAIN_WIDTH = 160
+UUID_WIDTH = 36
 
 
 def format_instant(instant: datetime | None, zone: ZoneInfo) -> str:
@@ -72,8 +75,8 @@ class Report:
     def __init__(self, *, as_json: bool, zone: ZoneInfo | None = None) -> None:
         self.as_json = as_json
         self.zone = zone or ZoneInfo("Asia/Jerusalem")
-        terminal = sys.stdout.isatty()
-        self.console = Console(width=None if terminal else PLAIN_WIDTH, highlight=False, soft_wrap=False)
+        terminal = (sys.stderr if as_json else sys.stdout).isatty()
+        self.console = Console(width=None if terminal else PLAIN_WIDTH, stderr=as_json, highlight=False)
 
     def document(self, value: object) -> None:
         """Write the JSON document."""
@@ -86,15 +89,19 @@ class Report:
         return self.console.status(escape(text)) if self.console.is_terminal else nullcontext()
 
     def say(self, text: str) -> None:
-        """Write a line for people."""
-        self.console.print(escape(text))
+        """Write a line for people; only a terminal's is broken, so that programs find paths and ids whole."""
+        self.console.print(escape(text), soft_wrap=not self.console.is_terminal)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
         """Write a table for people; a cell that is a known state is coloured."""
-        table = Table(*columns, title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+        table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+        for index, heading in enumerate(columns):
+            has_ids = any(isinstance(row[index], UUID) for row in rows)
+            table.add_column(heading, overflow="fold", no_wrap=has_ids, min_width=UUID_WIDTH if has_ids else None)
         for row in rows:
             table.add_row(*(_cell(value) for value in row))
-        self.console.print(table)
+        # Not cropped: where a terminal is too narrow for the ids, it breaks the lines itself.
+        self.console.print(table, crop=False)
 
     def instant(self, instant: datetime | None) -> str:
         """Return an instant in the report's zone."""
@@ -104,6 +111,8 @@ class Report:
         """Write name and value a line, leaving out what is None or empty."""
         shown = [(name, value) for name, value in pairs.items() if value not in (None, "", {})]
         table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for name, value in shown:
             table.add_row(f"[bold]{escape(name)}[/bold]", _cell(value))
         self.console.print(table)

@@ -32,6 +32,7 @@ from bon_scheduler.config import Settings
 from bon_scheduler.db import TRANSIENT_ERRORS, Pool
 from bon_scheduler.jobs import Connection, Retry
 from bon_scheduler.keeper import Keeper
+from bon_scheduler.lanes import Lane
 from bon_scheduler.log import describe_error
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.refreshes import CALL_TIMEOUT_SECONDS, Claimed, Credential, Exchange, Rotated, State, Verdict
@@ -65,6 +66,7 @@ SAVE_WAITS_SECONDS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Longer in all than a restart of PostgreSQL takes."""
 SPOOLED_SAVE_WAITS_SECONDS = (0.25,)
 """Where a spool is, a process that dies meanwhile is the greater risk."""
+REFUSED = "not called: its new tokens are kept, and the database refuses them"
 COUNTED_AS: dict[State, Count] = {State.NEEDS_REAUTH: "needs_reauth", State.FAILED: "failed"}
 LOOK_AGAIN_SECONDS = 0.1
 JOIN_BEYOND_ANSWER_SECONDS = 15.0
@@ -86,19 +88,6 @@ class Result:
     """Whether another exchange of this business is under way."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Lane:
-    """How many exchanges are under way at once, and how many of them wait for the authority."""
-
-    exchanges: asyncio.Semaphore
-    requests: asyncio.Semaphore
-
-    @classmethod
-    def of(cls, requests: int) -> "_Lane":
-        """Allow so many requests; some exchanges more, so that no request waits for the database."""
-        return cls(asyncio.Semaphore(requests + requests // 3 + 1), asyncio.Semaphore(requests))
-
-
 class Rotator:
     """Rotates tokens, for one process. Safe to use from many runs at once."""
 
@@ -117,8 +106,8 @@ class Rotator:
         self._save_waits = SPOOLED_SAVE_WAITS_SECONDS if spool else SAVE_WAITS_SECONDS
         self._answer_limit = timedelta(seconds=settings.shaam_timeout_seconds)
         self._lease = self._answer_limit + LEASE_BEYOND_ANSWER
-        self._scheduled = _Lane.of(settings.shaam_concurrency)
-        self._on_demand = _Lane.of(ON_DEMAND_SLOTS)
+        self._scheduled = Lane(settings.shaam_concurrency)
+        self._on_demand = Lane(ON_DEMAND_SLOTS)
         # The loop keeps only weak references to tasks; these must end whoever is cancelled.
         self._under_way: set[asyncio.Task[Result]] = set()
 
@@ -139,14 +128,12 @@ class Rotator:
         BEFORE a token is spent; raises what the database raises.
         """
         await self.keeper.recover()
-        nobody = Credential(uuid4(), "")
-        rehearsal = Rotated(nobody, b"", b"", "", "", None, timedelta(0), None, self._clock.now())
-        await self.keeper.save(rehearsal)
+        await self.keeper.rehearse()
 
     async def rotate(self, credential: Credential, tell: Tell, *, on_demand: bool = False) -> Result:
         """Wait for a turn and exchange one business's token, once; cancelled, what was sent is seen to its end."""
         lane = self._on_demand if on_demand else self._scheduled
-        async with lane.exchanges:
+        async with lane.exchange():
             stopped = asyncio.Event()
             work = self._exchange(credential, tell, lane, stopped)
             task = asyncio.create_task(work, name=f"exchange {credential.business_id}")
@@ -189,24 +176,27 @@ class Rotator:
             # The caller sees it as well, unless it was cancelled. Its text may quote a statement's values.
             log.error("token.failed", error=type(error).__name__)
 
-    async def _exchange(self, credential: Credential, tell: Tell, lane: _Lane, stopped: asyncio.Event) -> Result:
+    async def _exchange(self, credential: Credential, tell: Tell, lane: Lane, stopped: asyncio.Event) -> Result:
         business_id = credential.business_id
         if (reason := self._why_not()) is not None:
             return _not_called(business_id, reason)
+        if self.keeper.holds(credential):
+            return await self._report(business_id, "token.refused", REFUSED)
         try:
             token = self.cipher.decrypt(credential.stored)
         except UnreadableTokenError as error:
-            return await self._report_unreadable(business_id, str(error))
+            return await self._report(business_id, "token.unreadable", f"the stored token is unreadable: {error}")
         exchange = Exchange(uuid4(), credential, self.cipher.fingerprint(token))
         began = seconds_since_boot()
         claimed = await self._prepare_to_send(exchange, tell)
         if isinstance(claimed, Result):
             return claimed
-        async with lane.requests:
+        async with lane.request() as turn:
             # Frozen meanwhile, this process must not send: its lease may be another's soon.
             late = seconds_since_boot() - began > self._lease.total_seconds() / 2
             reason = "its run was stopped" if late or stopped.is_set() else self._why_not() or self.breaker.admit()
             answer = await self._send(token) if reason is None else None
+            turn.refused = isinstance(answer, Misconfigured)
         if answer is None:
             await self._settle(exchange, State.DEFERRED, unspent=True)
             return _not_called(business_id, reason or "")
@@ -238,9 +228,7 @@ class Rotator:
             return Result(business_id, "deferred", "failed", text)
         if isinstance(claimed, Verdict):
             return await self._explain(exchange, claimed, tell)
-        if claimed.unanswered > 1 and await self._was_answered(exchange):
-            return _superseded(business_id)
-        return claimed
+        return (await self._find_answer(exchange) if claimed.unanswered > 1 else None) or claimed
 
     async def _claim(self, exchange: Exchange) -> Claimed | Verdict:
         async with asyncio.timeout(CALL_TIMEOUT_SECONDS), self._pool.acquire() as connection:
@@ -248,11 +236,17 @@ class Rotator:
                 connection, exchange, lease=self._lease, spool=self._spool_id, patience=PATIENCE_WITH_SPOOL
             )
 
-    async def _was_answered(self, exchange: Exchange) -> bool:
-        """Apply what is kept, and say whether the answer to the earlier request was there."""
+    async def _find_answer(self, exchange: Exchange) -> Result | None:
+        """Apply what is kept; a result says that the answer to the earlier request was there, or may be."""
+        business_id = exchange.credential.business_id
         await self.keeper.offer()
+        # The claim is not given back in these two: another replica would send the token.
+        if self.keeper.holds(exchange.credential):
+            return await self._report(business_id, "token.refused", REFUSED)
+        if self.keeper.blind:
+            return _waits(business_id, "an answer to an earlier request may lie in an unreadable file of SPOOL_DIR")
         async with asyncio.timeout(CALL_TIMEOUT_SECONDS), self._pool.acquire() as connection:
-            return not await refreshes.is_claimed(connection, exchange)
+            return None if await refreshes.is_claimed(connection, exchange) else _superseded(business_id)
 
     async def _explain(self, exchange: Exchange, verdict: Verdict, tell: Tell) -> Result:
         """Turn a refused claim into that business's result; nobody was called."""
@@ -264,8 +258,7 @@ class Rotator:
                 return Result(business_id, "deferred", "kept", held=True)
             case Verdict.WAITS:
                 text = "an answer to an earlier request may lie in the spool of a replica that is not there"
-                log.warning("token.waits", business_id=str(business_id), reason=text)
-                return Result(business_id, "deferred", "kept", text)
+                return _waits(business_id, text)
             case Verdict.SPENT:
                 text = "an earlier refresh spent this token, and something wrote it over its successor"
                 return await self._ask_for_consent(exchange, text, tell)
@@ -349,9 +342,9 @@ class Rotator:
         log.warning("token.needs_reauth", business_id=str(credential.business_id), reason=reason)
         return Result(credential.business_id, "needs_reauth", "failed", reason)
 
-    async def _report_unreadable(self, business_id: UUID, error: str) -> Result:
-        log.error("token.unreadable", business_id=str(business_id), reason=error)
-        text = f"the stored token is unreadable: {error}"
+    async def _report(self, business_id: UUID, event: str, text: str) -> Result:
+        """Report what a person must mend before the business can be called."""
+        log.error(event, business_id=str(business_id), reason=text)
         async with self._pool.acquire() as connection:
             await refreshes.note(connection, business_id, State.FAILED, text)
         return Result(business_id, "failed", "failed", text)
@@ -378,6 +371,11 @@ class Rotator:
 
 def _not_called(business_id: UUID, reason: str) -> Result:
     return Result(business_id, "deferred", "failed", f"not called: {reason}", called=False)
+
+
+def _waits(business_id: UUID, text: str) -> Result:
+    log.warning("token.waits", business_id=str(business_id), reason=text)
+    return Result(business_id, "deferred", "kept", text)
 
 
 def _superseded(business_id: UUID) -> Result:

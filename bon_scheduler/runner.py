@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -38,6 +38,8 @@ from bon_scheduler.workers import Worker
 __all__ = ["Delivery", "Runner"]
 
 T = TypeVar("T")
+Leave: TypeAlias = Callable[[Connection, RunRef], Awaitable[object]]
+"""What becomes of a run whose attempt is cut short because its process stops."""
 log = structlog.get_logger()
 LONGEST_RECORDING_WAIT_SECONDS = 2.0
 DEADLINE_GRACE_SECONDS = 5.0
@@ -134,7 +136,7 @@ class Runner:
             if claim is None or not isinstance(error, TRANSIENT_ERRORS):
                 self._under_way.pop(run.run_id, None)
                 raise
-        await self.execute(run.job, claim, run.job.retry)
+        await self.execute(run.job, claim, run.job.retry, leave=attempts.give_back)
         return claim
 
     async def claim(self, connection: Connection, run: Delivery, retry: Retry) -> Claim:
@@ -155,10 +157,10 @@ class Runner:
                 del self._under_way[run.run_id]
         return claim
 
-    async def execute(self, job: AnyJob, claim: Claim, retry: Retry) -> None:
+    async def execute(self, job: AnyJob, claim: Claim, retry: Retry, *, leave: Leave) -> None:
         """Make the attempt that `claim` allows; do nothing when it allows none."""
         try:
-            await self._execute(job, claim, retry)
+            await self._execute(job, claim, retry, leave)
         finally:
             if claim.ref is not None:
                 self._end(claim.ref.run_id)
@@ -171,7 +173,7 @@ class Runner:
         else:
             recording.add_done_callback(lambda _: self._under_way.pop(run_id, None))
 
-    async def _execute(self, job: AnyJob, claim: Claim, retry: Retry) -> None:
+    async def _execute(self, job: AnyJob, claim: Claim, retry: Retry, leave: Leave) -> None:
         if claim.verdict is Verdict.EXHAUSTED:
             log.error("run.ended", job=job.name, outcome="dead", error="its worker died in every attempt")
             self._metrics.attempt_ended(job.name, "dead", 0.0, {}, self._clock.now())
@@ -191,7 +193,7 @@ class Runner:
             if claim.origin is Origin.SCHEDULE and ctx.attempt == 1:
                 lateness = ctx.now - ctx.fire_time
                 self._metrics.tick_lateness.labels(job.name).observe(max(0.0, lateness.total_seconds()))
-            ending = await self._call(job, claim, ctx, retry)
+            ending = await self._call(job, claim, ctx, retry, leave)
             state = await self._settle(ctx, ending)
             seconds = time.perf_counter() - started
             self._report(job, state, ending, seconds)
@@ -216,7 +218,7 @@ class Runner:
             resources=self._resources,
         )
 
-    async def _call(self, job: AnyJob, claim: Claim, ctx: AttemptContext, retry: Retry) -> Ending:
+    async def _call(self, job: AnyJob, claim: Claim, ctx: AttemptContext, retry: Retry, leave: Leave) -> Ending:
         try:
             payload: Payload = job.payload.model_validate(claim.payload)
         except ValidationError as error:
@@ -225,7 +227,7 @@ class Runner:
         try:
             stopped = await self._watch(job, ctx, handler)
         except asyncio.CancelledError:
-            await _to_its_end(self._give_back(ctx, handler))
+            await _to_its_end(self._leave(ctx, handler, leave))
             raise
         number = ctx.attempt - claim.given_back
         wait = None if number >= retry.attempts else retry.wait(number)
@@ -267,13 +269,13 @@ class Runner:
         error = None if handler.cancelled() else handler.exception()
         log.warning("handler.ended_late", task=handler.get_name(), error=describe_error(error) if error else None)
 
-    async def _give_back(self, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> None:
-        """Stop the handler and give the run back, because this process is stopping."""
+    async def _leave(self, ctx: AttemptContext, handler: asyncio.Task[Counts], leave: Leave) -> None:
+        """Stop the handler and let go of the run, because this process is stopping."""
         if not handler.done():
             await self._stop(ctx, handler, self._farewell.total_seconds())
         if ctx.ended is None:
-            await self._record(ctx, lambda connection: attempts.give_back(connection, ctx.ref))
-        log.info("run.given_back" if ctx.ended is None else "run.ended", outcome=ctx.ended)
+            await self._record(ctx, lambda connection: leave(connection, ctx.ref))
+        log.info("run.left" if ctx.ended is None else "run.ended", outcome=ctx.ended)
 
     async def _settle(self, ctx: AttemptContext, ending: Ending) -> str:
         """Record how the attempt ended; return the run's state, or how the run was lost."""
@@ -281,6 +283,16 @@ class Runner:
             if ending.outcome != "succeeded":
                 log.error("handler.raised_after_finish", error=ending.error)
             return ctx.ended
+        try:
+            return await self._settle_as(ctx, ending)
+        except TRANSIENT_ERRORS:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the database refuses, it is not tried for ever
+            log.error("attempt.unrecordable", outcome=ending.outcome, error=describe_error(error))  # noqa: TRY400
+            why = f"how it ended ({ending.outcome}) cannot be recorded: {type(error).__name__}"
+            return await self._settle_as(ctx, Ending("dead", error=why))
+
+    async def _settle_as(self, ctx: AttemptContext, ending: Ending) -> str:
         try:
             if ending.outcome == "succeeded":
                 return await self._record(ctx, lambda c: attempts.finish(c, ctx.ref, ending.counts))

@@ -23,6 +23,7 @@ from bon_scheduler.config import Settings, ShaamMode, load_settings
 from bon_scheduler.db import TRANSIENT_ERRORS, Pool
 from bon_scheduler.deadman import Deadman
 from bon_scheduler.dry import Rehearsal
+from bon_scheduler.endpoints import require_endpoints
 from bon_scheduler.engine import Engine
 from bon_scheduler.heartbeat import Heartbeat
 from bon_scheduler.jobs import AnyJob, Cron
@@ -106,6 +107,7 @@ def schedules_of(settings: Settings, jobs: Sequence[AnyJob] = JOBS) -> dict[str,
 
 async def prepare(settings: Settings, jobs: Sequence[AnyJob] = JOBS) -> list[str]:
     """Create or upgrade the schema and make the jobs known; return the migrations applied."""
+    await require_endpoints(settings)  # BEFORE anything is locked, otherwise a pooler's server would keep the lock
     async with db.migrating(settings.listen_url) as (connection, applied):
         await ledger.register_jobs(connection, jobs)
         return applied
@@ -123,7 +125,7 @@ async def machinery(
     clock = clock or SystemClock()
     lease = timedelta(seconds=settings.lease_seconds)
     schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker(serves=serves, lease=lease)
-    await db.require_sessions(settings)
+    await require_endpoints(settings)
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(db.open_pool(settings, worker=worker.id))
         control_pool = db.open_control_pool(settings, CONTROL_CONNECTIONS, worker=worker.id)
@@ -164,6 +166,7 @@ async def rehearsal(
     settings: Settings, *, clock: Clock | None = None, out: Path | None = None
 ) -> AsyncIterator[Rehearsal]:
     """Make dry runs inside the block: nothing is opened but the database, and this is no worker."""
+    await require_endpoints(settings)
     async with db.open_pool(settings) as pool:
         async with pool.acquire() as connection:
             await db.require_schema(connection)

@@ -10,17 +10,17 @@ Refresh tokens are single use: a success spends the token that was sent. Whoever
 """
 
 import base64
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, Self, TypeAlias
 from urllib.parse import quote_plus
 
 import aiohttp
-import orjson
 from pydantic import SecretStr
 
 from bon_scheduler.config import ClientAuth, Settings, ShaamMode
@@ -48,6 +48,8 @@ LONGEST_LIFETIME = timedelta(days=366)
 """An access token said to live longer than this is not believed."""
 ASSUMED_LIFETIME = timedelta(seconds=601)
 """What is seen, for an access token whose lifetime is missing or not believed."""
+LONGEST_REFRESH_LIFETIME = timedelta(days=3660)
+"""A refresh token said to live longer than this is not believed; 90 days are seen."""
 
 OK = range(200, 300)
 REDIRECTED = range(300, 400)
@@ -65,7 +67,9 @@ BAD_CREDENTIALS_TEXT = "invalid client id or secret"
 
 _OPAQUE = re.compile(r"[A-Za-z0-9+/_=.~-]{40,}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _DIGITS = re.compile(r"[0-9]{1,12}")
+LONGEST_INTEGER_DIGITS = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,13 @@ class _Reply:
     """Why the body could not be read."""
 
 
+@dataclass(slots=True)
+class _Sending:
+    """One request; `begun` once a byte of it may have left."""
+
+    begun: bool = False
+
+
 class Shaam:
     """
     The client of the token endpoint: one pooled session, opened by `async with`.
@@ -168,6 +179,7 @@ class Shaam:
                 # One business's cookie must not travel with the next one's request.
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"Accept": "application/json", "User-Agent": "bon-scheduler"},
+                trace_configs=[_tracing()],
             )
         return self
 
@@ -190,16 +202,14 @@ class Shaam:
             return Misconfigured("SHAAM_MODE is mock: nobody is called")
         if self._session is None:
             raise RuntimeError("Shaam is used outside its `async with`")
-        secrets = [refresh_token, *self._client()]
+        secrets, sending = [refresh_token, *self._client()], _Sending()
         try:
-            reply = await self._post(self._session, refresh_token)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            return Transient(f"the connection failed ({_name(error)})")
-        except TimeoutError as error:
-            limit = self._settings.shaam_timeout_seconds
-            return Transient(f"no answer within {limit:g} s ({type(error).__name__})", maybe_spent=True)
+            reply = await self._post(self._session, refresh_token, sending)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return Transient(f"the connection failed ({_name(error)})", maybe_spent=True)
+            reason = f"the connection failed ({_name(error)})"
+            if sending.begun and isinstance(error, TimeoutError):
+                reason = f"no answer within {self._settings.shaam_timeout_seconds:g} s ({type(error).__name__})"
+            return Transient(reason, maybe_spent=sending.begun)
         return _classify(reply, secrets)
 
     def _client(self) -> tuple[str, str]:
@@ -215,11 +225,11 @@ class Shaam:
         pair = f"{quote_plus(client_id)}:{quote_plus(client_secret)}"
         return form, {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
 
-    async def _post(self, session: aiohttp.ClientSession, refresh_token: str) -> _Reply:
+    async def _post(self, session: aiohttp.ClientSession, refresh_token: str, sending: _Sending) -> _Reply:
         form, headers = self._request(refresh_token)
         # A redirect would carry the token and the secret to wherever it points.
         async with session.post(
-            self._settings.token_url, data=form, headers=headers, allow_redirects=False
+            self._settings.token_url, data=form, headers=headers, allow_redirects=False, trace_request_ctx=sending
         ) as response:
             # Raised here, a failure would hide that a 2xx had begun, and with it that the token is spent.
             try:
@@ -230,6 +240,17 @@ class Shaam:
                 trouble = f"is longer than {MAX_ANSWER_BYTES // 1024} KiB"
                 return _Reply(response.status, response.headers, None, trouble)
             return _Reply(response.status, response.headers, body)
+
+
+def _tracing() -> aiohttp.TraceConfig:
+    """Have each request say when it begins; aiohttp does so BEFORE it writes the first byte."""
+
+    async def begin(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+        context.trace_request_ctx.begun = True
+
+    tracing = aiohttp.TraceConfig()
+    tracing.on_request_headers_sent.append(begin)
+    return tracing
 
 
 def _reveal(secret: SecretStr | None) -> str:
@@ -276,11 +297,19 @@ def _classify(reply: _Reply, secrets: list[str]) -> Answer:
 
 def _parse(body: bytes | None) -> dict[str, Any]:
     """Read a JSON object; anything else is an empty one."""
+    # More than JSON allows (NaN, half a character, bare control characters): behind a 2xx the new tokens are nowhere
+    # but in these bytes, and one odd field beside them must not lose them.
+    text = (body or b"").decode("utf-8-sig", "replace")
     try:
-        data = orjson.loads(body or b"")
-    except orjson.JSONDecodeError:
+        data = json.loads(text, strict=False, parse_int=_integer)
+    except (ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _integer(digits: str) -> int | float:
+    """Read an integer; thousands of digits, which Python refuses, as infinity."""
+    return int(digits) if len(digits) <= LONGEST_INTEGER_DIGITS else float(digits)
 
 
 def _refreshed(data: dict[str, Any]) -> Refreshed | None:
@@ -288,23 +317,25 @@ def _refreshed(data: dict[str, Any]) -> Refreshed | None:
     access, refresh = _text(data.get("access_token")), _text(data.get("refresh_token"))
     if not access or not refresh:
         return None
-    expires_in = _lifetime(data.get("expires_in"))
-    if expires_in is None or expires_in > LONGEST_LIFETIME:
-        expires_in = ASSUMED_LIFETIME
-    scope = _text(data.get("scope")) or None
-    return Refreshed(access, refresh, expires_in, scope, _lifetime(data.get("refresh_token_expires_in")))
+    expires_in = _lifetime(data.get("expires_in"), LONGEST_LIFETIME) or ASSUMED_LIFETIME
+    refresh_expires_in = _lifetime(data.get("refresh_token_expires_in"), LONGEST_REFRESH_LIFETIME)
+    return Refreshed(access, refresh, expires_in, _scope(data.get("scope")), refresh_expires_in)
 
 
-def _lifetime(value: object) -> timedelta | None:
-    """Read a positive number of seconds, or digits in a string; None for anything else."""
+def _lifetime(value: object, longest: timedelta) -> timedelta | None:
+    """Read a number of seconds, or digits in a string; None for what is no lifetime, or longer than is believed."""
     if isinstance(value, str) and _DIGITS.fullmatch(value.strip()):
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return timedelta(seconds=value)
-    except OverflowError:
-        return None
+    # NaN is neither above nor below anything.
+    return timedelta(seconds=value) if 1 <= value <= longest.total_seconds() else None
+
+
+def _scope(value: object) -> str | None:
+    """Read a scope; None, which leaves the stored one, for what none can be (RFC 6749 §3.3) or PostgreSQL not hold."""
+    text = _text(value)
+    return text if text and not _UNPRINTABLE.search(text) else None
 
 
 def _retry_after(headers: Mapping[str, str]) -> timedelta | None:
@@ -333,7 +364,8 @@ def _http_date(text: str) -> datetime | None:
 
 
 def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
+    """Read a string; half a character in it, which nothing can encode, is replaced."""
+    return _LONE_SURROGATE.sub("\ufffd", value) if isinstance(value, str) else ""
 
 
 def _said(data: dict[str, Any]) -> str:
@@ -362,4 +394,4 @@ def _redact(text: str, secrets: list[str]) -> str:
     # The longest first, otherwise a secret that contains another would leave its rest behind.
     for form in sorted(forms, key=len, reverse=True):
         text = re.sub(re.escape(form), "[redacted]", text, flags=re.IGNORECASE)
-    return _UNPRINTABLE.sub(" ", mask(_OPAQUE.sub("[redacted]", text))).strip()
+    return _UNPRINTABLE.sub(" ", mask(_OPAQUE.sub("[redacted]", _text(text)))).strip()

@@ -5,7 +5,8 @@ It must survive a process that dies at any instruction and a machine that loses 
 to a hidden file, synced, renamed into place, and the directory synced; only then does it count. It is removed
 after the database has committed what it says, so it may be found again afterwards: whoever applies it must
 recognise that. A file is sealed with the key of the tokens. One that cannot be opened with that key is kept
-aside (`.corrupt`) and reported; one that was sealed with another key waits where it is for its key.
+aside (`.corrupt`) and reported; one that was sealed with another key waits where it is for its key, and one that
+cannot be read at all for whoever lets it be read.
 
 The directory may be shared by replicas or be each one's own; `id`, a file in it, says which.
 """
@@ -44,7 +45,9 @@ class Spool:
     def __init__(self, directory: Path, cipher: TokenCipher) -> None:
         self._directory = directory
         self._cipher = cipher
-        self._foreign: set[str] = set()
+        self._reported: set[str] = set()
+        self.blind = False
+        """Whether there are entries that could not be read at the last look: nobody knows whose they are."""
         self.id = _identify(directory)
 
     def write(self, text: str) -> None:
@@ -62,10 +65,17 @@ class Spool:
 
         Also one whose writer died before it was renamed, if it is whole: nobody else knows what it says.
         """
+        blind = False
         for path in sorted(self._paths(), key=_age):
-            text = self._open(path)
+            try:
+                text = self._open(path)
+            except OSError as error:
+                blind = True
+                self._report("spool.unreadable", path, error.strerror or type(error).__name__)
+                continue
             if text is not None:
                 yield path, text
+        self.blind = blind
 
     def remove(self, path: Path) -> None:
         """Forget an entry whose content is committed elsewhere; another replica may have done so."""
@@ -87,7 +97,7 @@ class Spool:
             return None  # another replica was faster
         match words:
             case [magic, key_id, _] if magic == MAGIC and key_id != self._cipher.key_id:
-                self._report_foreign(path)
+                self._report("spool.foreign", path, "sealed with another SHAAM_ENCRYPTION_KEY")
                 return None
             case [magic, _, sealed] if magic == MAGIC:
                 reason = "it is damaged"
@@ -99,10 +109,10 @@ class Spool:
             self.put_aside(path, reason)
         return None
 
-    def _report_foreign(self, path: Path) -> None:
-        if path.name not in self._foreign:
-            self._foreign.add(path.name)
-            log.error("spool.foreign", file=path.name, reason="sealed with another SHAAM_ENCRYPTION_KEY")
+    def _report(self, event: str, path: Path, reason: str) -> None:
+        if path.name not in self._reported:
+            self._reported.add(path.name)
+            log.error(event, file=path.name, reason=reason)
 
 
 def count_files(directory: Path) -> SpoolCounts:

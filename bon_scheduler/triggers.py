@@ -147,7 +147,8 @@ class Triggers:
         self, connection: Connection, job: str, history: Sequence[Period], last: datetime, now: datetime
     ) -> float:
         """Account for one job's due fire times; return the seconds until it is to be looked at again."""
-        ticks = plan(history, last, now)
+        # In a thread: after a long absence it counts for a second, and everything else would stand still.
+        ticks = await asyncio.to_thread(plan, history, last, now)
         for done, tick in enumerate(ticks):
             if done == MOST_TICKS_A_PASS:
                 return 0

@@ -70,7 +70,8 @@ def _environment(language: str) -> Environment:
     locale = Locale.parse(MONEY_LOCALES[language])
     environment.filters["money"] = lru_cache(CACHED)(partial(_format_money, locale=locale))
     environment.filters["number"] = lru_cache(CACHED)(partial(format_decimal, locale=locale))
-    environment.filters["day"] = "{:%d/%m/%Y}".format
+    # Not %Y, which writes the year 26 as 26, like 2026.
+    environment.filters["day"] = "{0:%d/%m}/{0.year:04}".format
     environment.filters["clean"] = _clean
     environment.globals["longest_in_subject"] = LONGEST_NAME_IN_SUBJECT
     return environment
@@ -98,7 +99,9 @@ def _clean(text: str | None, longest: int = LONGEST_NAME) -> str:
         " " if unicodedata.category(c) in {"Cc", "Zl", "Zp"} or unicodedata.bidirectional(c) in _BIDI_CONTROLS else c
         for c in text or ""
     )
-    whole = " ".join(visible.split()) or "—"
+    whole = " ".join(visible.split())
+    if all(unicodedata.category(c) in {"Cf", "Zs"} for c in whole):
+        return "—"
     return whole if len(whole) <= longest else f"{whole[: _end_of_character(whole, longest - 1)].rstrip()}…"
 
 

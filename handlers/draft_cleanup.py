@@ -18,6 +18,7 @@ from uuid import UUID
 import structlog
 
 from bon_scheduler import BusinessOutcome, CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
+from bon_scheduler.indexes import missing_indexes
 from bon_scheduler.jobs import Connection
 
 log = structlog.get_logger()
@@ -87,6 +88,9 @@ async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
     while True:
         async with ctx.transaction() as tx:
             stale = await tx.fetch(LOCK_STALE, since, *seen, BATCH)
+            if stale and seen == BEGINNING and (missing := await missing_indexes(tx)):
+                # BEFORE the first is deleted, otherwise a run that is too slow to end would never say why.
+                log.warning("drafts.unindexed", missing=list(missing), remedy=list(missing.values()))
             batch = await _delete_batch(tx, [(row["id"], row["business_id"]) for row in stale])
             for business, found in batch.items():
                 total.update(found)

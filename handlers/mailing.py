@@ -6,13 +6,14 @@ delivery ledger knows who was written to.
 """
 
 from collections.abc import Iterable
+from datetime import date
 from uuid import UUID
 
-from bon_scheduler.jobs import BusinessOutcome, Counts, JobContext, RetryLaterError
+from bon_scheduler.jobs import BusinessOutcome, Counts, JobContext, NeverRetryError, RetryLaterError
 from bon_scheduler.letters import Letter
 from bon_scheduler.mail import Delivery, Mailer
 
-__all__ = ["LETTER_COUNTS", "deliver_each", "told"]
+__all__ = ["LETTER_COUNTS", "deliver_each", "refuse_day_to_come", "told"]
 
 LETTER_COUNTS = (*(delivery.value for delivery in Delivery), "no_recipient")
 REMEMBERED = ("sent", "refused", "unknown", "no_recipient")
@@ -36,6 +37,17 @@ async def deliver_each(ctx: JobContext, letters: Iterable[Letter]) -> Counts:
     if trouble is not None:
         raise trouble
     return counts
+
+
+def refuse_day_to_come(ctx: JobContext, as_of: date) -> None:
+    """Raise NeverRetryError where a digest's day has not come: it would dun for what is not due yet."""
+    # The fire time too, which is no clock of this worker's: that one may be slow.
+    latest = max(ctx.today, ctx.business_date)
+    if as_of > latest:
+        raise NeverRetryError(
+            f"The digest of {as_of} is of a day that has not come: what falls due until then is not overdue. Ask for "
+            f'{latest} or an earlier day, "as_of" of the payload.'
+        )
 
 
 def told(business_id: UUID, counts: Counts) -> list[BusinessOutcome]:

@@ -2,10 +2,11 @@
 Tell a business's owners, once, that BON needs their consent to the tax authority again.
 
 Asked for in the transaction that flags the business. An owner who has consented by the time the letter is written
-gets none, and the delivery ledger sees to it that each gets one a day however often the run is repeated.
+gets none, nor does one whose business a person has paused, and the delivery ledger sees to it that each gets one a day
+however often the run is repeated.
 """
 
-from datetime import timedelta
+from datetime import date, timedelta
 from uuid import UUID
 
 import structlog
@@ -15,7 +16,7 @@ from bon_scheduler.jobs import Counts, JobContext, Payload, Retry, job
 from bon_scheduler.letters import Letter
 from handlers.digest import render
 from handlers.mailing import LETTER_COUNTS, deliver_each, told
-from handlers.statement import read_recipients
+from handlers.statement import is_paused, read_recipients
 
 __all__ = ["REAUTH_KIND", "NotifyReauth", "notify_reauth"]
 
@@ -37,9 +38,11 @@ READ_FLAGGED = """
 
 
 class NotifyReauth(Payload):
-    """Whose owners."""
+    """Whose owners, of which day's letter."""
 
     business_id: UUID
+    as_of: date | None = None
+    """The Israeli calendar date on which the business was flagged. None: that of the fire time."""
 
 
 @job(
@@ -49,14 +52,16 @@ class NotifyReauth(Payload):
 )
 async def notify_reauth(ctx: JobContext, payload: NotifyReauth) -> Counts:
     """Tell a business's owners that the tax authority needs their consent again."""
+    counts = dict.fromkeys((*LETTER_COUNTS, "consented"), 0)
     async with ctx.connection() as connection:
+        if await is_paused(connection, payload.business_id):
+            return counts | {"paused": 1}
         business_name = await connection.fetchval(READ_FLAGGED, payload.business_id)
         recipients = await read_recipients(connection, payload.business_id)
-    counts = dict.fromkeys((*LETTER_COUNTS, "consented"), 0)
     if business_name is None:
         counts["consented"] = 1
     elif recipients:
-        counts |= await deliver_each(ctx, _write_letters(ctx, payload.business_id, business_name, recipients))
+        counts |= await deliver_each(ctx, _write_letters(ctx, payload, business_name, recipients))
     else:
         log.warning("reauth.unaddressed", business_id=str(payload.business_id))
         counts["no_recipient"] = 1
@@ -65,12 +70,13 @@ async def notify_reauth(ctx: JobContext, payload: NotifyReauth) -> Counts:
         return await ctx.finish(counts, on=tx)
 
 
-def _write_letters(ctx: JobContext, business_id: UUID, business_name: str, recipients: list[str]) -> list[Letter]:
+def _write_letters(ctx: JobContext, payload: NotifyReauth, business_name: str, recipients: list[str]) -> list[Letter]:
+    as_of = payload.as_of or ctx.business_date
     settings = ctx.get(Settings)
     language = settings.email_language
     values = {"business_name": business_name, "link": settings.app_origin, "language": language}
     subject, text, html = render("reauth", language, values)
     return [
-        Letter(REAUTH_KIND, business_id, ctx.business_date, recipient, subject, text, html, language)
+        Letter(REAUTH_KIND, payload.business_id, as_of, recipient, subject, text, html, language)
         for recipient in recipients
     ]

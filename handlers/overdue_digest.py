@@ -11,6 +11,7 @@ day asks again; the delivery ledger then finds nothing left to send.
 from datetime import date
 
 from bon_scheduler.jobs import Counts, JobContext, NeverRetryError, Payload, job
+from handlers.mailing import refuse_day_to_come
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
 
 __all__ = ["OverdueDigest", "overdue_digest"]
@@ -51,19 +52,18 @@ FIND_OWED = """
     select b.id as business_id,
            o.invoices,
            case when owners.addresses > 0 then owners.addresses
-                when trim(b.email) <> '' then 1
+                when bon_scheduler.visible(b.email) is not null then 1
                 else 0
             end as addresses,
            exists (select from bon_scheduler.business_pauses p where p.business_id = b.id) as paused
       from owed o
       join businesses b on b.id = o.business_id
      cross join lateral (
-               select count(distinct lower(trim(u.email))) as addresses
+               select count(distinct lower(bon_scheduler.visible(u.email))) as addresses
                  from user_businesses m
                  join users u on u.id = m.user_id
                 where m.business_id = b.id
                   and m.role = 'owner'
-                  and trim(u.email) <> ''
            ) owners
      where b.is_active
        and b.deleted_at is null
@@ -82,6 +82,7 @@ class OverdueDigest(Payload):
 async def overdue_digest(ctx: JobContext, payload: OverdueDigest) -> Counts:
     """Ask for a digest for each business that has overdue invoices."""
     as_of = payload.as_of or ctx.business_date
+    refuse_day_to_come(ctx, as_of)
     if payload.as_of is None and as_of < ctx.today and not ctx.dry_run:
         raise NeverRetryError(
             f"The digest of {as_of} is of a day that is over, and nobody said that it is still wanted. If it is, "

@@ -16,7 +16,7 @@ from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Counts, JobContext, NeverRetryError, NotNowError, Payload, Retry, job
 from bon_scheduler.letters import Letter
 from handlers.digest import render_digest
-from handlers.mailing import LETTER_COUNTS, deliver_each, told
+from handlers.mailing import LETTER_COUNTS, deliver_each, refuse_day_to_come, told
 from handlers.statement import DIGEST_KIND, Statement, is_paused, read_recipients, read_statement
 
 __all__ = ["SendOverdueDigest", "send_overdue_digest"]
@@ -42,6 +42,7 @@ class SendOverdueDigest(Payload):
 )
 async def send_overdue_digest(ctx: JobContext, payload: SendOverdueDigest) -> Counts:
     """Send one business's overdue digest to each of its owners."""
+    refuse_day_to_come(ctx, payload.as_of)
     nothing = dict.fromkeys(LETTER_COUNTS, 0)
     async with ctx.connection() as connection:
         if await is_paused(connection, payload.business_id):

@@ -29,7 +29,8 @@ log = structlog.get_logger()
 
 # $1 horizon: timestamptz, $2 businesses: uuid[], or null for all, $3 whether a business that failed is left alone for
 # a while: boolean. What was written after the failure, a consent, ends the wait. No index on token_expires_at: one
-# row a business, read once a run.
+# row a business, read once a run. In any order: the first few decide whether the application is accepted, and those
+# that are always refused, which expire first, must not speak for all the others, run after run.
 DUE = """
     select c.business_id
       from business_shaam_credentials c
@@ -45,7 +46,7 @@ DUE = """
             or r.next_attempt_at is null
             or r.next_attempt_at <= clock_timestamp()
             or r.changed_at < c.updated_at)
-     order by c.token_expires_at, c.business_id
+     order by random()
 """
 # $1 before: timestamptz. How many paused businesses are left as they are.
 COUNT_PAUSED = """
@@ -58,12 +59,12 @@ COUNT_PAUSED = """
        and b.is_active = true
        and b.deleted_at is null
 """
-# $1 businesses: uuid[]. Index: unique (business_id).
+# $1 businesses: uuid[], in whose order they are read. Index: unique (business_id).
 READ_TOKENS = """
-    select business_id, encrypted_refresh_token
-      from business_shaam_credentials
-     where business_id = any ($1)
-     order by token_expires_at, business_id
+    select c.business_id, c.encrypted_refresh_token
+      from unnest($1::uuid[]) with ordinality as due (business_id, place)
+      join business_shaam_credentials c on c.business_id = due.business_id
+     order by due.place
 """
 # Written last, so with the key that is in use. One row a business, read only where nothing that is due can be opened.
 READ_SAMPLE = """
@@ -99,7 +100,7 @@ async def read_due(
     connection: Connection, horizon: datetime, businesses: Sequence[UUID] | None = None, *, patient: bool = True
 ) -> list[UUID]:
     """
-    Read whose token expires before `horizon`, the first first, of all active businesses or of these.
+    Read whose token expires before `horizon`, of all active businesses or of these, in any order.
 
     `patient` leaves those alone that failed a little while ago.
     """
@@ -147,7 +148,7 @@ def teller(ctx: JobContext) -> Tell:
     """Return what asks for the letter to a business's owners, in the transaction that flags it."""
 
     async def tell(connection: Connection, business_id: UUID) -> None:
-        await ctx.enqueue(notify_reauth, NotifyReauth(business_id=business_id), on=connection)
+        await ctx.enqueue(notify_reauth, NotifyReauth(business_id=business_id, as_of=ctx.today), on=connection)
 
     return tell
 

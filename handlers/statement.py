@@ -66,7 +66,7 @@ READ_STATEMENT = """
            ),
            oldest as (
                select o.document_number,
-                      coalesce(nullif(trim(o.customer_name), ''), nullif(trim(c.name), '')) as customer,
+                      coalesce(bon_scheduler.visible(o.customer_name), bon_scheduler.visible(c.name)) as customer,
                       o.currency, o.total, o.owed, o.due_date
                  from (select * from owed order by due_date, sequence_number nulls last, id limit $3) o
                  left join customers c on c.id = o.customer_id
@@ -98,20 +98,20 @@ READ_STATEMENT = """
 # $1 business: uuid. Indexes: the one on user_businesses (business_id), users_pkey, businesses_pkey.
 READ_RECIPIENTS = """
       with owners as (
-               select trim(u.email) as email
+               select bon_scheduler.visible(u.email) as email
                  from user_businesses m
                  join users u on u.id = m.user_id
                 where m.business_id = $1
                   and m.role = 'owner'
-                  and trim(u.email) <> ''
+                  and bon_scheduler.visible(u.email) is not null
            )
     select email
       from owners
      union all
-    select trim(b.email)
+    select bon_scheduler.visible(b.email)
       from businesses b
      where b.id = $1
-       and trim(b.email) <> ''
+       and bon_scheduler.visible(b.email) is not null
        and not exists (select from owners)
      order by email
 """

@@ -42,6 +42,11 @@ TEMPLATE = f"bon_template_{os.getpid()}"
 numbers = count(1)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Give each core a worker and one more: tests wait for processes more than they compute."""
+    return (os.cpu_count() or 1) + 1
+
+
 @contextmanager
 def _container() -> Iterator[str]:
     from testcontainers.community.postgres import PostgresContainer  # noqa: PLC0415 - imports docker

@@ -43,15 +43,20 @@ async def run_command(*arguments: str, **environ: str) -> Finished:
 
 async def run_program(*command: str, **environ: str) -> Finished:
     """Run a command to its end, in the environment of an operator."""
-    process = await asyncio.create_subprocess_exec(
+    process = await start_program(*command, **environ)
+    async with asyncio.timeout(90):
+        out, err = await process.communicate()
+    return Finished(process.returncode or 0, out.decode(), err.decode())
+
+
+async def start_program(*command: str, **environ: str) -> asyncio.subprocess.Process:
+    """Start a command in the environment of an operator."""
+    return await asyncio.create_subprocess_exec(
         *command,
         env=_environment(environ),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(90):
-        out, err = await process.communicate()
-    return Finished(process.returncode or 0, out.decode(), err.decode())
 
 
 @dataclass(slots=True)

@@ -39,7 +39,14 @@ async def block(_: JobContext, __: NoPayload) -> Counts:
     return {}
 
 
-JOBS = (sleep, swallow, block)
+@job("thread")
+async def thread(_: JobContext, __: NoPayload) -> Counts:
+    """Leave a thread behind."""
+    await asyncio.to_thread(time.sleep, LONG_SECONDS)
+    return {}
+
+
+JOBS = (sleep, swallow, block, thread)
 
 
 def main() -> int:

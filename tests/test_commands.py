@@ -5,6 +5,8 @@ import getpass
 import json
 import os
 import signal
+import socket
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +20,7 @@ from bon_scheduler.report import Report
 from bon_scheduler.spool import Spool
 from tests import tax
 from tests.conftest import Connection, MakeSettings
-from tests.process import run_command, serve
+from tests.process import run_command, run_program, serve
 from tests.waiting import until
 
 JOBS = ("overdue-detection", "draft-cleanup", "session-cleanup", "shaam-token-refresh")
@@ -266,6 +268,14 @@ async def test_serve_works_until_sigterm_and_exits_0(database_url: str, connecti
     assert await connection.fetchval("select count(*) from bon_scheduler.workers") == 0
 
 
+async def test_a_port_that_is_taken_is_said_with_its_setting_and_status_2(database_url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = await run_command("serve", DATABASE_URL=database_url, HEALTH_HOST="127.0.0.1", HEALTH_PORT=port)
+    assert (result.status, result.out) == (2, "")
+    assert f"HEALTH_PORT {port}: Address already in use" in result.err
+
+
 async def test_a_job_that_runs_elsewhere_is_said_with_status_4(database_url: str, connection: Connection) -> None:
     await connection.execute(
         "insert into sessions (id, user_id, last_accessed_at, expires_at)"
@@ -302,6 +312,18 @@ async def test_a_container_whose_user_has_no_name_may_ask(
         make_settings(), report, SystemClock(), name="generate-pdf", payload="{}", key=None, after=None, priority=0
     )
     assert await connection.fetchval("select asked_by from bon_scheduler.runs") == f"uid {os.getuid()}"
+
+
+async def test_an_error_before_settings_are_read_is_a_paragraph_too() -> None:
+    program = f"{sys.executable} -m bon_scheduler"
+    full = await run_program("sh", "-c", f"{program} migrate --sql > /dev/full")
+    assert (full.status, full.err.count("\n")) == (1, 1), full.err
+    assert "OSError: No space left on device" in full.err
+
+
+async def test_a_terminal_without_the_characters_gets_escapes(database_url: str) -> None:
+    shown = await run_command("jobs", DATABASE_URL=database_url, PYTHONIOENCODING="ascii")
+    assert (shown.status, "\\u2014" in shown.out) == (0, True), shown.err
 
 
 async def test_no_secret_is_part_of_what_a_command_prints(database_url: str, tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ async def test_it_opens_nothing_but_the_database(
     assert connected
     assert [line for line in connected if port not in line] == []
     assert len(list(out.glob("*.eml"))) == 2
+    assert f"2 letters are in {out}, as .html, .txt and .eml." in " ".join(finished.out.split())
 
 
 async def test_the_watch_would_see_a_connection_to_the_mail_server(
@@ -188,6 +189,8 @@ async def test_letters_that_were_sent_before_are_counted_as_such(
     sendings = [run["counts"] for run in document["caused"] if run["job"] == "send-overdue-digest"]
     assert [(counts["sent"], counts["already_sent"]) for counts in sendings] == [(0, 1)] * 2
     assert list((tmp_path / "x").iterdir()) == []
+    told = await run_command("run-once", "overdue-detection", "--dry-run", "--out", str(tmp_path / "x"), **environ)
+    assert f"No letter was written to {tmp_path}/x: none would be sent (already_sent 2)." in told.out
 
 
 async def test_it_goes_through_every_batch_though_none_is_kept(connection: Connection, environ: dict[str, str]) -> None:

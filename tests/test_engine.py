@@ -1,5 +1,6 @@
 """The queue's connection is lost in every way, and runs are brought again."""
 
+import asyncio
 import time
 from uuid import UUID
 
@@ -14,6 +15,7 @@ from tests.server import backends, frozen
 from tests.waiting import until
 
 NOTICED_SECONDS = 10
+ROOM = 4
 SILENT = "select pg_terminate_backend(pid) from pg_stat_activity where pid = any ($1)"
 
 
@@ -27,6 +29,13 @@ async def until_connected(serving: Serving) -> None:
         return serving.engine.connected
 
     await until(look, seconds=20)
+
+
+async def queue_backend(serving: Serving) -> list[int]:
+    """The server's process that serves the queue's connection."""
+    driver = serving.engine._driver
+    assert driver is not None
+    return [int(str(row["pid"])) for row in await driver.fetch("select pg_backend_pid() as pid")]
 
 
 async def brought(connection: Connection) -> float:
@@ -67,12 +76,46 @@ async def test_a_queue_connection_that_hangs_is_noticed_and_replaced(
     """Its backend stands still: nothing fails, and nothing answers."""
     async with service.serving(make_settings(), jobs=[quick]) as serving:
         await until_connected(serving)
-        driver = serving.engine._driver
-        assert driver is not None
-        [row] = await driver.fetch("select pg_backend_pid() as pid")
-        async with frozen([pid for pid in await backends(connection) if pid == row["pid"]]):
+        [pid] = await queue_backend(serving)
+        async with frozen([backend for backend in await backends(connection) if backend == pid]):
             assert await brought(connection) < NOTICED_SECONDS + 2
     assert LOOK_SECONDS + QUERY_LIMIT_SECONDS < NOTICED_SECONDS
+
+
+async def test_attempts_that_outlive_the_queues_connection_take_their_room_and_give_it_back(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    under_way, over = 0, asyncio.Event()
+
+    @job("a-test")
+    async def hold(_: JobContext, __: NoPayload) -> Counts:
+        nonlocal under_way
+        under_way += 1
+        await over.wait()
+        under_way -= 1
+        return {}
+
+    async def full() -> bool:
+        return under_way >= ROOM
+
+    async with service.serving(make_settings(WORKER_CONCURRENCY=str(ROOM)), jobs=[hold]) as serving:
+        await connection.execute("select bon_scheduler.enqueue('a-test') from generate_series(1, 30)")
+        await until(full)
+        for _ in range(3):
+            driver = serving.engine._driver
+            assert driver is not None
+            await connection.execute(SILENT, await queue_backend(serving))
+
+            async def renewed(old: object = driver) -> bool:
+                return serving.engine._driver is not old and serving.engine.connected
+
+            await until(renewed)
+            await asyncio.sleep(0.3)  # what could be brought too much would be now
+        assert under_way == ROOM
+        over.set()
+        over.clear()
+        await until(full, seconds=20)
+        over.set()
 
 
 async def test_connections_that_are_cut_again_and_again_delay_nothing_for_long(

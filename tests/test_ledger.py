@@ -1,7 +1,7 @@
 """The ledger on real PostgreSQL: asking, ticks, claims, fences, endings."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -330,11 +330,12 @@ async def test_an_attempt_that_lost_its_run_can_neither_commit_nor_end_it(connec
     old = await take_hold(connection, run_id, gone)
     await retire_worker(connection, gone.id)
     await take_hold(connection, run_id, await be_worker(connection))
-    for write in (
+    writes: list[Callable[[], Awaitable[object]]] = [
         lambda: attempts.fence(connection, old),
         lambda: attempts.finish(connection, old, {}),
         lambda: attempts.fail(connection, old, outcome="failed", error="", wait=None),
-    ):
+    ]
+    for write in writes:
         with pytest.raises(LostRunError):
             await write()
     assert not await attempts.give_back(connection, old)

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from uuid import UUID, uuid4
 
@@ -159,11 +159,12 @@ async def test_a_business_that_a_retried_run_touches_again_decides_anew(
 async def test_an_attempt_whose_run_was_cancelled_finds_itself_lost(connection: Connection) -> None:
     run_id, ref = await start(connection)
     await cancel(connection, run_id)
-    for write in (
+    writes: list[Callable[[], Awaitable[object]]] = [
         lambda: attempts.fence(connection, ref),
         lambda: attempts.finish(connection, ref, {}),
         lambda: attempts.fail(connection, ref, outcome="failed", error="", wait=None),
-    ):
+    ]
+    for write in writes:
         with pytest.raises(LostRunError):
             await write()
     assert not await attempts.give_back(connection, ref)

@@ -29,6 +29,7 @@ from tests.fated import Fate, Replica, Sendings
 from tests.tax import AGE, CIPHER, environ
 
 BUSINESSES = 3
+DEFERRED = "select exists (select from bon_scheduler.shaam_refreshes where state = 'deferred')"
 STEPS = 7
 LATER = datetime(2100, 1, 1, tzinfo=UTC)
 LOST = "the rotation was lost"
@@ -160,14 +161,16 @@ class Life:
         return self.chance.choice(list(self.subjects.values()))
 
     async def end_well(self) -> None:
-        """Let everything be well again, for long enough that everybody was tried."""
+        """Let everything be well again, for long enough that everybody was tried and had an answer in time."""
         await self.heal()
         for replica in self.replicas:
             await replica.restart()
-        for _ in range(2):
+        for round_ in range(20):
             await self.let_pass(timedelta(hours=6))
             for replica in self.replicas:
                 await replica.run(RefreshTokens(), fire_time=LATER)
+            if round_ > 0 and not await self.connection.fetchval(DEFERRED):
+                return
 
     async def check(self) -> None:
         rows = await self.connection.fetch(

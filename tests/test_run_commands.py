@@ -139,8 +139,9 @@ async def test_a_dead_run_is_mended_and_retried_while_the_service_lives(
     assert [attempt["outcome"] for attempt in shown["attempts"]] == ["failed", "succeeded"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_a_run_once_that_is_interrupted_is_cancelled_and_audited(
-    connection: Connection, database_url: str
+    connection: Connection, database_url: str, number: signal.Signals
 ) -> None:
     """Nobody else goes on with it."""
     blocker = connection.transaction()
@@ -153,11 +154,14 @@ async def test_a_run_once_that_is_interrupted_is_cancelled_and_audited(
     try:
 
         async def running() -> bool:
-            query = "select exists (select from pg_locks l where not l.granted and l.locktype = 'relation')"
+            query = (
+                "select exists (select from pg_locks l join pg_database d on d.oid = l.database"
+                " where not l.granted and l.locktype = 'relation' and d.datname = current_database())"
+            )
             return bool(await connection.fetchval(query))
 
         await until(running)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         async with asyncio.timeout(20):
             await process.communicate()
         assert process.returncode == 130

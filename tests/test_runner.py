@@ -3,13 +3,15 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any, cast
 
 import pytest
 
 from bon_scheduler import Counts, JobContext, NeverRetryError, NoPayload, Payload, Retry, RetryLaterError, job
-from bon_scheduler.jobs import AnyJob, BusinessOutcome
+from bon_scheduler.jobs import AnyJob, BusinessOutcome, NotNowError
 from tests.conftest import Connection, RunJob
 
 Body = Callable[[JobContext], Awaitable[Counts]]
@@ -45,6 +47,41 @@ async def test_whatever_a_handler_raises_ends_its_run_and_nothing_else(run_job: 
     report = await run_job(a_test, jobs=[a_test])
     assert report.run["state"] == "dead"
     assert report.run["error"] == f"{type(raised).__name__}: no"
+
+
+@pytest.mark.parametrize("result", [None, 3, {"n": 2**70}, {"n": "two"}, {2: 2}], ids=repr)
+async def test_a_result_that_is_no_counts_ends_its_run_and_says_what_to_return(run_job: RunJob, result: Any) -> None:
+    async def body(_: JobContext) -> Counts:
+        return cast("Counts", result)
+
+    a_test = job_of(body)
+    report = await run_job(a_test, jobs=[a_test])
+    assert report.run["state"] == "dead"
+    assert report.run["error"].startswith('NeverRetryError: The handler of "a-test" did not return counts. It is to ')
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b"], ids=ascii)
+async def test_an_error_that_no_text_column_takes_is_recorded_without_what_it_cannot_hold(
+    run_job: RunJob, text: str
+) -> None:
+    async def body(_: JobContext) -> Counts:
+        raise ValueError(text)
+
+    a_test = job_of(body)
+    report = await run_job(a_test, jobs=[a_test])
+    assert (report.run["state"], report.run["error"]) in {("dead", "ValueError: a\ufffdb"), ("dead", "ValueError: a?b")}
+
+
+async def test_an_end_that_the_database_refuses_is_recorded_as_such(run_job: RunJob) -> None:
+    """Otherwise the run would be made again and again, and its worker be blamed."""
+
+    async def body(_: JobContext) -> Counts:
+        raise NotNowError("not now", after=timedelta.max)
+
+    a_test = job_of(body)
+    report = await run_job(a_test, jobs=[a_test])
+    assert report.run["state"] == "dead"
+    assert report.run["error"].startswith("how it ended (given_back) cannot be recorded: ")
 
 
 async def test_a_handler_past_its_deadline_is_cancelled_and_rolled_back(
@@ -83,6 +120,45 @@ async def test_an_effect_and_the_runs_success_commit_together(run_job: RunJob, c
     a_test = job_of(body)
     await run_job(a_test, jobs=[a_test])
     assert seen == [(1, "succeeded")]
+
+
+@pytest.mark.parametrize("way", ["transaction", "savepoint"])
+async def test_a_finish_that_was_rolled_back_fences_nothing_and_ends_nothing(run_job: RunJob, way: str) -> None:
+    async def body(ctx: JobContext) -> Counts:
+        async with ctx.transaction() as tx:
+            with suppress(ZeroDivisionError):
+                if way == "savepoint":
+                    async with tx.transaction():
+                        await ctx.finish({"n": 1}, on=tx)
+                        1 / 0  # noqa: B018 - this is the fault
+                async with ctx.transaction() as other:
+                    await ctx.finish({"n": 1}, on=other)
+                    1 / 0  # noqa: B018 - this is the fault
+        return {"n": 2}
+
+    a_test = job_of(body)
+    report = await run_job(a_test, jobs=[a_test])
+    assert (report.run["state"], dict(report.run["counts"])) == ("succeeded", {"n": 2})
+
+
+async def test_a_transaction_after_a_finish_that_was_rolled_back_is_fenced(
+    run_job: RunJob, connection: Connection
+) -> None:
+    await connection.execute(MAKE_WITNESS)
+
+    async def body(ctx: JobContext) -> Counts:
+        with suppress(ZeroDivisionError):
+            async with ctx.transaction() as tx:
+                await ctx.finish({}, on=tx)
+                1 / 0  # noqa: B018 - this is the fault
+        async with ctx.transaction() as tx:
+            await connection.execute("update bon_scheduler.runs set attempt = attempt + 1")
+            await tx.execute(WITNESS, ctx.run_id, ctx.attempt)
+        return {}
+
+    a_test = job_of(body)
+    await run_job(a_test, jobs=[a_test])
+    assert await connection.fetchval("select count(*) from witness") == 0
 
 
 async def test_an_effect_whose_run_cannot_finish_is_rolled_back(run_job: RunJob, connection: Connection) -> None:
@@ -225,6 +301,32 @@ async def test_an_error_is_recorded_and_logged_without_the_row_it_quotes(
     report = await run_job(a_test, jobs=[a_test])
     assert "CheckViolationError" in report.run["error"]
     assert "כהן" not in report.run["error"] + logged()
+
+
+@pytest.mark.parametrize("sql", ["select $1::text::uuid", "select $1::text::date", "select $1::text::int"])
+async def test_an_error_is_recorded_and_logged_without_the_value_it_quotes(
+    run_job: RunJob, logged: Callable[[], str], sql: str
+) -> None:
+    async def body(ctx: JobContext) -> Counts:
+        async with ctx.connection() as connection:
+            await connection.fetchval(sql, 'כהן\'s "shop", 054-1234567')
+        return {}
+
+    a_test = job_of(body)
+    report = await run_job(a_test, jobs=[a_test])
+    assert report.run["state"] == "dead"
+    assert not any(word in report.run["error"] + logged() for word in ("כהן", "shop", "054"))
+
+
+async def test_a_parameter_of_the_wrong_type_is_recorded_without_its_value(run_job: RunJob) -> None:
+    async def body(ctx: JobContext) -> Counts:
+        async with ctx.connection() as connection:
+            await connection.fetchval("select $1::int", "כהן")
+        return {}
+
+    a_test = job_of(body)
+    report = await run_job(a_test, jobs=[a_test])
+    assert report.run["error"] == "DataError: invalid input for query argument $1"
 
 
 def test_waits_grow_and_are_spread() -> None:

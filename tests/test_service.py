@@ -1,6 +1,7 @@
 """The whole service, in this process and as real processes with real signals."""
 
 import asyncio
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,7 +12,9 @@ from uuid import UUID
 import aiohttp
 import pytest
 
+import health
 from bon_scheduler import Counts, Cron, JobContext, NoPayload, Retry, db, job, service
+from bon_scheduler.commands.work import LEAVING
 from bon_scheduler.db import Pool
 from bon_scheduler.jobs import AnyJob
 from bon_scheduler.service import Serving
@@ -329,6 +332,29 @@ async def test_metrics_ask_for_their_token(
         assert (await get(serving, "/metrics", **headers))[0] == status
 
 
+async def test_a_token_that_is_not_text_is_refused_like_any_wrong_one(make_settings: MakeSettings) -> None:
+    async with service.serving(make_settings(METRICS_TOKEN="s3cret"), jobs=[witness]) as serving:
+        reader, writer = await asyncio.open_connection("127.0.0.1", serving.port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer \xff\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "why"), [("127.0.0.1", "Address already in use"), ("nowhere.invalid", "Name or service not known")]
+)
+async def test_where_nothing_can_listen_is_said_with_the_settings_that_mend_it(
+    make_settings: MakeSettings, connection: Connection, host: str, why: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(health.CannotListenError) as caught:
+            async with service.serving(make_settings(HEALTH_HOST=host, HEALTH_PORT=str(port)), jobs=[witness]):
+                pass
+    assert str(caught.value).startswith(f"Cannot listen on HEALTH_HOST {host}, HEALTH_PORT {port}: {why}. Set them")
+    assert await connection.fetchval("select count(*) from bon_scheduler.workers") == 0
+
+
 async def test_a_schema_that_is_behind_is_refused_at_start(empty_database_url: str) -> None:
     settings = service.read_settings({"DATABASE_URL": empty_database_url, "HEALTH_PORT": "0"})
     with pytest.raises(db.SchemaBehindError, match="python -m bon_scheduler migrate"):
@@ -342,18 +368,24 @@ async def test_the_pool_gives_up_a_frozen_transaction_before_its_lease_ends(pool
     assert limit == "10s"
 
 
+@pytest.mark.parametrize("way", ["connection", "transaction"])
 async def test_a_handler_that_swallows_its_cancellation_does_not_keep_the_service(
-    make_settings: MakeSettings, connection: Connection
+    make_settings: MakeSettings, connection: Connection, way: str
 ) -> None:
+    """Whatever it holds: a transaction, or a connection that nothing fences."""
+    over = asyncio.Event()
+
     @job("a-test")
     async def stubborn(ctx: JobContext, _: NoPayload) -> Counts:
-        async with ctx.transaction():
-            for _nap in range(100):
+        async with ctx.connection() if way == "connection" else ctx.transaction():
+            while not over.is_set():
                 with suppress(asyncio.CancelledError):
-                    await asyncio.sleep(0.2)
+                    await over.wait()
         return {}
 
-    before = time.monotonic()
     async with service.serving(make_settings(SHUTDOWN_SECONDS="0.1"), jobs=[stubborn]):
         await until_state(connection, await connection.fetchval(ASK), "running")
-    assert time.monotonic() - before < 15
+        before = time.monotonic()
+    seconds = time.monotonic() - before
+    over.set()
+    assert seconds < 0.1 + LEAVING.total_seconds()

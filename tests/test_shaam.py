@@ -242,13 +242,61 @@ async def test_a_lifetime_may_be_written_as_text(server: Server, expires_in: obj
     assert answer.expires_in == timedelta(seconds=601)
 
 
-@pytest.mark.parametrize("expires_in", [-1, 0, 1e30, 10**15, 10**9, "soon", "", "٦٠١", True, None, [601], "-5"])
-async def test_tokens_are_kept_whatever_is_said_of_their_lifetime(server: Server, expires_in: object) -> None:
+ODD_LIFETIMES = [
+    *("-1", "0", "1e30", "1e308", "1e400", "-1e400", "1e-300", "NaN", "Infinity", "9" * 5000),
+    *("10000000000000", "1000000000000000"),
+    *('"soon"', '""', '"٦٠١"', '"-5"', '"999999999999"', "true", "null", "[601]", "{}"),
+]
+
+
+@pytest.mark.parametrize("odd", ODD_LIFETIMES)
+@pytest.mark.parametrize(("name", "instead"), [("expires_in", 601), ("refresh_token_expires_in", None)])
+async def test_tokens_are_kept_whatever_is_said_of_their_lifetime(
+    server: Server, name: str, instead: int | None, odd: str
+) -> None:
     """The old token is spent: dropping the new one for an odd number would lock the business out."""
-    server.answer = answers(200, GOOD | {"expires_in": expires_in})
+    server.answer = answers(200, json.dumps(GOOD | {name: "?"}).replace('"?"', odd).encode())
     answer = await refresh(server)
     assert isinstance(answer, Refreshed)
-    assert (answer.refresh_token, answer.expires_in) == ("new-refresh", timedelta(seconds=601))
+    said = {"expires_in": answer.expires_in, "refresh_token_expires_in": answer.refresh_token_expires_in}
+    assert answer.refresh_token == "new-refresh"
+    assert said[name] == (instead and timedelta(seconds=instead))
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [(r"a\u0000b", None), (r"a\nb", None), ("a\x00b", None), ("a\nb", None), (r"a\ud800", "a\ufffd"), ("", None)],
+)
+async def test_tokens_are_kept_whatever_is_said_of_their_scope(server: Server, written: str, read: str | None) -> None:
+    """What PostgreSQL cannot hold would stop the tokens beside it from being saved."""
+    server.answer = answers(200, json.dumps(GOOD | {"scope": "?"}).replace("?", written).encode())
+    answer = await refresh(server)
+    assert isinstance(answer, Refreshed)
+    assert (answer.refresh_token, answer.scope) == ("new-refresh", read)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [(r"a\u0000b", "a\x00b"), (r"a\ud800b", "a\ufffdb"), (r"a\ud83d\ude00", "a😀"), ("אב", "אב")]
+)
+async def test_a_token_of_odd_characters_can_still_be_sealed(server: Server, written: str, read: str) -> None:
+    """It is sent back as it came, all but half a character, which nothing can encode."""
+    body = json.dumps(GOOD | {"access_token": "?", "refresh_token": "?"}).replace("?", written)
+    server.answer = answers(200, body.encode())
+    answer = await refresh(server)
+    assert isinstance(answer, Refreshed)
+    assert (answer.access_token, answer.refresh_token) == (read, read)
+    cipher = TokenCipher(KEY)
+    assert cipher.decrypt(cipher.encrypt(answer.refresh_token)) == read
+
+
+async def test_tokens_are_read_behind_a_byte_order_mark_and_beside_bytes_that_are_no_text(server: Server) -> None:
+    server.answer = answers(200, b"\xef\xbb\xbf" + json.dumps(GOOD).encode().replace(b"Bearer", b"\xe4\xff"))
+    assert isinstance(await refresh(server), Refreshed)
+
+
+async def test_a_reason_with_half_a_character_in_it_can_be_stored(server: Server) -> None:
+    server.answer = answers(400, {"error": "invalid_request", "error_description": "\ud800 \x00 no"})
+    reason_of(await refresh(server)).encode()
 
 
 async def test_tokens_are_kept_whatever_they_are_called(server: Server) -> None:
@@ -631,12 +679,14 @@ async def test_an_answer_says_whether_the_token_may_be_spent(
     assert answer.maybe_spent is maybe_spent
 
 
-async def test_a_request_that_was_never_sent_has_spent_nothing() -> None:
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}/", "https://no-such-host.invalid/x", "https://a..b/x"])
+async def test_a_request_that_was_never_sent_has_spent_nothing(url: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
-        async with Shaam(settings(f"http://127.0.0.1:{taken.getsockname()[1]}/token")) as shaam:
+        async with Shaam(settings(url.format(port=taken.getsockname()[1]))) as shaam:
             answer = await shaam.refresh(TOKEN)
     assert isinstance(answer, Transient)
+    assert answer.reason.startswith("the connection failed")
     assert not answer.maybe_spent
 
 

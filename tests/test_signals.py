@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ import pytest
 
 from bon_scheduler.commands.signals import waking_on_signals
 from tests.conftest import Connection
-from tests.process import Service, serve
+from tests.process import Service, serve, start_program
 from tests.server import backends, frozen
 from tests.waiting import until
 
@@ -67,9 +68,13 @@ async def test_what_does_not_finish_in_time_is_given_back_and_the_process_ends(
     assert await connection.fetchval("select outcome from bon_scheduler.attempts") == "given_back"
 
 
-async def test_a_blocked_event_loop_does_not_keep_the_process(connection: Connection, database_url: str) -> None:
+@pytest.mark.parametrize("job", ["block", "thread"])
+async def test_what_nothing_can_stop_does_not_keep_the_process(
+    connection: Connection, database_url: str, job: str
+) -> None:
+    """A blocked event loop, or a thread that a handler left behind."""
     async with serving(database_url, 1) as service:
-        await start(connection, "block")
+        await start(connection, job)
         status, seconds = await stopped(service, signal.SIGTERM)
     assert status == 1
     assert seconds < 1 + LEAVING_SECONDS + 1
@@ -112,6 +117,25 @@ async def test_a_service_whose_database_is_away_stops_when_asked(database_url: s
             status, seconds = await stopped(service, signal.SIGTERM)
     assert status in {0, 1}
     assert seconds < 1 + LEAVING_SECONDS + 1
+
+
+async def test_a_service_that_starts_on_a_database_that_hangs_stops_when_asked() -> None:
+    """It has nothing to drain, so it is as well off as an idle one."""
+    called = asyncio.Event()
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        called.set()
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as silent:
+        url = f"postgresql://x@127.0.0.1:{silent.sockets[0].getsockname()[1]}/x"
+        process = await start_program(sys.executable, "-m", "bon_scheduler", "serve", DATABASE_URL=url, HEALTH_PORT="0")
+        await called.wait()
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(LEAVING_SECONDS):
+            await process.communicate()
+    assert process.returncode == 0
 
 
 async def test_a_signal_wakes_the_event_loop_whichever_thread_it_arrives_in() -> None:

@@ -71,6 +71,20 @@ def test_an_entry_of_another_key_waits_for_its_key(tmp_path: Path, logged: Calla
     assert texts(Spool(tmp_path, TokenCipher("11" * 32))) == ["some tokens"]
 
 
+def test_an_entry_that_cannot_be_read_holds_up_no_other_and_is_reported_once(
+    tmp_path: Path, logged: Callable[[], str]
+) -> None:
+    spool = Spool(tmp_path, CIPHER)
+    spool.write("some tokens")
+    (tmp_path / "x.entry").mkdir()
+    assert texts(spool) == texts(spool) == ["some tokens"]
+    assert spool.blind
+    assert logged().count("spool.unreadable") == 1
+    (tmp_path / "x.entry").rmdir()
+    assert texts(spool) == ["some tokens"]
+    assert not spool.blind
+
+
 def test_an_entry_whose_writer_died_before_it_was_renamed_counts_if_it_is_whole(tmp_path: Path) -> None:
     spool = Spool(tmp_path, CIPHER)
     spool.write("some tokens")

@@ -514,11 +514,11 @@ async def spend(world: World) -> None:
     }
 
 
-@pytest.mark.parametrize(("count", "percent"), [(30, 90), long(240, 99)])
+@pytest.mark.parametrize(("count", "percent"), [(20, 90), long(240, 99)])
 async def test_at_rest_a_tick_begins_within_a_quarter_second(
     connection: Connection, database_url: str, count: int, percent: int
 ) -> None:
-    """Of thirty, beside other tests, one in ten may be later; only the long form is at rest."""
+    """Of twenty, beside other tests, one in ten may be later; only the long form is at rest."""
     await connection.execute(WITNESS.replace(f"pg_sleep({RUN_SECONDS})", "pg_sleep(0)"))
     environ = {**NO_OTHERS, "SCHEDULE_SESSION_CLEANUP": "* * * * * *", "DATABASE_URL": database_url}
     async with serve(**environ) as one, serve(**environ) as other:

@@ -1,6 +1,7 @@
 """Triggers against the ledger, with clocks that are put where it hurts."""
 
 import asyncio
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -210,6 +211,26 @@ async def test_a_year_away_is_accounted_for_without_keeping_other_jobs_waiting(
     assert await replica.triggers.make_pass() == 0
     counts = await connection.fetch("select job, count(*) from bon_scheduler.runs group by job order by job")
     assert [tuple(row) for row in counts] == [(other, 20), (JOB, 500)]
+
+
+async def test_counting_the_ticks_of_a_year_away_keeps_nothing_else_waiting(pool: Pool) -> None:
+    replica = await replica_of(pool)
+    replica.clocks.instant = START + timedelta(days=400)
+    longest = 0.0
+
+    async def tick() -> None:
+        nonlocal longest
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.01)
+            longest = max(longest, time.perf_counter() - before)
+
+    ticking = asyncio.create_task(tick())
+    started = time.perf_counter()
+    await replica.triggers.make_pass()
+    took = time.perf_counter() - started
+    ticking.cancel()
+    assert longest < took / 3
 
 
 async def test_a_database_that_comes_back_finds_its_ticks(pool: Pool, connection: Connection) -> None:

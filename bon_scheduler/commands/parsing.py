@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from bon_scheduler import db, history, service
 from bon_scheduler.config import Settings
+from bon_scheduler.endpoints import require_endpoints
 from bon_scheduler.jobs import AnyJob, Connection, Payload, explain_payload
 
 __all__ = [
@@ -22,10 +24,13 @@ __all__ = [
     "DONE",
     "UsageError",
     "find_job",
+    "is_span",
+    "make_directory",
     "parse_instant",
     "parse_span",
     "person",
     "read_id",
+    "read_key",
     "read_payload",
     "read_reason",
     "read_run_ids",
@@ -36,18 +41,36 @@ __all__ = [
 
 DONE, BADLY = 0, 1
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+SPAN = re.compile(r"\s*(\d+)([smhdw])\s*", re.ASCII)
+LONGEST = timedelta(days=36500)
+YEARS = range(1900, 3000)
+"""Wide enough for any use; added to or taken from a span, still an instant for Python and for PostgreSQL."""
+NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+LONGEST_KEY_BYTES = 1000
+"""PostgreSQL's index takes 2,700, of which the job's name needs some."""
 
 
 class UsageError(Exception):
     """The command was called wrongly; the message says what, which value and the remedy."""
 
 
+def is_span(text: str) -> bool:
+    """Whether the text is meant as a span of time, of whatever length."""
+    return SPAN.fullmatch(text) is not None
+
+
 def parse_span(text: str) -> timedelta:
     """Read `90s`, `10m`, `2h`, `7d` or `1w`."""
-    match = re.fullmatch(r"(\d+)([smhdw])", text.strip())
+    match = SPAN.fullmatch(text)
     if not match:
         raise UsageError(f'"{text}" is not a span of time. Write a number and a unit: 90s, 10m, 2h, 7d, 1w.')
-    return timedelta(**{UNITS[match[2]]: int(match[1])})
+    try:
+        span = timedelta(**{UNITS[match[2]]: int(match[1])})
+    except (OverflowError, ValueError):
+        span = timedelta.max
+    if span > LONGEST:
+        raise UsageError(f'"{text}" is too long a span of time. The longest is {LONGEST.days}d.')
+    return span
 
 
 def parse_instant(text: str, settings: Settings) -> datetime:
@@ -58,6 +81,8 @@ def parse_instant(text: str, settings: Settings) -> datetime:
         raise UsageError(
             f'"{text}" is not an instant. Write it as 2026-11-23T06:00 or 2026-11-23T06:00:00+02:00.'
         ) from error
+    if instant.year not in YEARS:
+        raise UsageError(f'"{text}" is out of range. Give a year from {YEARS[0]} to {YEARS[-1]}.')
     return (instant if instant.tzinfo else instant.replace(tzinfo=settings.bon_timezone)).astimezone(UTC)
 
 
@@ -129,7 +154,34 @@ def read_payload(text: str) -> dict[str, Any]:
         raise UsageError(f'--payload is not JSON: {error}. Write it as \'{{"key": "value"}}\'.') from error
     if not isinstance(value, dict):
         raise UsageError(f"--payload must be a JSON object, not {type(value).__name__}. Write {{}} for none.")
+    try:
+        as_stored = orjson.dumps(value)
+    except orjson.JSONEncodeError as error:
+        raise UsageError(f"--payload cannot be stored: {error}. Nest it less deeply.") from error
+    if NUL.search(as_stored):
+        raise UsageError("--payload holds the character \\u0000, which PostgreSQL cannot store. Leave it out.")
     return value
+
+
+def read_key(text: str) -> str:
+    """Read a key that at most one run may hold; raises UsageError."""
+    if not text:
+        raise UsageError("--key is empty. Give the key that at most one run may hold, or leave --key out.")
+    if (size := len(text.encode())) > LONGEST_KEY_BYTES:
+        raise UsageError(f"--key has {size:,} bytes. Give at most {LONGEST_KEY_BYTES:,}; a hash of it, for example.")
+    return text
+
+
+def make_directory(option: str, path: Path) -> Path:
+    """Return a directory that files can be written to, made if it is not there; raises UsageError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        usable = os.access(path, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise UsageError(f'{option} "{path}" cannot be made a directory: {error.strerror}. Give another.') from error
+    if not usable:
+        raise UsageError(f'{option} "{path}" cannot be written to. Give another.')
+    return path
 
 
 def type_payload(job: AnyJob, value: Mapping[str, Any]) -> Payload:
@@ -144,6 +196,7 @@ def type_payload(job: AnyJob, value: Mapping[str, Any]) -> Payload:
 @asynccontextmanager
 async def reading(settings: Settings) -> AsyncIterator[Connection]:
     """Borrow a connection to a database whose schema is there."""
+    await require_endpoints(settings)
     async with db.open_pool(settings) as pool, pool.acquire() as connection:
         await db.require_schema(connection)
         yield connection

@@ -13,16 +13,17 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
-__all__ = ["INTERRUPTED", "end_now", "run", "stopping_on_signals", "waking_on_signals"]
+__all__ = ["INTERRUPTED", "end_now", "run", "stopping_on_signals", "unless", "waking_on_signals"]
 
+T = TypeVar("T")
 log = structlog.get_logger()
 INTERRUPTED = 130
 FORCED = 1
@@ -30,13 +31,22 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(command: Coroutine[Any, Any, int]) -> int:
-    """Run a command to its end on an event loop that signals wake; return its exit status."""
+    """
+    Run a command to its end on an event loop that signals wake; return its exit status.
+
+    SIGTERM interrupts it as Ctrl-C does, unless it takes both itself.
+    """
 
     async def awake() -> int:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel) if task else None)
         with waking_on_signals():
             return await command
 
-    return asyncio.run(awake())
+    try:
+        return asyncio.run(awake())
+    except asyncio.CancelledError:
+        return INTERRUPTED
 
 
 @contextmanager
@@ -66,8 +76,8 @@ def stopping_on_signals(patience: timedelta) -> Iterator[asyncio.Event]:
     """
     Yield the event that the first signal sets.
 
-    A second signal ends the process with status 130; so does, with status 1, being still here `patience` after
-    the first.
+    A second signal ends the process with status 130; so does, with status 1, a process that is still here
+    `patience` after the first, even when this block is over: a thread or a task that does not end holds it as well.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -86,7 +96,26 @@ def stopping_on_signals(patience: timedelta) -> Iterator[asyncio.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        forcing.cancel()
+
+
+async def unless(stop: asyncio.Event, awaited: Awaitable[T]) -> T | None:
+    """Wait for something, in this task; cancel it and return None once `stop` is set."""
+    limit = asyncio.timeout(None)
+
+    async def watch() -> None:
+        await stop.wait()
+        limit.reschedule(0)
+
+    watching = asyncio.create_task(watch())
+    try:
+        async with limit:
+            return await awaited
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        return None
+    finally:
+        watching.cancel()
 
 
 def _force() -> None:

@@ -10,7 +10,7 @@ from bon_scheduler import service
 from bon_scheduler.audit import Audit, AuditedTick, Verdict
 from bon_scheduler.audit import audit as audit_ticks
 from bon_scheduler.clock import Clock
-from bon_scheduler.commands.parsing import BADLY, DONE, UsageError, parse_instant, parse_span, reading
+from bon_scheduler.commands.parsing import BADLY, DONE, UsageError, is_span, parse_instant, parse_span, reading
 from bon_scheduler.config import Settings
 from bon_scheduler.report import Report
 from bon_scheduler.timing import Transition, fire_times, transitions
@@ -44,10 +44,11 @@ async def audit(settings: Settings, report: Report, clock: Clock, *, since: str)
 
 
 def _parse_since(text: str, settings: Settings, clock: Clock) -> datetime:
-    try:
-        return clock.now() - parse_span(text)
-    except UsageError:
-        return parse_instant(text, settings)
+    now = clock.now()
+    start = now - parse_span(text) if is_span(text) else parse_instant(text, settings)
+    if start > now:
+        raise UsageError(f"--since {text} is in the future. Give a span, or an instant that has passed.")
+    return start
 
 
 def _as_document(found: Audit) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def _show(report: Report, found: Audit) -> None:
 
 def _conclude(found: Audit) -> str:
     if not found.ticks:
-        return "No tick was expected in this span: no schedule has been in force since a `serve` first declared one."
+        return "No tick was expected in this span: none fell into it, or no `serve` had declared a schedule before it."
     return "Every tick is accounted for." if found.sound else "Not every tick is accounted for."
 
 

@@ -1,6 +1,7 @@
 """Commands that make runs: serve, run-once, enqueue."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,15 +14,17 @@ from bon_scheduler.commands.parsing import (
     DONE,
     UsageError,
     find_job,
+    make_directory,
     parse_instant,
     parse_span,
     person,
+    read_key,
     read_payload,
     reading,
     require_known,
     type_payload,
 )
-from bon_scheduler.commands.signals import end_now, stopping_on_signals
+from bon_scheduler.commands.signals import end_now, stopping_on_signals, unless
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import AnyJob
 from bon_scheduler.ledger import Origin, Request
@@ -30,6 +33,7 @@ from bon_scheduler.report import Report, add_counts, format_counts
 __all__ = ["enqueue", "run_once", "serve"]
 
 log = structlog.get_logger()
+WHY_NO_LETTER = ("already_sent", "no_recipient", "refused", "unknown", "paused")
 LEAVING = timedelta(seconds=3)
 """How long leaving may take once attempts have had SHUTDOWN_SECONDS to finish."""
 
@@ -38,9 +42,11 @@ async def serve(settings: Settings, jobs: Sequence[AnyJob] = service.JOBS) -> in
     """Be the service until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
     patience = timedelta(seconds=settings.shutdown_seconds) + LEAVING
     with stopping_on_signals(patience) as stop:
-        async with service.serving(settings, jobs=jobs) as serving:
+        async with AsyncExitStack() as stack:
+            # Starting may hang, as the database may, and leaves nothing to drain.
+            serving = await unless(stop, stack.enter_async_context(service.serving(settings, jobs=jobs)))
             await stop.wait()
-        if left := serving.machinery.runner.abandoned:
+        if serving is not None and (left := serving.machinery.runner.abandoned):
             # Their runs were given back and their transactions cut; nothing would end them.
             log.warning("service.left_handlers_behind", handlers=left)
             end_now(DONE)
@@ -71,9 +77,12 @@ async def run_once(
     if instant > now:
         raise UsageError(f"--fire-time {fire_time} is in the future. Give one that has passed, or none for now.")
     typed = type_payload(job, arguments)
+    letters = 0
     if dry_run:
-        async with service.rehearsal(settings, clock=clock, out=_directory(out)) as rehearsal:
+        directory = None if out is None else make_directory("--out", out)
+        async with service.rehearsal(settings, clock=clock, out=directory) as rehearsal:
             result = await rehearsal.run(job, typed, fire_time=instant, asked_by=person())
+        letters = rehearsal.kept.total()
     else:
         if out is not None:
             raise UsageError(
@@ -95,18 +104,18 @@ async def run_once(
     else:
         _show_result(report, result)
         if out is not None:
-            report.say(f"The letters are in {out}.")
+            report.say(_tell_letters(letters, out, result))
     return DONE if result.went_well else BADLY
 
 
-def _directory(out: Path | None) -> Path | None:
-    """Make the directory for letters; raises UsageError when it cannot be one."""
-    if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f'--out "{out}" cannot be made a directory: {error.strerror}. Give another.') from error
-    return out
+def _tell_letters(letters: int, out: Path, result: once.RunReport) -> str:
+    """Say how many letters a dry run wrote, and why it wrote none."""
+    if letters:
+        many = f"{letters:,} letters are" if letters > 1 else "1 letter is"
+        return f"{many} in {out}, as .html, .txt and .eml."
+    counts = add_counts(run["counts"] for run in [result.run, *result.caused])
+    whys = {name: counts[name] for name in WHY_NO_LETTER if counts.get(name)}
+    return f"No letter was written to {out}: none would be sent{f' ({format_counts(whys)})' if whys else ''}."
 
 
 def _show_result(report: Report, result: once.RunReport) -> None:
@@ -141,7 +150,7 @@ async def enqueue(
     request = Request(
         name,
         arguments,
-        dedupe_key=key,
+        dedupe_key=None if key is None else read_key(key),
         run_at=clock.now() + parse_span(after) if after else None,
         priority=priority,
         origin=Origin.PERSON,
@@ -151,7 +160,7 @@ async def enqueue(
         if name not in declared:
             await require_known(connection, name)
         run_id = await ledger.enqueue(connection, request)
-        holder = await history.holder_of_key(connection, name, key) if run_id is None and key else None
+        holder = await history.holder_of_key(connection, name, key) if run_id is None and key is not None else None
     answer = {"run_id": run_id or (holder or {}).get("run_id"), "duplicate": run_id is None}
     if report.as_json:
         report.document(answer)

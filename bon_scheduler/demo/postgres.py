@@ -37,6 +37,7 @@ STOP_TIMEOUT_SECONDS = 10
 POLL_SECONDS = 0.005
 PORT_ATTEMPTS = 5
 PORT_TAKEN = "could not create any TCP/IP sockets"
+IN_USE = 'lock file "postmaster.pid" already exists'
 PID_FILE_STATUS_LINE = 7
 LOG_TAIL_LINES = 15
 
@@ -263,8 +264,13 @@ def _wait_until_ready(server: subprocess.Popen[bytes], data: Path, log: Path, lo
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            if PORT_TAKEN in log.read_bytes()[log_start_bytes:].decode(errors="replace"):
+            said = log.read_bytes()[log_start_bytes:].decode(errors="replace")
+            if PORT_TAKEN in said:
                 raise _PortTakenError
+            if IN_USE in said:
+                raise PostgresUnavailableError(
+                    f"Another server uses {data}, as a demo does that still runs. End it, or give another directory."
+                )
             raise _unavailable("PostgreSQL ended while it was starting", log)
         if _is_ready(data, server.pid):
             return

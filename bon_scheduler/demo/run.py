@@ -8,7 +8,6 @@ real deployment can reach it, and nothing outside this process tree is left behi
 """
 
 import asyncio
-import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
@@ -22,7 +21,7 @@ from uuid import UUID
 from bon_scheduler import db, history, ledger, service
 from bon_scheduler.cipher import TokenCipher
 from bon_scheduler.config import Settings
-from bon_scheduler.demo.postgres import PostgresUnavailableError, find_binaries, running_postgres
+from bon_scheduler.demo.postgres import find_binaries, running_postgres
 from bon_scheduler.demo.sample import SampleFacts, create_tables, load_sample
 from bon_scheduler.demo.shaam_simulator import Misbehaviour, ShaamSimulator, shaam_simulator
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
@@ -64,20 +63,24 @@ class World:
 
 
 def run_demo(*, port: int, keep: Path | None, once: bool, report: Report) -> int:
-    """Show every job on sample data; return 0 if each ended as the data says it must."""
-    try:
-        with _home(keep) as home, running_postgres(find_binaries(), directory=keep) as url:
-            return asyncio.run(_demonstrate(url, home, port, once=once, report=report))
-    except PostgresUnavailableError as error:
-        report.say(str(error))
-        return 1
+    """
+    Show every job on sample data; return 0 if each ended as the data says it must.
+
+    Raises PostgresUnavailableError, and CannotListenError for a port that is taken.
+    """
+    # The digests of the last demo go AFTER the server is up: another demo may be using the directory.
+    with running_postgres(find_binaries(), directory=keep) as url, _home(keep) as home:
+        return asyncio.run(_demonstrate(url, home, port, once=once, report=report))
 
 
 @contextmanager
 def _home(keep: Path | None) -> Iterator[Path]:
     """Give a directory for the digests, which goes with the demo unless it is to be kept."""
     if keep is not None:
-        shutil.rmtree(keep / "digests", ignore_errors=True)
+        # Only what a demo's mail server wrote: a directory of that name may be somebody's own.
+        for path in (keep / "digests").glob("[0-9][0-9]*-*.*"):
+            if path.suffix in {".eml", ".html"}:
+                path.unlink()
         yield keep
         return
     with tempfile.TemporaryDirectory(prefix="bon-demo-") as name:

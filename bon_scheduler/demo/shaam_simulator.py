@@ -69,6 +69,10 @@ class Misbehaviour(StrEnum):
     """With -1 for it."""
     EXPIRES_HUGE = "expires_huge"
     """With 10**30 for it."""
+    REFRESH_EXPIRES_HUGE = "refresh_expires_huge"
+    """With 10**13 for `refresh_token_expires_in`: more years than PostgreSQL counts."""
+    SCOPE_NUL = "scope_nul"
+    """With a NUL in its scope, which PostgreSQL cannot hold."""
     WRONG_TYPE = "wrong_type"
     """The JSON, called HTML."""
 
@@ -92,6 +96,8 @@ SPOILED_FIELDS: dict[Misbehaviour, tuple[str, object]] = {
     Misbehaviour.EXPIRES_TEXT: ("expires_in", str(EXPIRES_IN_SECONDS)),
     Misbehaviour.EXPIRES_NEGATIVE: ("expires_in", -1),
     Misbehaviour.EXPIRES_HUGE: ("expires_in", 10**30),
+    Misbehaviour.REFRESH_EXPIRES_HUGE: ("refresh_token_expires_in", 10**13),
+    Misbehaviour.SCOPE_NUL: ("scope", "a\0b"),
 }
 HUGE_BODY_BYTES = 10 * 1024 * 1024
 LORIS_SECONDS = 0.05

@@ -28,6 +28,8 @@ KINDS: dict[Misbehaviour, type[Answer]] = {
     Misbehaviour.EXPIRES_TEXT: Refreshed,
     Misbehaviour.EXPIRES_NEGATIVE: Refreshed,
     Misbehaviour.EXPIRES_HUGE: Refreshed,
+    Misbehaviour.REFRESH_EXPIRES_HUGE: Refreshed,
+    Misbehaviour.SCOPE_NUL: Refreshed,
     Misbehaviour.WRONG_TYPE: Refreshed,
 }
 

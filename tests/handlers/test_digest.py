@@ -1,6 +1,7 @@
 """The digest: what is owed, who is told, and how the letter reads in two directions."""
 
 import re
+import unicodedata
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from babel.messages.extract import extract_from_file
 from babel.messages.pofile import read_po
 
 import handlers.digest
+from handlers.digest import render as render_letter
 from handlers.digest import render_digest
 from handlers.overdue_digest import FIND_OWED
 from handlers.statement import (
@@ -166,6 +168,26 @@ async def test_the_customers_row_is_the_fall_back_for_the_name(connection: Conne
     assert [invoice.customer for invoice in statement.invoices] == ["From the row", "Snapshot", None]
 
 
+BLANK = ["", "  ", "\t", "\n", "\xa0", "\u200f", " \u200e\u2009\u200b\ufeff"]
+
+
+async def test_a_name_of_which_nothing_is_seen_falls_back_to_the_customers_row(connection: Connection) -> None:
+    business = await a_business(connection)
+    customer = await arrange.customer(connection, business, name="\u200fFrom the row\xa0")
+    nobody = await arrange.customer(connection, business, name="\u200f")
+    for blank in BLANK:
+        await late(connection, business, customer_id=customer, customer_name=blank)
+        await late(connection, business, customer_id=nobody, customer_name=blank, due_date=days_ago(2))
+    statement = await read_statement(connection, business, AS_OF)
+    assert statement is not None
+    assert [i.customer for i in statement.invoices] == [None] * len(BLANK) + ["From the row"] * len(BLANK)
+
+
+async def test_an_address_of_which_nothing_is_seen_is_none(connection: Connection) -> None:
+    business = await a_business(connection, owners=tuple(BLANK), email="\u200foffice@b.example\n")
+    assert await read_recipients(connection, business) == ["office@b.example"]
+
+
 async def test_the_oldest_comes_first(connection: Connection) -> None:
     business = await a_business(connection)
     for days in (5, 40, 1):
@@ -204,9 +226,12 @@ async def test_all_businesses_are_found_by_the_rules_of_the_statement(connection
         await a_business(connection, email="office@x.example"),
         await a_business(connection),
         await a_business(connection, is_active=False, deleted_at=datetime.now(UTC)),
+        await a_business(connection, owners=("\u200fd@x.example\t", "D@x.example", "\xa0")),
+        await a_business(connection, owners=("\t", "\u200e"), email="office@x.example"),
+        await a_business(connection, owners=("\n",), email="\u200f"),
         await a_business(connection, owners=("c@x.example",)),
     ]
-    for business in made[:4]:
+    for business in made[:-1]:
         await arrange.payment(connection, await late(connection, business), 4_000)
         await arrange.payment(connection, await late(connection, business), 10_000)
         await late(connection, business, due_date=AS_OF)
@@ -222,6 +247,7 @@ async def test_all_businesses_are_found_by_the_rules_of_the_statement(connection
         if (amounts := await owed(connection, business))
     }
     assert [found[business] for business in made[:3]] == [(1, 2), (1, 1), (1, 0)]
+    assert [found[business] for business in made[4:7]] == [(1, 1), (1, 1), (1, 0)]
 
 
 # How it reads
@@ -278,12 +304,47 @@ def test_a_name_can_neither_break_a_line_nor_turn_the_text_around() -> None:
     assert "\n" not in subject
 
 
+def first_letter(line: str) -> str | None:
+    """The class of what gives a paragraph its direction (UAX 9 P2): the first strong character outside isolates."""
+    depth = 0
+    for c in line:
+        kind = unicodedata.bidirectional(c)
+        depth += (kind in {"LRI", "RLI", "FSI"}) - (kind == "PDI")
+        if depth == 0 and kind in {"L", "R", "AL"}:
+            return kind
+    return None
+
+
+@pytest.mark.parametrize("name", ["Studio Dana", "סטודיו דנה"])
+def test_every_hebrew_line_reads_from_right_to_left(name: str) -> None:
+    about_consent = {"business_name": name, "link": "https://app.example.com", "language": "he"}
+    unpaid = [an_invoice(owed=5), an_invoice(currency="USD"), *[an_invoice(number=None)] * MAX_ROWS]
+    letters = render(a_statement(*unpaid, name=name)), render_letter("reauth", "he", about_consent)
+    lines = [line for subject, text, _ in letters for line in (subject, *text.splitlines())]
+    hebrew = [line for line in lines if any(unicodedata.bidirectional(c) == "R" for c in line)]
+    assert len(hebrew) > MAX_ROWS
+    assert [line for line in hebrew if first_letter(line) == "L"] == []
+
+
 @pytest.mark.parametrize("language", ["he", "en"])
 def test_every_isolate_that_opens_closes_on_its_line(language: str) -> None:
     subject, text, _ = render(a_statement(an_invoice(owed=5), an_invoice(currency="USD")), language)
     for line in [subject, *text.splitlines()]:
         opened = sum(line.count(c) for c in "\u2066\u2067\u2068")
         assert opened == line.count("\u2069")
+
+
+@pytest.mark.parametrize("name", ["", "\xa0\u200f", "\u200b", "\u2069"])
+def test_a_name_of_which_nothing_is_seen_is_a_dash(name: str) -> None:
+    subject, text, html = render(a_statement(an_invoice(customer=name), name=name))
+    assert "\u2068—\u2069" in subject
+    assert text.count("\u2068—\u2069") == 2
+    assert html.count('<span dir="auto">—</span>') == 2
+
+
+def test_a_day_is_written_with_all_four_digits_of_its_year() -> None:
+    for part in render(a_statement(an_invoice(due_date=date(26, 11, 1))))[1:]:
+        assert "01/11/0026" in part
 
 
 def test_each_table_and_cell_says_its_direction() -> None:

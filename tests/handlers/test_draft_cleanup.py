@@ -290,6 +290,23 @@ async def test_the_log_has_the_counts_of_each_business(
     } == {str(cleaned): (1, 2, 1), str(keeps): (0, 0, 1)}
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+async def test_a_run_that_goes_without_an_index_says_so_once(
+    run_job: RunJob, connection: Connection, logged: Callable[[], str], monkeypatch: pytest.MonkeyPatch, indexed: bool
+) -> None:
+    monkeypatch.setattr(module, "BATCH", 1)
+    await connection.execute("create index on invoices (credited_invoice_id)")
+    if indexed:
+        await connection.execute("create index on emergency_allocation_numbers (used_for_invoice_id)")
+    business = await arrange.business(connection)
+    for _ in range(3):
+        await arrange.draft(connection, business, updated_at=STALE)
+    await run_job(draft_cleanup, fire_time=FIRED)
+    events = [json.loads(line) for line in logged().splitlines()]
+    warnings = [event["missing"] for event in events if event["event"] == "drafts.unindexed"]
+    assert warnings == ([] if indexed else [["emergency_allocation_numbers.used_for_invoice_id"]])
+
+
 # What happens beside it
 
 

@@ -1,16 +1,20 @@
 """What is old enough goes; what something or somebody still needs stays, however old it is."""
 
+import asyncio
 from datetime import UTC, date, datetime, timedelta
 from uuid import UUID, uuid4
 
 import pytest
 
-from bon_scheduler import retention
+from bon_scheduler import NoPayload, retention
 from bon_scheduler.audit import audit
+from bon_scheduler.clock import SystemClock
+from bon_scheduler.db import Pool
+from bon_scheduler.dry import Rehearsal
 from bon_scheduler.once import RunReport
 from handlers import JOBS
 from handlers.ledger_pruning import ledger_pruning
-from tests.conftest import Connection, RunJob
+from tests.conftest import Connection, MakeSettings, RunJob
 
 OLD = timedelta(days=31)
 YOUNG = timedelta(days=29)
@@ -61,7 +65,13 @@ async def test_runs_that_ended_long_ago_go_with_their_attempts(run_job: RunJob, 
     old = [await run(connection, state) for state in ENDED]
     young = [await run(connection, state, YOUNG) for state in ENDED]
     report = await prune(run_job)
-    assert report.run["counts"] == {"deliveries": 0, "outcomes": 0, "runs": len(old), "queue_log": 0}
+    assert report.run["counts"] == {
+        "deliveries": 0,
+        "outcomes": 0,
+        "runs": len(old),
+        "queue_log": 0,
+        "queue_statistics": 0,
+    }
     assert await left(connection, old + young) == young
     assert await connection.fetchval("select count(*) from bon_scheduler.attempts") == len(young) + 1  # this run's
 
@@ -126,7 +136,7 @@ async def test_what_was_done_for_a_business_is_kept_sixty_days(run_job: RunJob, 
     for days in (61, 59):
         await connection.execute(insert, kept, days)
     report = await run_job(ledger_pruning, jobs=JOBS)  # 400 days: the run stays
-    assert report.run["counts"] == {"deliveries": 0, "outcomes": 1, "runs": 0, "queue_log": 0}
+    assert report.run["counts"] == {"deliveries": 0, "outcomes": 1, "runs": 0, "queue_log": 0, "queue_statistics": 0}
     assert await connection.fetchval("select count(*) from bon_scheduler.business_outcomes") == 1
 
 
@@ -141,6 +151,25 @@ async def test_the_queues_own_log_is_kept_a_day(run_job: RunJob, connection: Con
     assert await connection.fetchval("select max(job_id) from bon_scheduler.pgqueuer_log") == 23
 
 
+async def test_the_queues_own_sums_are_kept_a_day(run_job: RunJob, connection: Connection) -> None:
+    await connection.execute("""
+        insert into bon_scheduler.pgqueuer_statistics (created, count, priority, status, entrypoint)
+        select now() - make_interval(hours => h), 1, h, 'successful', 'session-cleanup'
+          from unnest('{1,23,25,48}'::int[]) h
+    """)
+    report = await prune(run_job)
+    assert report.run["counts"]["queue_statistics"] == 2
+    assert await connection.fetchval("select max(priority) from bon_scheduler.pgqueuer_statistics") == 23
+
+
+async def test_a_dead_dry_run_waits_for_nobody(run_job: RunJob, connection: Connection) -> None:
+    """It is left out of what a person may retry or cancel."""
+    runs = [await run(connection, "dead"), await run(connection, "dead")]
+    await connection.execute("update bon_scheduler.runs set dry_run = true where id = $1", runs[0])
+    await prune(run_job)
+    assert await left(connection, runs) == runs[1:]
+
+
 async def test_more_than_a_batch_goes_in_batches(
     run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +178,23 @@ async def test_more_than_a_batch_goes_in_batches(
     report = await prune(run_job)
     assert report.run["counts"]["runs"] == 7
     assert await left(connection, old) == []
+
+
+async def test_a_dry_run_counts_what_a_real_one_then_deletes_and_keeps_everything(
+    run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch, make_settings: MakeSettings, pool: Pool
+) -> None:
+    monkeypatch.setattr(retention, "BATCH", 2)
+    settings = make_settings(RUN_RETENTION_DAYS="30")
+    parent = await run(connection)
+    old = [parent, *[await run(connection, cause=parent) for _ in range(4)]]
+    await delivery(connection, old[-1], "sent")
+    rehearsal = Rehearsal(pool, settings, SystemClock(), {}, out=None)
+    async with asyncio.timeout(20):
+        dry = await rehearsal.run(ledger_pruning, NoPayload(), fire_time=datetime.now(UTC), asked_by="a test")
+    assert await left(connection, old) == old
+    real = await prune(run_job)
+    assert dry.run["counts"] == real.run["counts"]
+    assert (real.run["counts"]["deliveries"], real.run["counts"]["runs"]) == (1, 5)
 
 
 async def test_a_clock_far_ahead_forgets_nothing(run_job: RunJob, connection: Connection) -> None:

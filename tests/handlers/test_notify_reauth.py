@@ -8,11 +8,16 @@ from uuid import UUID
 
 import pytest
 
+from bon_scheduler import service
+from bon_scheduler.deliveries import release
 from bon_scheduler.demo.shaam_simulator import Misbehaviour
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
+from bon_scheduler.letters import recipient_hash
+from bon_scheduler.operate import pause_business
+from bon_scheduler.runner import Delivery
 from handlers.notify_reauth import NotifyReauth, notify_reauth
 from tests import arrange
-from tests.conftest import RunJob
+from tests.conftest import MakeSettings, RunJob, SetClock
 from tests.tax import NOW, Bon, Refresh
 
 
@@ -131,3 +136,31 @@ async def test_a_second_consent_that_is_lost_on_another_day_is_told_again(
         fire_time = NOW + timedelta(days=days)
         await run_job(notify_reauth, NotifyReauth(business_id=business), fire_time=fire_time, **smtp(sink))
     assert len(sink.messages) == 2
+
+
+async def test_a_paused_business_gets_no_letter_and_is_counted(bon: Bon, sink: SmtpSink, run_job: RunJob) -> None:
+    business = await flagged(bon)
+    await bon.connection.execute("update business_shaam_credentials set needs_reauth = true")
+    await pause_business(bon.connection, business, by="dana", reason="a dispute")
+    report = await run_job(notify_reauth, NotifyReauth(business_id=business), fire_time=NOW, **smtp(sink))
+    assert (report.run["state"], report.run["counts"]["paused"], sink.messages) == ("succeeded", 1, [])
+
+
+async def test_a_letter_that_is_sent_again_days_later_goes_to_its_owner_alone(
+    refresh: Refresh, bon: Bon, sink: SmtpSink, make_settings: MakeSettings
+) -> None:
+    """The other owner has theirs: to the delivery ledger another day's letter would be another letter."""
+    later = NOW + timedelta(days=3)
+    await arrange.owner(bon.connection, await flagged(bon), "second@example.com")
+    await refresh(**smtp(sink))
+    assert len(sink.messages) == 2
+    delivery = await bon.connection.fetchval(
+        "update bon_scheduler.deliveries set state = 'unknown' where recipient_hash = $1 returning id",
+        recipient_hash(await bon.connection.fetchval("select id from businesses"), "owner@example.com"),
+    )
+    run = await release(bon.connection, delivery, by="dana", reason="she has it not")
+    await bon.connection.execute("update bon_scheduler.runs set enqueued_at = $2 where id = $1", run, later)
+    async with service.machinery(make_settings(**smtp(sink)), clock=SetClock(later)) as parts:
+        await parts.runner.attempt(Delivery(run, notify_reauth))
+    assert [str(message["To"]) for message in sink.messages[2:]] == ["owner@example.com"]
+    assert await bon.connection.fetchval("select array_agg(state) from bon_scheduler.deliveries") == ["sent"] * 2

@@ -308,6 +308,31 @@ async def test_the_digest_of_a_day_that_is_over_is_sent_only_when_that_day_is_na
     assert addressees(sink) == ["owner@shop.example"]
 
 
+@pytest.mark.parametrize("one_business", [False, True])
+async def test_the_digest_of_a_day_to_come_is_refused(
+    run_job: RunJob, connection: Connection, sink: SmtpSink, one_business: bool
+) -> None:
+    """It would dun for what is not due yet, and use up that day's letter."""
+    business = await owed(connection, "owner@shop.example")
+    await late(connection, business, due_date=TODAY)
+    tomorrow = TODAY + timedelta(days=1)
+    job = send_overdue_digest if one_business else overdue_digest
+    payload = SendOverdueDigest(business_id=business, as_of=tomorrow) if one_business else OverdueDigest(as_of=tomorrow)
+    report = await run_job(job, payload, fire_time=FIRED, **through(sink))
+    assert (report.run["state"], report.caused, addressees(sink)) == ("dead", [], [])
+    assert f"Ask for {TODAY} or an earlier day" in report.run["error"]
+
+
+async def test_a_worker_whose_clock_is_slow_sends_what_was_asked_for_by_one_that_is_right(
+    run_job: RunJob, connection: Connection, sink: SmtpSink
+) -> None:
+    await owed(connection, "owner@shop.example")
+    midnight = datetime(2026, 11, 22, 22, tzinfo=UTC)
+    slow = midnight - timedelta(minutes=1)
+    await run_job(overdue_digest, OverdueDigest(as_of=TODAY), fire_time=midnight, now=slow, **through(sink))
+    assert addressees(sink) == ["owner@shop.example"]
+
+
 # What is logged
 
 

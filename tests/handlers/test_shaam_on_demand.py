@@ -37,12 +37,23 @@ async def test_it_is_refreshed_again_for_whoever_asks_later(refresh: Refresh, bo
     assert bon.simulator.reuses == []
 
 
+async def joining(bon: Bon) -> None:
+    """Wait until a second run is under way, and for what it then does first."""
+
+    async def both_run() -> bool:
+        query = "select count(*) from bon_scheduler.runs where job = 'shaam-token-refresh' and state = 'running'"
+        return int(await bon.connection.fetchval(query)) == 2
+
+    await until(both_run)
+    await asyncio.sleep(0.3)
+
+
 async def test_it_joins_a_refresh_that_is_under_way(refresh: Refresh, bon: Bon, gate: Gate) -> None:
     business = await bon.business("a")
     scheduled = asyncio.create_task(refresh(SHAAM_TOKEN_URL=gate.url))
     await gate.answered.wait()
     asked = asyncio.create_task(refresh(one(business), fire_time=datetime.now(UTC) + timedelta(hours=1)))
-    await asyncio.sleep(0.3)
+    await joining(bon)
     assert not asked.done()
     gate.proceed.set()
     assert (await scheduled).run["counts"]["refreshed"] == 1
@@ -61,7 +72,7 @@ async def test_whoever_joins_hears_how_it_failed(
     scheduled = asyncio.create_task(refresh(SHAAM_TOKEN_URL=gate.url))
     await gate.answered.wait()
     asked = asyncio.create_task(refresh(one(business)))
-    await asyncio.sleep(0.3)
+    await joining(bon)
     gate.proceed.set()
     await scheduled
     report = await asked

@@ -1,6 +1,7 @@
 """The gate: one rate for all replicas, one alert for an outage, and no attempt used up by it."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -13,11 +14,14 @@ from aiosmtpd.smtp import SMTP
 from structlog.testing import capture_logs
 
 from bon_scheduler import db, mail_gate
+from bon_scheduler.db import Pool
+from bon_scheduler.jobs import NotNowError
 from bon_scheduler.mail import Delivery, MailUnavailableError
 from bon_scheduler.mail_gate import MailGate, gate_state
 from tests.conftest import Connection, MakeSettings
 from tests.mailserver import hang_up
 from tests.mailworld import LETTER, World, a_run, another
+from tests.waiting import until
 
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")
 
@@ -104,6 +108,40 @@ async def test_a_database_clock_that_was_set_back_stops_no_mail(
     await connection.execute(f"update bon_scheduler.mail_gate set {state} = now() + interval '2 hours'")
     async with asyncio.timeout(2):
         await replicas[0].pass_through()
+
+
+@pytest.mark.parametrize(("rate", "letters", "places"), [(1.0, 150, 121), (0.1, 16, 13), (0.001, 3, 1)])
+async def test_the_rate_holds_however_many_letters_wait(
+    connection: Connection, rate: float, letters: int, places: int
+) -> None:
+    """Who finds the row full is told to come again; nobody is let in beside it."""
+    apart = timedelta(seconds=1 / rate)
+    taken = [await connection.fetchrow(mail_gate.TAKE_TURN, apart, mail_gate.TRIAL) for _ in range(letters)]
+    verdicts = [gate["verdict"] for gate in taken if gate is not None]
+    assert verdicts == ["open"] * places + ["closed"] * (letters - places)
+    waits = [gate["wait"] for gate in taken[:places] if gate is not None]
+    assert all(later - earlier > apart * 0.9 for earlier, later in itertools.pairwise(waits))
+    assert waits[-1] <= timedelta(minutes=2)
+
+
+async def test_a_letter_that_finds_the_row_full_goes_once_there_is_a_place(connection: Connection, pool: Pool) -> None:
+    await connection.execute("update bon_scheduler.mail_gate set next_slot = now() + interval '121 seconds'")
+    passing = asyncio.create_task(MailGate(pool, rate_per_second=0.5).pass_through())
+    row = "select next_slot > now() + interval '121.5 seconds' from bon_scheduler.mail_gate"
+    await until(lambda: connection.fetchval(row))
+    passing.cancel()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_letter_that_finds_the_row_full_is_given_back_and_no_server_is_blamed(
+    connection: Connection, pool: Pool
+) -> None:
+    await connection.execute("update bon_scheduler.mail_gate set next_slot = now() + interval '3 minutes'")
+    before = await connection.fetchval("select next_slot from bon_scheduler.mail_gate")
+    with pytest.raises(NotNowError, match="EMAIL_RATE_PER_SECOND") as caught:
+        await MailGate(pool, rate_per_second=0.001).pass_through()
+    assert not isinstance(caught.value, MailUnavailableError)
+    assert await connection.fetchval("select next_slot from bon_scheduler.mail_gate") == before
 
 
 # An outage

@@ -5,26 +5,23 @@ import re
 import ssl
 from dataclasses import replace
 from datetime import timedelta
-from email import message_from_bytes, policy
 from typing import Any
 from uuid import uuid4
 
 import pytest
 import trustme
 from aiosmtpd.smtp import SMTP
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from bon_scheduler.config import SmtpTls
 from bon_scheduler.db import Pool
 from bon_scheduler.jobs import NeverRetryError, RetryLaterError
-from bon_scheduler.letters import Letter, compose
 from bon_scheduler.mail import Delivery, LetterDeferredError, Mailer, MailUnavailableError
 from tests.conftest import SetClock
 from tests.mailserver import Hook, hang, hang_up
 from tests.mailworld import AS_OF, LETTER, NOW, RECIPIENT, World, a_run, intend, settings
+from tests.waiting import until
 
 # aiosmtpd warns that a login over plain TCP is unsafe, also where the socket itself is TLS.
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")
@@ -95,6 +92,31 @@ async def test_without_a_server_a_letter_is_logged_and_the_day_not_used_up(pool:
     assert result is Delivery.LOGGED
     assert [event["event"] for event in events] == ["delivery.logged"]
     assert await pool.fetchval("select count(*) from bon_scheduler.deliveries") == 0
+
+
+@pytest.mark.parametrize("cut", ["pg_cancel_backend", "pg_terminate_backend"])
+@pytest.mark.parametrize(("answer", "rows"), [("250 taken", [("sent", "250 taken")]), ("452 disk full", [])])
+async def test_an_answer_is_recorded_though_the_database_ends_the_statement_that_records_it(
+    world: World, cut: str, answer: str, rows: list[tuple[str, str]]
+) -> None:
+    """As a restart, an administrator or a full server does: the letter's fate is known, and must not be lost."""
+    mailer = await world.mailer()
+    async with world.pool.acquire() as holder:
+        held = holder.transaction()
+
+        async def hold_the_row(_: SMTP) -> str:
+            await held.start()
+            await holder.execute("select from bon_scheduler.deliveries for update")
+            return answer
+
+        world.server.on["DATA"] = hold_the_row
+        delivering = asyncio.create_task(world.deliver(mailer))
+        recording = f"select max({cut}(pid)::int) from pg_stat_activity where wait_event_type = 'Lock'"
+        recording += " and datname = current_database()"
+        await until(lambda: world.pool.fetchval(recording))
+        await held.rollback()
+        await asyncio.wait({delivering})
+    assert await world.rows() == rows
 
 
 # What it refuses, and when
@@ -387,57 +409,7 @@ async def test_nothing_told_names_anybody(world: World, answer: str | None) -> N
     assert not re.search(r"dana|owner@|shop\.example|סודי|1,234", str(told), re.IGNORECASE)
 
 
-# The message
-
-
-def test_the_headers_say_that_a_machine_wrote_it() -> None:
-    message = compose(LETTER, settings(None), now=NOW)
-    assert message["Date"] == "Mon, 23 Nov 2026 04:00:00 +0000"
-    assert message["From"] == "BON <noreply@bon.co.il>"
-    assert message["Auto-Submitted"] == "auto-generated"
-    assert message["Content-Language"] == "he"
-    assert message.get_content_type() == "multipart/alternative"
-    assert [part.get_content_charset() for part in message.iter_parts()] == ["utf-8", "utf-8"]
-    assert message["List-Unsubscribe"] is None
-
-
-def test_the_message_id_depends_on_the_key_alone() -> None:
-    def written(letter: Letter) -> str:
-        return str(compose(letter, settings(None), now=NOW)["Message-ID"])
-
-    first = written(LETTER)
-    assert re.fullmatch(r"<[0-9a-f]{32}@bon\.co\.il>", first)
-    assert written(replace(LETTER, subject="other", text="other", recipient=RECIPIENT.lower())) == first
-    assert written(replace(LETTER, recipient="other@shop.example")) != first
-
-
-def test_a_long_unsubscribe_address_stays_readable() -> None:
-    url = "https://app.example.com/unsubscribe/" + "x" * 150
-    source = compose(LETTER, settings(None, unsubscribe_url=url), now=NOW).as_bytes()
-    assert f"\r\nList-Unsubscribe: <{url}>\r\n".encode() in source
-    assert b"\r\nList-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n" in source
-
-
-@given(st.text(st.sampled_from('אבגדה ABC –\u2068\u2069🌳"<>,.'), max_size=120))
-def test_a_subject_arrives_as_it_was_written(subject: str) -> None:
-    source = compose(replace(LETTER, subject=subject), settings(None), now=NOW).as_bytes()
-    assert str(message_from_bytes(source, policy=policy.default)["Subject"]) == " ".join(subject.split())
-    assert max(map(len, source.split(b"\r\n"))) <= 998
-
-
-@pytest.mark.parametrize("separator", ["\r\n", "\n", "\r", "\x0b", "\x85", "\u2028", "\x00"])
-def test_a_name_cannot_begin_a_header(separator: str) -> None:
-    letter = replace(LETTER, subject=f"Studio{separator}Bcc: victim@x.example")
-    source = compose(letter, settings(None), now=NOW).as_bytes()
-    message = message_from_bytes(source, policy=policy.default)
-    assert message["Bcc"] is None
-    assert message["Subject"] == "Studio Bcc: victim@x.example"
-
-
-def test_composing_for_what_is_no_address_does_not_name_it() -> None:
-    with pytest.raises(ValueError, match="not an e-mail address") as caught:
-        compose(replace(LETTER, recipient="secret\r\nBcc: x"), settings(None), now=NOW)
-    assert "secret" not in str(caught.value)
+# What is not tried at all
 
 
 async def test_a_letter_of_a_day_whose_deliveries_may_be_forgotten_is_not_sent(world: World) -> None:
@@ -447,3 +419,40 @@ async def test_a_letter_of_a_day_whose_deliveries_may_be_forgotten_is_not_sent(w
     with pytest.raises(NeverRetryError, match="RUN_RETENTION_DAYS"):
         await world.deliver(mailer, replace(LETTER, as_of=AS_OF - timedelta(days=31)))
     assert len(world.server.received) == len(await world.rows()) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("email_from", "<noreply@bon.co.il>"),
+        ("email_from", "noreply@bon..co.il"),
+        ("unsubscribe_url", "https://bon.co.il/הסרה"),
+        ("unsubscribe_url", "https://bon.co.il/u\nx"),
+    ],
+)
+async def test_a_letter_that_cannot_be_written_is_not_used_up_and_no_server_is_blamed(
+    world: World, setting: str, value: str
+) -> None:
+    """Such settings are refused at start; should one get past, what is said is which."""
+    await world.mailer()
+    unusable = settings(world.server).model_copy(update={setting: value})
+    gate = await world.pool.fetchrow("select * from bon_scheduler.mail_gate")
+    async with Mailer(unusable, world.pool, tls_context=world.trusting, clock=SetClock(NOW)) as mailer:
+        with pytest.raises(NeverRetryError, match=f"{setting.upper()} "):
+            await world.deliver(mailer)
+    assert (await world.rows(), world.server.connections) == ([], 0)
+    assert await world.pool.fetchrow("select * from bon_scheduler.mail_gate") == gate
+
+
+async def test_a_fault_that_nobody_thought_of_does_not_use_a_letter_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise LookupError("a fault of the library")
+
+    mailer = await world.mailer()
+    with monkeypatch.context() as patch:
+        patch.setattr("aiosmtplib.SMTP.supports_extension", fail)
+        with pytest.raises(LookupError):
+            await world.deliver(mailer, replace(LETTER, recipient="דנה@shop.example"))
+    assert await world.rows() == []

@@ -195,6 +195,20 @@ async def test_only_an_unknown_letter_is_sent_again(plain: Connection, database_
     assert await plain.fetchval("select count(*) from bon_scheduler.runs") == 1
 
 
+async def test_a_letter_of_a_paused_business_is_released_after_the_pause(plain: Connection, database_url: str) -> None:
+    """Its run would leave the business out, and the letter could never be sent again."""
+    delivery = await unknown_letter(plain)
+    business = await plain.fetchval("select business_id from bon_scheduler.deliveries")
+    await plain.execute(
+        "insert into bon_scheduler.business_pauses (business_id, by, reason) values ($1, 'dana', 'a dispute')", business
+    )
+    refused = await resend(delivery, database_url)
+    assert (refused.status, await plain.fetchval(STATE)) == (2, "unknown")
+    assert f"resume --business {business}" in " ".join(refused.err.split())
+    await plain.execute("delete from bon_scheduler.business_pauses")
+    assert (await resend(delivery, database_url)).status == 0
+
+
 @pytest.mark.parametrize(("delivery", "what"), [(str(UUID(int=0)), "No delivery"), ("x", "is not a delivery's id")])
 async def test_what_is_no_delivery_is_said(database_url: str, delivery: str, what: str) -> None:
     refused = await resend(delivery, database_url)
