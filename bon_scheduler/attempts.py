@@ -32,12 +32,11 @@ __all__ = [
     "record_outcomes",
 ]
 
-# $1 run, $2 worker, $3 host, $4 lease: interval, $5 attempts allowed: int, $6 exclusive: boolean.
+# $1 run, $2 worker, $3 host, $4 attempts allowed: int, $5 exclusive: boolean.
 CLAIM = """
-    select c.verdict, c.attempt, c.holder_host, c.holder_since,
-           r.job, r.fire_time, r.enqueued_at, r.payload, r.origin, r.given_back
-      from bon_scheduler.claim($1, $2, $3, $4, $5, $6) c
-      left join bon_scheduler.runs r on r.id = $1
+    select c.verdict, c.attempt, c.holder_host, c.holder_since, c.holder_silent, (c.run).job, (c.run).fire_time,
+           (c.run).enqueued_at, (c.run).payload, (c.run).origin, (c.run).given_back
+      from bon_scheduler.claim($1, $2, $3, $4, $5) c
 """
 # $1 run, $2 attempt, $3 worker, $4 whether this transaction has ended the run (FINISH). Locks `for share`: claims
 # exclude that, while the fences of one run's transactions do not exclude each other.
@@ -77,6 +76,7 @@ FAIL = """
                state = case when $6::interval is null
                             then 'dead' else 'retrying' end::bon_scheduler.run_state,
                run_at = case when $6::interval is null then run_at else clock_timestamp() + $6 end,
+               timed_at = clock_timestamp(),
                finished_at = case when $6::interval is null then clock_timestamp() end
          where id = $1 and attempt = $2 and worker = $3 and state = 'running'
         returning id, attempt, state
@@ -93,7 +93,7 @@ GIVE_BACK = """
     with returned as (
         update bon_scheduler.runs
            set state = 'queued', given_back = given_back + 1, worker = null, error = $5,
-               run_at = coalesce(clock_timestamp() + $4::interval, run_at)
+               run_at = coalesce(clock_timestamp() + $4::interval, run_at), timed_at = clock_timestamp()
          where id = $1 and attempt = $2 and worker = $3 and state = 'running'
         returning id, attempt
     ), ended as (
@@ -161,6 +161,7 @@ class Verdict(StrEnum):
     ENDED = "ended"
     HELD = "held"
     BUSY = "busy"
+    LOCKED = "locked"
     EXHAUSTED = "exhausted"
 
 
@@ -187,6 +188,8 @@ class Claim:
     given_back: int
     holder_host: str | None
     holder_since: datetime | None
+    holder_silent: bool
+    """By the database's clock, which proves nothing."""
 
 
 async def claim(
@@ -195,14 +198,11 @@ async def claim(
     *,
     worker: UUID,
     host: str,
-    lease: timedelta,
     allowed: int,
     exclusive: bool,
 ) -> Claim:
     """Take a run for a worker, counting the attempt from now."""
-    row = await connection.fetchrow(
-        CLAIM, run_id, worker, host, lease, allowed, exclusive, timeout=CALL_TIMEOUT_SECONDS
-    )
+    row = await connection.fetchrow(CLAIM, run_id, worker, host, allowed, exclusive, timeout=CALL_TIMEOUT_SECONDS)
     if row is None:  # the function always returns one row
         raise LostRunError(f"run {run_id} could not be claimed")
     verdict = Verdict(row["verdict"])
@@ -217,6 +217,7 @@ async def claim(
         row["given_back"] or 0,
         row["holder_host"],
         row["holder_since"],
+        bool(row["holder_silent"]),
     )
 
 

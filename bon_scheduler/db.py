@@ -49,6 +49,8 @@ __all__ = [
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
 CONNECT_TIMEOUT_SECONDS = 10
+SERVICE_CONNECT_SECONDS = 3
+"""Of what connects again by itself: an attempt that a network swallows must not outlast the outage by more."""
 CLOSE_TIMEOUT_SECONDS = 3
 COMMAND_TIMEOUT_SECONDS = 900
 """Longer than any job's own deadline; calls of the ledger give a shorter one each."""
@@ -181,7 +183,7 @@ def _watch_peer(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
 
 def _options(*, command_seconds: float, session: Mapping[str, str] | None = None) -> dict[str, Any]:
     return {
-        "timeout": CONNECT_TIMEOUT_SECONDS,
+        "timeout": SERVICE_CONNECT_SECONDS,
         "command_timeout": command_seconds,
         "server_settings": {"application_name": "bon_scheduler", "TimeZone": "UTC", **(session or {})},
     }
@@ -256,6 +258,7 @@ async def connect(
     settings: Settings | None = None,
     codecs: bool = True,
     pooled: bool = False,
+    connect_seconds: float = CONNECT_TIMEOUT_SECONDS,
     command_seconds: float = COMMAND_TIMEOUT_SECONDS,
 ) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """
@@ -266,7 +269,8 @@ async def connect(
     """
     with explain_unavailable(url):
         options = _options(command_seconds=command_seconds, session=_session(settings) if settings else None)
-        connection = await asyncpg.connect(url, **options, **(POOLED if pooled else {}))
+        options |= {"timeout": connect_seconds, **(POOLED if pooled else {})}
+        connection = await asyncpg.connect(url, **options)
     try:
         _watch_peer(connection)
         if codecs:

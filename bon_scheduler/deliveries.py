@@ -30,7 +30,7 @@ RECENT = timedelta(days=7)
 
 # An intention whose attempt is over can no longer be answered; mail.GIVE_UP does the same for one letter, when
 # somebody comes across it first. If an answer is recorded after all, it settles the row.
-# $1 lease: interval. Indexes: deliveries_uncertain, runs_pkey.
+# Indexes: deliveries_uncertain, runs_pkey.
 GIVE_UP_FORSAKEN = """
     update bon_scheduler.deliveries d
        set state = 'unknown', reply = 'the attempt ended before the answer was recorded', settled_at = now()
@@ -39,7 +39,7 @@ GIVE_UP_FORSAKEN = """
                         where r.id = d.run_id
                           and r.state = 'running'
                           and r.attempt = d.attempt
-                          and bon_scheduler.is_alive(r.worker, $1))
+                          and bon_scheduler.is_alive(r.worker))
     returning d.id, d.kind, d.business_id, d.as_of
 """
 # $1 how far back: interval. Index: deliveries_uncertain.
@@ -104,9 +104,9 @@ class Uncertain:
     as_of: date
 
 
-async def give_up_forsaken(connection: Connection, lease: timedelta) -> list[Uncertain]:
+async def give_up_forsaken(connection: Connection) -> list[Uncertain]:
     """Mark as `unknown` what no attempt of a living worker is sending any more; return those letters."""
-    rows = await connection.fetch(GIVE_UP_FORSAKEN, lease, timeout=CALL_TIMEOUT_SECONDS)
+    rows = await connection.fetch(GIVE_UP_FORSAKEN, timeout=CALL_TIMEOUT_SECONDS)
     return [Uncertain(*row) for row in rows]
 
 

@@ -37,7 +37,7 @@ __all__ = ["Engine"]
 T = TypeVar("T")
 log = structlog.get_logger()
 BUSY_WAIT = timedelta(seconds=1)
-"""How long a run waits when another run of its job is active."""
+"""How long a run waits when another run of its job is active, or its row is locked."""
 ROOM_WAIT_SECONDS = 1.0
 """How long a run waits here for attempts that an earlier incarnation brought, before another replica may have it."""
 POLL = timedelta(seconds=5)
@@ -45,7 +45,7 @@ LOOK_SECONDS = 3.0
 QUERY_LIMIT_SECONDS = 6.0
 """With LOOK_SECONDS, within how long the loss of LISTEN is noticed."""
 FAREWELL_SECONDS = 2.0
-LONGEST_REBUILD_WAIT_SECONDS = 2.0
+LONGEST_REBUILD_WAIT_SECONDS = 1.5
 LISTENS = "select exists (select from pg_listening_channels())"
 
 
@@ -166,7 +166,7 @@ class Engine:
 
     async def _incarnate(self) -> None:
         """Be one PgQueuer until it breaks or we stop."""
-        async with db.connect(self._url, codecs=False) as connection:
+        async with db.connect(self._url, codecs=False, connect_seconds=db.SERVICE_CONNECT_SECONDS) as connection:
             driver = self._driver = _WatchedDriver(connection)
             manager = QueueManager(Queries(driver))
             over = asyncio.Event()
@@ -202,7 +202,7 @@ class Engine:
         task = self._attempts.get(run.run_id) or await self._begin(run)
         await _first_of(asyncio.shield(task), over.wait())
         ended = task.done() and not task.cancelled() and task.exception() is None
-        if ended and task.result().verdict is Verdict.BUSY:
+        if ended and task.result().verdict in {Verdict.BUSY, Verdict.LOCKED}:
             raise RetryRequested(delay=BUSY_WAIT, reason="another run of this job is active")
 
     async def _begin(self, run: Delivery) -> asyncio.Task[Claim]:

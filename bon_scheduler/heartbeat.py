@@ -5,9 +5,6 @@ It must survive a handler that blocks the event loop (it runs beside it, and say
 busy pool, a full server (its connection is held, never borrowed), an outage (it reconnects until it is stopped),
 a process that was frozen. It does not vouch for an event loop that will not turn again: after `WEDGED_AFTER_SECONDS`
 it lets the lease lapse, so that another replica takes the runs over.
-
-It also knows how far other workers' silence can be believed: after an outage that this process saw, every lease
-looks lapsed, and nobody is taken for dead until all have had one lease's time to speak.
 """
 
 import asyncio
@@ -17,7 +14,6 @@ import time
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
 
 import structlog
 
@@ -34,39 +30,30 @@ RECONNECT_SECONDS = 0.5
 BLOCKED_AFTER_SECONDS = 1.0
 WEDGED_AFTER_SECONDS = 300.0
 STOP_SECONDS = 2.0
-NOBODY_IS_DEAD = timedelta(days=1)
+BEATS_A_LEASE = 8
+"""A beat, and what may be waited for an answer: an outage of two thirds of the lease must not cost it."""
+SHORTEST_WAIT_SECONDS = 0.5
 STACK_LINES = 6
 
 
 class Heartbeat:
-    """Keeps `worker` alive in the ledger, every quarter `lease`, from a thread of its own."""
+    """Keeps `worker` alive in the ledger, eight times a lease, from a thread of its own."""
 
-    def __init__(self, *, url: str, worker: Worker, lease: timedelta) -> None:
+    def __init__(self, *, url: str, worker: Worker) -> None:
         self._url = url
         self._worker = worker
-        self._lease = lease
+        self._seconds = worker.lease.total_seconds()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._pulse = self._looked = time.monotonic()
         self._told_seconds = 0.0
         self._beaten = seconds_since_boot()
-        self._steady_since: float | None = None
         self._loop_thread = threading.get_ident()
 
     @property
     def alive(self) -> bool:
         """Whether the thread lives; it outlives every fault, or this process is of no use."""
         return self._thread.is_alive()
-
-    @property
-    def patience(self) -> timedelta:
-        """
-        For how long another worker must have been silent to be taken for dead: the lease, and
-        for ever until this one has been heard without a break for a lease after an outage.
-        """
-        now, seconds = seconds_since_boot(), self._lease.total_seconds()
-        steady = self._steady_since is None or now - self._steady_since >= seconds
-        return self._lease if steady and now - self._beaten <= seconds else NOBODY_IS_DEAD
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Heartbeat"]:
@@ -95,18 +82,18 @@ class Heartbeat:
                 self._stopping.wait(RECONNECT_SECONDS)
 
     async def _beat(self) -> None:
-        seconds = self._lease.total_seconds()
-        async with db.connect(self._url, codecs=False, command_seconds=seconds / 3) as connection:
+        seconds = self._seconds / BEATS_A_LEASE
+        wait = max(seconds, SHORTEST_WAIT_SECONDS)
+        async with db.connect(self._url, codecs=False, connect_seconds=wait, command_seconds=wait) as connection:
             while not self._stopping.is_set():
                 if not await beat(connection, self._worker.id):
                     await register_worker(connection, self._worker)
                 self._note_beat()
-                await self._watch(seconds / 4)
+                await self._watch(seconds)
 
     def _note_beat(self) -> None:
         now = seconds_since_boot()
-        if now - self._beaten > self._lease.total_seconds():
-            self._steady_since = now
+        if now - self._beaten > self._seconds:
             log.warning("heartbeat.resumed", silent_seconds=round(now - self._beaten, 1))
         self._beaten = now
 
@@ -132,7 +119,7 @@ class Heartbeat:
             self._told_seconds = still_seconds
             frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 - the documented way to another stack
             stack = traceback.extract_stack(frame)[-STACK_LINES:] if frame else []
-            level = log.error if still_seconds > self._lease.total_seconds() else log.warning
+            level = log.error if still_seconds > self._seconds else log.warning
             level(
                 "loop.blocked",
                 seconds=round(still_seconds, 1),

@@ -100,7 +100,8 @@ DESCENDANTS = """
         select r.id from bon_scheduler.runs r join family f on r.caused_by = f.id
     )
     select r.id as run_id, r.job, r.state::text as state, r.counts, r.error,
-           greatest(extract(epoch from r.run_at - clock_timestamp()), 0)::float8 as wait_seconds
+           case when bon_scheduler.is_due(r) then 0
+                else extract(epoch from r.run_at - now()) end::float8 as wait_seconds
       from family f
       join bon_scheduler.runs r on r.id = f.id
      order by r.enqueued_at, r.id

@@ -70,19 +70,21 @@ ENQUEUE = """
 # $1 job, $2 payloads: jsonb[], $3 dedupe keys: text[], $4 priority: int, $5 asked by, $6 caused by.
 ENQUEUE_MANY = "select bon_scheduler.enqueue_many($1, $2, $3, $4, 'run', $5, $6)"
 DELIVER = "select bon_scheduler.deliver($1)"
-# $1 run, $2 lease: interval.
+# $1 run, $2 lease: interval or null.
 REDELIVER = "select bon_scheduler.redeliver($1, $2)"
-# $1 lease: interval, $2 job names: text[]. Runs that have not ended, that no living worker holds and that no
-# queue row would bring to one. Index: runs_unfinished.
+# $1 job names: text[]. Runs that are due, that no living worker holds and that no queue row would bring to one: a
+# row that is put off for longer than a busy job does was so before the clock was set back. Indexes:
+# runs_unfinished, pgqueuer_unique_dedupe_key (by no instant, which would read the whole queue for each run).
 ORPHANS = """
     select r.id, r.job, r.state::text as state
       from bon_scheduler.runs r
      where r.state in ('queued', 'running', 'retrying')
-       and r.job = any ($2)
-       and r.run_at <= clock_timestamp()
-       and (r.state <> 'running' or not bon_scheduler.is_alive(r.worker, $1))
+       and r.job = any ($1)
+       and bon_scheduler.is_due(r)
+       and (r.state <> 'running' or not bon_scheduler.is_alive(r.worker))
        and not exists (select from bon_scheduler.pgqueuer q
-                        where q.dedupe_key = r.id || '/' || r.attempt and q.status = 'queued')
+                        where q.dedupe_key = r.id || '/' || r.attempt and q.status = 'queued'
+                          and q.execute_after - interval '1 minute' <= now())
      order by r.run_at
      limit 1000
 """
@@ -251,12 +253,12 @@ async def deliver(connection: Connection, run_id: UUID) -> bool:
     return bool(await connection.fetchval(DELIVER, run_id, timeout=CALL_TIMEOUT_SECONDS))
 
 
-async def redeliver(connection: Connection, run_id: UUID, lease: timedelta) -> bool:
-    """Do the same for an orphan: a queue row that was picked and silent for longer than `lease` makes room."""
+async def redeliver(connection: Connection, run_id: UUID, lease: timedelta | None) -> bool:
+    """Do the same for an orphan: a queue row that was picked and silent for longer than `lease`, if any, makes room."""
     return bool(await connection.fetchval(REDELIVER, run_id, lease, timeout=CALL_TIMEOUT_SECONDS))
 
 
-async def orphans(connection: Connection, jobs: Sequence[str], lease: timedelta) -> list[tuple[UUID, str]]:
+async def orphans(connection: Connection, jobs: Sequence[str]) -> list[tuple[UUID, str]]:
     """Return (run, job) of these jobs' runs that nobody works on and no queue row would bring."""
-    rows = await connection.fetch(ORPHANS, lease, list(jobs), timeout=CALL_TIMEOUT_SECONDS)
+    rows = await connection.fetch(ORPHANS, list(jobs), timeout=CALL_TIMEOUT_SECONDS)
     return [(row["id"], row["job"]) for row in rows]

@@ -12,6 +12,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import structlog
+
 from bon_scheduler import history, ledger, revise
 from bon_scheduler.attempts import Claim, Verdict
 from bon_scheduler.db import Pool
@@ -23,12 +25,17 @@ from bon_scheduler.runner import Delivery, Runner
 
 __all__ = ["AlreadyRunningError", "RunReport", "run_once"]
 
+log = structlog.get_logger()
 ONE_ATTEMPT = Retry(attempts=1)
 LOOK_AGAIN_SECONDS = 0.2
+WATCH_SECONDS = 1.0
 
 
 class AlreadyRunningError(Exception):
     """Another run of the job is active, and the job allows only one."""
+
+    worth_watching = False
+    """Whether its worker looks silent, so that this process soon knows whether it is dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +91,18 @@ async def run_once(
 
     run_id: UUID | None = None
     try:
-        async with pool.acquire() as connection, connection.transaction():
-            run_id = await _ask(connection, job, payload, fire_time, asked_by)
-            claim = await _claim(connection, runner, Delivery(run_id, job))
+        claim: Claim | None = None
+        while claim is None or run_id is None:
+            try:
+                async with pool.acquire() as connection, connection.transaction():
+                    run_id = await _ask(connection, job, payload, fire_time, asked_by)
+                    claim = await _claim(connection, runner, Delivery(run_id, job))
+            except AlreadyRunningError as error:
+                if not error.worth_watching:
+                    raise
+                # Until the reconciler takes that worker for dead, or it speaks: there may be no other to do it.
+                log.info("holder.watched", job=job.name)
+                await asyncio.sleep(WATCH_SECONDS)
         await runner.execute(job, claim, ONE_ATTEMPT, leave=lambda connection, ref: cancel(connection, ref.run_id))
     except asyncio.CancelledError:
         # Perhaps before the attempt began, while the claim was being committed.
@@ -124,13 +140,15 @@ async def _ask(connection: Connection, job: AnyJob, payload: Payload, fire_time:
 
 async def _claim(connection: Connection, runner: Runner, run: Delivery) -> Claim:
     claim = await runner.claim(connection, run, ONE_ATTEMPT)
-    if claim.verdict is Verdict.BUSY:
+    if claim.verdict in {Verdict.BUSY, Verdict.LOCKED}:
         since = f"{claim.holder_since:%Y-%m-%d %H:%M:%S} UTC" if claim.holder_since else "an unknown time"
-        raise AlreadyRunningError(
-            f'"{run.job.name}" is already running on {claim.holder_host} since {since}. '
+        error = AlreadyRunningError(
+            f'"{run.job.name}" is already running on {claim.holder_host or "another worker"} since {since}. '
             "Wait for it to end; see it with: python -m bon_scheduler runs --state running; "
             "stop it with: python -m bon_scheduler cancel RUN_ID --reason …"
         )
+        error.worth_watching = claim.holder_silent
+        raise error
     return claim
 
 

@@ -35,7 +35,7 @@ LOCK_RUNS = """
 RETRY = """
     with revised as (
         update bon_scheduler.runs
-           set state = 'queued', given_back = attempt, retried_after = attempt, run_at = clock_timestamp(),
+           set state = 'queued', given_back = attempt, retried_after = attempt, run_at = now(), timed_at = now(),
                finished_at = null, error = null, reason = null, worker = null
          where id = any ($1)
         returning id

@@ -28,7 +28,6 @@ from bon_scheduler.context import AttemptContext
 from bon_scheduler.db import TRANSIENT_ERRORS, Pool
 from bon_scheduler.deadman import Deadman
 from bon_scheduler.endings import Ending, invoke, judge
-from bon_scheduler.heartbeat import Heartbeat
 from bon_scheduler.jobs import AnyJob, Connection, Counts, Cron, LostRunError, Payload, Retry, explain_payload
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Origin
 from bon_scheduler.log import describe_error, where_now
@@ -85,7 +84,7 @@ class Runner:
         pool: Pool,
         control: Pool,
         worker: Worker,
-        heartbeat: Heartbeat,
+        claims_at_once: int,
         resources: Mapping[type, object],
         schedules: Mapping[str, Cron],
         zone: ZoneInfo,
@@ -97,7 +96,7 @@ class Runner:
         self._pool = pool
         self._control = control
         self._worker = worker
-        self._heartbeat = heartbeat
+        self._claims = asyncio.Semaphore(claims_at_once)
         self._resources = resources
         self._schedules = schedules
         self._zone = zone
@@ -129,7 +128,8 @@ class Runner:
         """Claim the run and, if it is ours, make one attempt at it; return what the claim said."""
         claim: Claim | None = None
         try:
-            async with self._control.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
+            # Few at once: one may wait for a lock, and ticks, recordings and probes must not wait with it.
+            async with self._claims, self._control.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
                 claim = await self.claim(connection, run, run.job.retry)
         except BaseException as error:
             # The claim may have committed and its connection been lost after: then the run is ours all the same.
@@ -148,7 +148,6 @@ class Runner:
                 run.run_id,
                 worker=self._worker.id,
                 host=self._worker.host,
-                lease=self._heartbeat.patience,
                 allowed=retry.attempts,
                 exclusive=run.job.schedule is not None,
             )

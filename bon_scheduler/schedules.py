@@ -22,12 +22,12 @@ __all__ = ["declare", "read_histories"]
 
 log = structlog.get_logger()
 
-# $1 lease: interval, $2 worker. Whether this worker is the one whose schedules count.
+# $1 worker. Whether this worker is the one whose schedules count.
 IS_DECLARER = """
-    select id = $2
+    select id = $1
       from bon_scheduler.workers
      where serves
-       and seen_at > clock_timestamp() - $1::interval
+       and last_word is not null
      order by string_to_array(rtrim(regexp_replace(version, '[^0-9.].*$', ''), '.'), '.')::int[] desc,
               started_at desc, id
      limit 1
@@ -74,7 +74,6 @@ async def declare(
     first: datetime,
     worker: UUID,
     version: str,
-    lease: timedelta,
 ) -> list[str]:
     """
     Put these schedules in force from `now` (UTC, aware) on, where they differ from what is.
@@ -84,7 +83,7 @@ async def declare(
     Does nothing unless this worker is the one whose schedules count. Returns the jobs whose schedule changed.
     """
     differing = {job: cron for job, cron in schedules.items() if _differs(histories.get(job, ()), cron, zone)}
-    if not differing or not await connection.fetchval(IS_DECLARER, lease, worker, timeout=CALL_TIMEOUT_SECONDS):
+    if not differing or not await connection.fetchval(IS_DECLARER, worker, timeout=CALL_TIMEOUT_SECONDS):
         return []
     for job, cron in sorted(differing.items()):
         begin = now if job in histories else first

@@ -124,7 +124,7 @@ async def machinery(
     """Be a worker inside the block; one that `serves` also looks for runs nobody works on."""
     clock = clock or SystemClock()
     lease = timedelta(seconds=settings.lease_seconds)
-    schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker(serves=serves)
+    schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker(serves=serves, lease=lease)
     await require_endpoints(settings)
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(db.open_pool(settings, worker=worker.id))
@@ -134,13 +134,13 @@ async def machinery(
             await db.require_schema(connection)
             await ledger.register_jobs(connection, jobs)
         await stack.enter_async_context(_registered(control, worker))
-        beating = Heartbeat(url=settings.listen_url, worker=worker, lease=lease).running()
+        beating = Heartbeat(url=settings.listen_url, worker=worker).running()
         heartbeat = await stack.enter_async_context(beating)
         runner = Runner(
             pool=pool,
             control=control,
             worker=worker,
-            heartbeat=heartbeat,
+            claims_at_once=CONTROL_CONNECTIONS // 2,
             resources=await stack.enter_async_context(_resources(settings, pool, metrics, clock)),
             schedules=schedules,
             zone=settings.bon_timezone,
@@ -153,8 +153,6 @@ async def machinery(
             pool=control,
             runner=runner,
             worker=worker,
-            heartbeat=heartbeat,
-            lease=lease,
             metrics=metrics,
             rescue=[job.name for job in jobs] if serves else (),
         ).running()
@@ -230,7 +228,6 @@ async def serving(
             zone=settings.bon_timezone,
             clocks=Clocks(clock),
             worker=parts.worker,
-            lease=timedelta(seconds=settings.lease_seconds),
             metrics=parts.metrics,
         )
         probes = health.Probes(

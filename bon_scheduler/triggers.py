@@ -11,7 +11,7 @@ what is due, and account for it one statement a tick.
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from datetime import datetime, timedelta
+from datetime import datetime
 from zoneinfo import ZoneInfo
 
 import aiocron
@@ -51,7 +51,6 @@ class Triggers:
         zone: ZoneInfo,
         clocks: Clocks,
         worker: Worker,
-        lease: timedelta,
         metrics: Metrics,
     ) -> None:
         self._pool = pool
@@ -59,7 +58,6 @@ class Triggers:
         self._zone = zone
         self._clocks = clocks
         self._worker = worker
-        self._lease = lease
         self._metrics = metrics
         self._loop: asyncio.Task[None] | None = None
         self._drift = clocks.drift()
@@ -136,7 +134,6 @@ class Triggers:
                 first=self._clocks.database,
                 worker=self._worker.id,
                 version=self._worker.version,
-                lease=self._lease,
             )
             if changed:
                 histories = await schedules.read_histories(connection)

@@ -1,31 +1,45 @@
 """
-This process as a worker: its row in the ledger, which is younger than the lease while it is alive.
+This process as a worker, and which of the others are silent.
 
-`heartbeat` renews the row; whose row is older holds nothing any more.
+A worker's row holds its last word, another with each beat (`heartbeat`). Nobody is judged by a clock that can be set,
+the database's least of all: `Watch` keeps for how long a process has seen the same word, by its own clock since boot.
+A worker that is silent for a lease loses its word (`bury`), and holds nothing any more until it speaks again.
 """
 
 import os
 import socket
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from uuid import UUID, uuid4
 
 from bon_scheduler import __version__
+from bon_scheduler.clocks import seconds_since_boot
 from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
 
-__all__ = ["Worker", "beat", "register_worker", "retire_worker"]
+__all__ = ["Sign", "Watch", "Worker", "beat", "bury", "register_worker", "retire_worker", "signs_of_life"]
 
-# $1 worker, $2 host, $3 process id, $4 version, $5 whether it is a `serve`: boolean.
+# $1 worker, $2 host, $3 process id, $4 version, $5 whether it is a `serve`: boolean, $6 lease: interval.
 REGISTER_WORKER = """
-    insert into bon_scheduler.workers (id, host, pid, version, serves) values ($1, $2, $3, $4, $5)
-    on conflict (id) do update set seen_at = clock_timestamp()
+    insert into bon_scheduler.workers (id, host, pid, version, serves, lease) values ($1, $2, $3, $4, $5, $6)
+    on conflict (id) do update set seen_at = clock_timestamp(), last_word = gen_random_uuid()
 """
 # $1 worker.
-BEAT = "update bon_scheduler.workers set seen_at = clock_timestamp() where id = $1 returning id"
-# A worker that leaves holds nothing, and neither does one that was silent for a day.
-RETIRE_WORKER = """
-    delete from bon_scheduler.workers where id = $1 or seen_at < clock_timestamp() - interval '1 day'
+BEAT = """
+    update bon_scheduler.workers
+       set seen_at = clock_timestamp(), last_word = gen_random_uuid()
+     where id = $1
+    returning id
 """
+# A worker that leaves holds nothing, and neither does one that was taken for dead a day ago.
+RETIRE_WORKER = """
+    delete from bon_scheduler.workers
+     where id = $1 or (last_word is null and seen_at < clock_timestamp() - interval '1 day')
+"""
+SIGNS_OF_LIFE = "select id as worker, last_word as word, lease from bon_scheduler.workers where last_word is not null"
+# $1 last words: uuid[]. Whoever has spoken since has another, and lives.
+BURY = "update bon_scheduler.workers set last_word = null where last_word = any ($1) returning id, host, pid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +52,87 @@ class Worker:
     version: str = __version__
     serves: bool = False
     """Whether it is a `serve`, which declares schedules, or works on one run in the foreground."""
+    lease: timedelta = timedelta(seconds=15)
+    """How long it may be silent before its runs are taken over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """The last that was heard of a worker."""
+
+    worker: UUID
+    word: UUID
+    lease: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Buried:
+    """A worker that was taken for dead."""
+
+    id: UUID
+    host: str
+    pid: int
+
+
+class Watch:
+    """
+    Who was silent for a lease, as seen by one worker; `elapsed` is seconds by a clock that nobody can set.
+
+    Silence proves something only while this worker is heard itself: after an outage, or when it was frozen, it begins
+    anew, as it does when it starts. Of two workers' leases the longer counts.
+    """
+
+    def __init__(self, worker: Worker, *, elapsed: Callable[[], float] = seconds_since_boot) -> None:
+        self._worker = worker
+        self._elapsed = elapsed
+        self._heard: dict[UUID, float] = {}
+        self._own_word: UUID | None = None
+        self._spoke = self._looked = self._began = elapsed()
+
+    @property
+    def steady(self) -> bool:
+        """Whether it has watched for a lease without a break."""
+        return self._elapsed() - self._began >= self._worker.lease.total_seconds()
+
+    def silent(self, signs: Iterable[Sign]) -> list[UUID]:
+        """Note what is heard now of all workers; return the last words of those that are silent."""
+        now, half = self._elapsed(), self._worker.lease.total_seconds() / 2
+        words = {sign.worker: sign for sign in signs}
+        own = words.pop(self._worker.id, None)
+        if own is not None and own.word != self._own_word:
+            self._own_word, self._spoke = own.word, now
+        if max(now - self._looked, now - self._spoke) > half:
+            self._began = now
+            self._heard.clear()
+        self._looked = now
+        self._heard = {sign.word: self._heard.get(sign.word, now) for sign in words.values()}
+        return [
+            sign.word
+            for sign in words.values()
+            if now - self._heard[sign.word] >= max(sign.lease, self._worker.lease).total_seconds()
+        ]
 
 
 async def register_worker(connection: Connection, worker: Worker) -> None:
     """Make this process a living worker."""
-    await connection.execute(
-        REGISTER_WORKER, worker.id, worker.host, worker.pid, worker.version, worker.serves, timeout=CALL_TIMEOUT_SECONDS
-    )
+    values = worker.id, worker.host, worker.pid, worker.version, worker.serves, worker.lease
+    await connection.execute(REGISTER_WORKER, *values, timeout=CALL_TIMEOUT_SECONDS)
 
 
 async def beat(connection: Connection, worker: UUID) -> bool:
-    """Renew the worker's lease; False when its row is gone. The connection's own time-out holds."""
+    """Say another word; False when the worker's row is gone. The connection's own time-out holds."""
     return await connection.fetchval(BEAT, worker) is not None
+
+
+async def signs_of_life(connection: Connection) -> list[Sign]:
+    """Return the last word of each worker that is not taken for dead."""
+    return [Sign(*row) for row in await connection.fetch(SIGNS_OF_LIFE, timeout=CALL_TIMEOUT_SECONDS)]
+
+
+async def bury(connection: Connection, last_words: Collection[UUID]) -> list[Buried]:
+    """Take those for dead whose last word it still is, so that what they hold is free; return them."""
+    rows = await connection.fetch(BURY, list(last_words), timeout=CALL_TIMEOUT_SECONDS)
+    return [Buried(*row) for row in rows]
 
 
 async def retire_worker(connection: Connection, worker: UUID) -> None:

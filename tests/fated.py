@@ -254,7 +254,6 @@ class Replica:
                 run_id,
                 worker=self.worker.id,
                 host="here",
-                lease=timedelta(days=1),
                 allowed=2,
                 exclusive=False,
             )

@@ -48,7 +48,6 @@ class Replica:
             zone=ISRAEL,
             clocks=self.clocks,
             worker=self.worker,
-            lease=LEASE,
             metrics=Metrics(),
         )
 

@@ -4,9 +4,12 @@ import asyncio
 import time
 from uuid import UUID
 
-from bon_scheduler import Counts, JobContext, NoPayload, job, service
-from bon_scheduler.engine import LOOK_SECONDS, QUERY_LIMIT_SECONDS
+import pytest
+
+from bon_scheduler import Counts, JobContext, NoPayload, db, job, service
+from bon_scheduler.engine import LONGEST_REBUILD_WAIT_SECONDS, LOOK_SECONDS, QUERY_LIMIT_SECONDS
 from bon_scheduler.service import Serving
+from tests.chaos.proxy import in_front_of
 from tests.conftest import Connection, MakeSettings
 from tests.server import backends, frozen
 from tests.waiting import until
@@ -123,3 +126,28 @@ async def test_connections_that_are_cut_again_and_again_delay_nothing_for_long(
         for _ in range(3):
             await connection.execute(SILENT, await backends(connection))
             assert await brought(connection) < 5
+
+
+async def test_a_network_that_swallowed_a_connection_attempt_delays_the_queue_little(
+    make_settings: MakeSettings, database_url: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "SERVICE_CONNECT_SECONDS", 0.5)
+    async with (
+        in_front_of(database_url) as (proxy, url),
+        service.serving(make_settings(DATABASE_URL=url), jobs=[quick]) as serving,
+    ):
+        await until_connected(serving)
+        async with proxy.swallowing():
+            proxy.reset()
+
+            async def rebuilding() -> bool:
+                return serving.engine._driver is None
+
+            await until(rebuilding)
+            before = proxy.swallowed
+
+            async def tried() -> bool:
+                return proxy.swallowed > before + 1  # the heartbeat's is one
+
+            await until(tried)
+        assert await brought(connection) < 0.5 + LONGEST_REBUILD_WAIT_SECONDS + 1

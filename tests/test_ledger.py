@@ -8,13 +8,14 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from bon_scheduler import attempts, db, ledger, operate
+from bon_scheduler import attempts, db, ledger, operate, revise
 from bon_scheduler.attempts import Claim, RunRef, Verdict
 from bon_scheduler.db import Pool
 from bon_scheduler.jobs import BusinessOutcome, LostRunError
 from bon_scheduler.jobs import Connection as AnyConnection
 from bon_scheduler.ledger import Request, TickVerdict, UnknownJobError
-from bon_scheduler.workers import Worker, register_worker, retire_worker
+from bon_scheduler.revise import Action
+from bon_scheduler.workers import Worker, beat, bury, register_worker, retire_worker, signs_of_life
 from tests.conftest import Connection
 
 LEASE = timedelta(seconds=15)
@@ -41,7 +42,6 @@ async def take(
         run_id,
         worker=worker.id,
         host=worker.host,
-        lease=LEASE,
         allowed=allowed,
         exclusive=exclusive,
     )
@@ -229,16 +229,29 @@ async def test_a_run_whose_worker_is_silent_is_taken_over_with_the_next_attempt(
     assert [row["outcome"] for row in outcomes] == ["lost", None]
 
 
-@pytest.mark.parametrize(("silent_seconds", "verdict"), [(14, Verdict.HELD), (16, Verdict.CLAIMED)])
-async def test_a_worker_is_presumed_dead_when_it_was_silent_for_its_lease(
-    connection: Connection, silent_seconds: int, verdict: Verdict
+@pytest.mark.parametrize("seen", ["-infinity", "infinity"])
+async def test_a_workers_run_is_its_own_until_it_is_taken_for_dead_whatever_the_databases_clock_says(
+    connection: Connection, seen: str
 ) -> None:
     run_id = await ask(connection)
     await take(connection, run_id, await be_worker(connection))
-    await connection.execute(
-        "update bon_scheduler.workers set seen_at = now() - $1::interval", timedelta(seconds=silent_seconds)
-    )
-    assert (await take(connection, run_id, await be_worker(connection))).verdict is verdict
+    [sign] = await signs_of_life(connection)
+    await connection.execute(f"update bon_scheduler.workers set seen_at = '{seen}'")
+    assert (await take(connection, run_id, await be_worker(connection))).verdict is Verdict.HELD
+    assert [dead.id for dead in await bury(connection, [sign.word])] == [sign.worker]
+    assert (await take(connection, run_id, await be_worker(connection))).verdict is Verdict.CLAIMED
+
+
+async def test_a_worker_that_has_spoken_since_is_not_taken_for_dead(connection: Connection) -> None:
+    worker = await be_worker(connection)
+    [sign] = await signs_of_life(connection)
+    await beat(connection, worker.id)
+    assert not await bury(connection, [sign.word])
+    [sign] = await signs_of_life(connection)
+    assert await bury(connection, [sign.word])
+    assert not await signs_of_life(connection)
+    await beat(connection, worker.id)
+    assert await signs_of_life(connection)
 
 
 async def test_a_run_that_kills_every_worker_ends_dead(connection: Connection) -> None:
@@ -347,6 +360,38 @@ async def test_a_claim_waits_for_a_fence_that_is_about_to_commit(database_url: s
     assert (await claiming).verdict is Verdict.CLAIMED
 
 
+async def test_a_claim_does_not_wait_for_ever_for_a_row_that_somebody_has_locked(
+    database_url: str, connection: Connection
+) -> None:
+    run_id = await ask(connection)
+    worker = await be_worker(connection)
+    async with db.connect(database_url) as other:
+        locking = other.transaction()
+        await locking.start()
+        await other.execute("select from bon_scheduler.runs for share")
+        assert (await take(connection, run_id, worker)).verdict is Verdict.LOCKED
+        await locking.rollback()
+    assert (await take(connection, run_id, worker)).verdict is Verdict.CLAIMED
+
+
+async def test_a_claim_that_waited_for_a_persons_retry_knows_its_fresh_budget(
+    database_url: str, connection: Connection
+) -> None:
+    run_id = await ask(connection)
+    await connection.execute("update bon_scheduler.runs set state = 'cancelled', attempt = 4, finished_at = now()")
+    worker = await be_worker(connection)
+    async with db.connect(database_url) as retrying:
+        transaction = retrying.transaction()
+        await transaction.start()
+        await revise.revise_all(retrying, Action.RETRY, [run_id], by="dana", reason="mended")
+        claiming = asyncio.create_task(take(connection, run_id, worker))
+        done, _ = await asyncio.wait([claiming], timeout=0.3)
+        assert not done
+        await transaction.commit()
+    claim = await claiming
+    assert (claim.verdict, claim.given_back) == (Verdict.CLAIMED, 4)
+
+
 async def test_a_failed_business_makes_the_run_partial(connection: Connection) -> None:
     run_id = await ask(connection)
     ref = await take_hold(connection, run_id, await be_worker(connection))
@@ -397,16 +442,25 @@ async def test_a_retry_is_queued_for_later(connection: Connection) -> None:
 async def test_a_run_whose_queue_row_vanished_is_found_and_delivered_again(connection: Connection) -> None:
     run_id = await ask(connection)
     await connection.execute("delete from bon_scheduler.pgqueuer")
-    assert await ledger.orphans(connection, ["draft-cleanup"], LEASE) == [(run_id, "draft-cleanup")]
+    assert await ledger.orphans(connection, ["draft-cleanup"]) == [(run_id, "draft-cleanup")]
     assert await ledger.redeliver(connection, run_id, LEASE)
-    assert await ledger.orphans(connection, ["draft-cleanup"], LEASE) == []
+    assert await ledger.orphans(connection, ["draft-cleanup"]) == []
+
+
+async def test_a_run_that_was_put_off_keeps_its_time_when_the_clock_is_set_back(connection: Connection) -> None:
+    await ask(connection, run_at=datetime.now(UTC) + timedelta(hours=1))
+    await connection.execute(
+        "truncate bon_scheduler.pgqueuer;"
+        "update bon_scheduler.runs set timed_at = timed_at + interval '2 hours', run_at = run_at + interval '2 hours'"
+    )
+    assert await ledger.orphans(connection, ["draft-cleanup"]) == []
 
 
 async def test_a_run_that_a_living_worker_holds_is_no_orphan(connection: Connection) -> None:
     run_id = await ask(connection)
     await take_hold(connection, run_id, await be_worker(connection))
     await connection.execute("delete from bon_scheduler.pgqueuer")
-    assert await ledger.orphans(connection, ["draft-cleanup"], LEASE) == []
+    assert await ledger.orphans(connection, ["draft-cleanup"]) == []
 
 
 async def test_delivering_again_makes_no_second_queue_row(connection: Connection) -> None:

@@ -1,15 +1,18 @@
 """A run in the foreground, interrupted at every step."""
 
 import asyncio
+import time
 import types
 from collections.abc import Coroutine, Generator
 from datetime import UTC, datetime
 from itertools import count
 from typing import Any, TypeVar
 
+import pytest
+
 from bon_scheduler import once, service
-from bon_scheduler.jobs import Counts, JobContext, NoPayload, job
-from tests.conftest import Connection, MakeSettings
+from bon_scheduler.jobs import Counts, Cron, JobContext, NoPayload, job
+from tests.conftest import Connection, MakeSettings, RunJob
 
 T = TypeVar("T")
 STATES = "select state::text, reason, count(*) as runs from bon_scheduler.runs group by 1, 2"
@@ -80,3 +83,39 @@ async def test_an_interruption_at_any_step_leaves_no_run_that_another_replica_wo
                 assert left <= {("cancelled", "interrupted"), ("succeeded", None)}, f"at step {step}"
     assert await connection.fetchval(ACTIONS) > 2
     assert await connection.fetchval(GIVEN_BACK) == 0
+
+
+@job("nightly", schedule=Cron("0 3 * * *"))
+async def nightly(_: JobContext, __: NoPayload) -> Counts:
+    """Be exclusive."""
+    return {}
+
+
+async def hold_nightly(connection: Connection, seen_at: str, *, lease_seconds: int = 2) -> None:
+    """Have a worker that was last seen then be at a run of it."""
+    await connection.execute(f"""
+        insert into bon_scheduler.jobs (name) values ('nightly');
+        insert into bon_scheduler.workers (id, host, pid, version, lease, seen_at)
+        values (gen_random_uuid(), 'elsewhere', 1, '0', '{lease_seconds} s', {seen_at});
+        insert into bon_scheduler.runs (job, origin, state, attempt, worker)
+        select 'nightly', 'person', 'running', 1, id from bon_scheduler.workers;
+        insert into bon_scheduler.attempts (run_id, attempt, worker, host, started_at)
+        select id, attempt, worker, 'elsewhere', now() from bon_scheduler.runs;
+    """)
+
+
+@pytest.mark.parametrize("seen_at", ["now() - interval '1 hour'", "now() + interval '1 hour'"])
+async def test_who_looks_silent_is_watched_for_a_lease_by_the_only_process_there_is(
+    run_job: RunJob, connection: Connection, seen_at: str
+) -> None:
+    await hold_nightly(connection, seen_at)
+    before = time.monotonic()
+    report = await run_job(nightly, jobs=[nightly], LEASE_SECONDS="2")
+    assert report.went_well
+    assert time.monotonic() - before >= 2
+
+
+async def test_who_was_heard_within_its_lease_is_not_waited_for(run_job: RunJob, connection: Connection) -> None:
+    await hold_nightly(connection, "now()", lease_seconds=600)
+    with pytest.raises(once.AlreadyRunningError, match="already running on elsewhere"):
+        await run_job(nightly, jobs=[nightly])

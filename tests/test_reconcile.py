@@ -18,6 +18,24 @@ from tests.waiting import until
 
 ASK = "select bon_scheduler.enqueue('a-test')"
 QUICK = Retry(attempts=3, delay=timedelta(milliseconds=20))
+RECORD = (
+    "insert into bon_scheduler.business_outcomes (run_id, business_id, outcome)"
+    " select id, gen_random_uuid(), 'done' from bon_scheduler.runs"
+)
+DEAD_WORKER = """
+    insert into bon_scheduler.workers (id, host, pid, version, lease, seen_at)
+    values (gen_random_uuid(), 'elsewhere', 1, '0', '2 s', now() + interval '2 hours')
+    returning id
+"""
+# The database's clock was two hours ahead when these were written.
+SET_BACK = """
+    update bon_scheduler.runs
+       set run_at = run_at + interval '2 hours', timed_at = timed_at + interval '2 hours',
+           enqueued_at = enqueued_at + interval '2 hours';
+    update bon_scheduler.pgqueuer
+       set heartbeat = heartbeat + interval '2 hours',
+           execute_after = case when execute_after = 'epoch' then 'epoch' else execute_after + interval '2 hours' end;
+"""
 STATE = "select state::text from bon_scheduler.runs"
 OUTCOMES = "select outcome from bon_scheduler.attempts order by attempt"
 
@@ -292,12 +310,13 @@ async def test_a_handler_that_has_more_to_do_after_its_end_committed_is_let_do_i
             await done.wait()
 
 
+@pytest.mark.parametrize("touch", [RECORD, "select from bon_scheduler.runs for share", "select 1"])
 async def test_whoever_takes_a_run_over_ends_the_connections_of_the_worker_that_had_it(
-    make_settings: MakeSettings, connection: Connection
+    make_settings: MakeSettings, connection: Connection, touch: str
 ) -> None:
     """
     A worker that was frozen between asking for a statement's plan and executing it: to the server it is active,
-    so no limit of idleness ends it, and it has a row locked that its successor needs.
+    so no limit of idleness ends it, and it has rows locked that its successor needs: BON's, and its run's own.
     """
     await connection.execute("create table counter (n int); insert into counter values (0)")
 
@@ -312,9 +331,77 @@ async def test_whoever_takes_a_run_over_ends_the_connections_of_the_worker_that_
     frozen = Worker()
     async with db.open_control_pool(settings, 1, worker=frozen.id) as pool, pool.acquire() as held:
         await held.execute("set idle_in_transaction_session_timeout = 0")
-        await held.execute("begin; update counter set n = n + 100")
         await connection.execute(ASK)
         await connection.execute("update bon_scheduler.runs set state = 'running', attempt = 1, worker = $1", frozen.id)
+        await held.execute("begin; update counter set n = n + 100")
+        await held.execute(touch)
         async with service.serving(settings, jobs=[count]):
             assert await until_state(connection, "succeeded", "dead") == "succeeded"
     assert await connection.fetchval("select n from counter") == 1
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        "select 1",  # it waits, due at once
+        "truncate bon_scheduler.pgqueuer",
+        "update bon_scheduler.pgqueuer set status = 'picked', queue_manager_id = gen_random_uuid()",
+        "update bon_scheduler.pgqueuer set execute_after = now() + interval '1 second'",  # as a busy job's is
+        "truncate bon_scheduler.pgqueuer; update bon_scheduler.runs set attempt = 1, state = 'retrying',"
+        " run_at = now() + interval '5 minutes'",
+        "update bon_scheduler.runs set attempt = 1, state = 'running', worker = (select id from bon_scheduler.workers)",
+    ],
+)
+async def test_a_clock_that_was_set_back_neither_delays_a_run_that_is_due_nor_keeps_a_dead_workers(
+    make_settings: MakeSettings, connection: Connection, left: str
+) -> None:
+    @job("a-test", retry=QUICK)
+    async def quick(_: JobContext, __: NoPayload) -> Counts:
+        return {}
+
+    settings = make_settings(LEASE_SECONDS="2")
+    await service.prepare(settings, jobs=[quick])
+    await connection.execute(DEAD_WORKER)
+    await connection.execute(ASK)
+    await connection.execute(left)
+    await connection.execute(SET_BACK)
+    async with service.serving(settings, jobs=[quick]):
+
+        async def ended() -> bool:
+            return bool(await connection.fetchval(STATE) == "succeeded")
+
+        await until(ended, seconds=2 + 5)
+
+
+async def test_runs_whose_rows_somebody_has_locked_keep_neither_ticks_nor_probes_waiting(
+    make_settings: MakeSettings, connection: Connection, database_url: str
+) -> None:
+    @job("a-test", retry=QUICK)
+    async def quick(_: JobContext, __: NoPayload) -> Counts:
+        return {}
+
+    waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%claim%'"
+    settings = make_settings()
+    await service.prepare(settings, jobs=[quick])
+    await connection.execute(f"{ASK} from generate_series(1, 6)")
+    async with db.connect(database_url) as other:
+        locking = other.transaction()
+        await locking.start()
+        await other.execute("select from bon_scheduler.runs for update")
+        async with service.serving(settings, jobs=[quick]) as serving:
+
+            async def claims_wait() -> bool:
+                return bool(await connection.fetchval(waiting) > 1)
+
+            await until(claims_wait)
+            for _ in range(20):
+                async with asyncio.timeout(0.4), serving.machinery.control.acquire() as control:
+                    await control.execute("select pg_sleep(0.05)")
+            await locking.rollback()
+
+            async def ended() -> bool:
+                return not await connection.fetchval(
+                    "select count(*) from bon_scheduler.runs where state <> 'succeeded'"
+                )
+
+            await until(ended)

@@ -43,9 +43,7 @@ async def be_worker(connection: Connection) -> Worker:
 
 
 async def take(connection: Connection, run_id: UUID, worker: Worker, *, allowed: int = 3) -> RunRef | None:
-    claim = await attempts.claim(
-        connection, run_id, worker=worker.id, host="here", lease=LEASE, allowed=allowed, exclusive=False
-    )
+    claim = await attempts.claim(connection, run_id, worker=worker.id, host="here", allowed=allowed, exclusive=False)
     return claim.ref
 
 
@@ -484,7 +482,5 @@ async def test_a_claim_of_a_cancelled_run_says_that_it_has_ended(connection: Con
     run_id = await ask(connection)
     await cancel(connection, run_id)
     worker = await be_worker(connection)
-    claim = await attempts.claim(
-        connection, run_id, worker=worker.id, host="here", lease=LEASE, allowed=3, exclusive=True
-    )
+    claim = await attempts.claim(connection, run_id, worker=worker.id, host="here", allowed=3, exclusive=True)
     assert claim.verdict is Verdict.ENDED

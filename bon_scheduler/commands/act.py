@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from uuid import UUID
 
 from bon_scheduler import deliveries, operate, service
@@ -16,6 +17,7 @@ from bon_scheduler.commands.parsing import (
     require_known,
 )
 from bon_scheduler.config import Settings
+from bon_scheduler.reconcile import pass_seconds
 from bon_scheduler.report import Report
 from bon_scheduler.revise import Action, Revised
 
@@ -131,7 +133,7 @@ async def cancel(
 
 def _tell(settings: Settings, report: Report, action: Action, revised: Sequence[Revised]) -> None:
     running = sum(run.was == "running" for run in revised)
-    seconds = settings.lease_seconds / 4
+    seconds = pass_seconds(timedelta(seconds=settings.lease_seconds))
     if report.as_json:
         report.document(
             {
@@ -145,9 +147,6 @@ def _tell(settings: Settings, report: Report, action: Action, revised: Sequence[
     for (job, was), count in sorted(Counter((run.job, run.was) for run in revised).items()):
         report.say(f"{job}: {count:,} {'run that was' if count == 1 else 'runs that were'} {was} → {BECOMES[action]}.")
     if running:
-        report.say(
-            f"What was running can commit nothing more, and its worker stops it within a quarter of its lease "
-            f"({seconds:g} s)."
-        )
+        report.say(f"What was running can commit nothing more, and its worker stops it within {seconds:g} s.")
     if not revised:
         report.say("There is no such run: nothing changed.")

@@ -10,6 +10,7 @@ import random
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from urllib.parse import urlsplit, urlunsplit
 
 CHUNK_BYTES = 1 << 16
 SSL_REQUEST = 80877103
@@ -100,6 +101,9 @@ class Proxy:
         self._open.set()
         self._longest_delay_seconds = 0.0
         self._refused_share = 0.0
+        self.swallowed = 0
+        """How many connections were opened that never heard a word."""
+        self._swallows = False
         self._links: set[_Link] = set()
         self._serving: set[asyncio.Task[None]] = set()
 
@@ -133,6 +137,15 @@ class Proxy:
             self._open.set()
 
     @asynccontextmanager
+    async def swallowing(self) -> AsyncIterator[None]:
+        """Lose what is sent inside the block: connections that are used or opened meanwhile never hear a word again."""
+        self._swallows = True
+        try:
+            yield
+        finally:
+            self._swallows = False
+
+    @asynccontextmanager
     async def latency(self, longest_seconds: float) -> AsyncIterator[None]:
         """Delay everything inside the block, each message by a random time."""
         self._longest_delay_seconds = longest_seconds
@@ -156,10 +169,13 @@ class Proxy:
     async def passage(self) -> None:
         """Wait until something may pass."""
         await self._open.wait()
+        if self._swallows:
+            await asyncio.get_running_loop().create_future()
         if self._longest_delay_seconds:
             await asyncio.sleep(self._rng.uniform(0, self._longest_delay_seconds))
 
     def _accept(self, from_client: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        self.swallowed += self._swallows
         task = asyncio.create_task(self._serve(from_client, client))
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
@@ -188,3 +204,12 @@ class Proxy:
             await asyncio.gather(*pumps, return_exceptions=True)
             for writer in (client, server):
                 writer.close()
+
+
+@asynccontextmanager
+async def in_front_of(url: str) -> AsyncIterator[tuple[Proxy, str]]:
+    """Yield a proxy in front of a database, and the database's address through it."""
+    parts = urlsplit(url)
+    assert parts.port is not None
+    async with Proxy(parts.port, random.Random(1)).listening() as proxy:
+        yield proxy, urlunsplit(parts._replace(netloc=f"{parts.netloc.rpartition('@')[0]}@127.0.0.1:{proxy.port}"))

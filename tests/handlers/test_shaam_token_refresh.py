@@ -439,7 +439,6 @@ async def ctx(
         run_id,
         worker=worker.id,
         host=worker.host,
-        lease=timedelta(seconds=settings.lease_seconds),
         allowed=shaam_token_refresh.retry.attempts,
         exclusive=True,
     )

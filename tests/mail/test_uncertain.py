@@ -58,9 +58,7 @@ async def test_a_letter_that_a_living_worker_is_sending_is_left_alone(
         for _ in range(3):
             await serving.machinery.reconciler.make_pass()
         assert await connection.fetchval(STATE) == "intended"
-        await connection.execute(
-            "update bon_scheduler.workers set seen_at = now() - interval '1 hour' where id = $1", worker
-        )
+        await connection.execute("update bon_scheduler.workers set last_word = null where id = $1", worker)
         await serving.machinery.reconciler.make_pass()
         assert await connection.fetchval(STATE) == "unknown"
 
