@@ -315,7 +315,7 @@ async def test_an_error_is_recorded_and_logged_without_the_value_it_quotes(
     a_test = job_of(body)
     report = await run_job(a_test, jobs=[a_test])
     assert report.run["state"] == "dead"
-    assert not any(word in report.run["error"] + logged() for word in ("כהן", "shop", "054"))
+    assert not any(word in report.run["error"] + logged() for word in ("כהן", "shop", "054-1234567"))
 
 
 async def test_a_parameter_of_the_wrong_type_is_recorded_without_its_value(run_job: RunJob) -> None:
