@@ -15,9 +15,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -36,6 +35,7 @@ from bon_scheduler.lanes import Lane
 from bon_scheduler.log import describe_error
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.refreshes import CALL_TIMEOUT_SECONDS, Claimed, Credential, Exchange, Rotated, State, Verdict
+from bon_scheduler.results import Count, Result, not_called, superseded, waits
 from bon_scheduler.shaam import (
     ON_DEMAND_SLOTS,
     Ambiguous,
@@ -49,9 +49,8 @@ from bon_scheduler.shaam import (
 )
 from bon_scheduler.spool import Spool
 
-__all__ = ["Count", "Result", "Rotator", "Tell"]
+__all__ = ["Rotator", "Tell"]
 
-Count: TypeAlias = Literal["refreshed", "joined", "needs_reauth", "deferred", "failed"]
 Tell: TypeAlias = Callable[[Connection, UUID], Awaitable[None]]
 """Called in the transaction that flags a business."""
 
@@ -72,28 +71,22 @@ LOOK_AGAIN_SECONDS = 0.1
 JOIN_BEYOND_ANSWER_SECONDS = 15.0
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of one business: where it is counted, and what is recorded for it."""
-
-    business_id: UUID
-    count: Count
-    outcome: Literal["done", "kept", "failed"]
-    error: str | None = None
-    refused: bool = False
-    """Whether the authority turned the application away."""
-    called: bool = True
-    """Whether its turn came at all; not when the breaker was open."""
-    held: bool = False
-    """Whether another exchange of this business is under way."""
-
-
 class Rotator:
     """Rotates tokens, for one process. Safe to use from many runs at once."""
 
     def __init__(
-        self, *, settings: Settings, pool: Pool, shaam: Shaam, cipher: TokenCipher, metrics: Metrics, clock: Clock
+        self,
+        *,
+        settings: Settings,
+        pool: Pool,
+        shaam: Shaam,
+        cipher: TokenCipher,
+        metrics: Metrics,
+        clock: Clock,
+        stopping: asyncio.Event,
     ) -> None:
+        """Once it is `stopping` this process calls nobody more, so that what is under way ends in time."""
+        self.stopping = stopping
         spool = None if settings.spool_dir is None else Spool(settings.spool_dir, cipher)
         self.cipher = cipher
         self.breaker = Breaker()
@@ -179,7 +172,7 @@ class Rotator:
     async def _exchange(self, credential: Credential, tell: Tell, lane: Lane, stopped: asyncio.Event) -> Result:
         business_id = credential.business_id
         if (reason := self._why_not()) is not None:
-            return _not_called(business_id, reason)
+            return not_called(business_id, reason)
         if self.keeper.holds(credential):
             return await self._report(business_id, "token.refused", REFUSED)
         try:
@@ -199,7 +192,7 @@ class Rotator:
             turn.refused = isinstance(answer, Misconfigured)
         if answer is None:
             await self._settle(exchange, State.DEFERRED, unspent=True)
-            return _not_called(business_id, reason or "")
+            return not_called(business_id, reason or "")
         return await self._conclude(exchange, claimed, answer, tell)
 
     async def _send(self, token: str) -> Answer:
@@ -211,6 +204,8 @@ class Rotator:
 
     def _why_not(self) -> str | None:
         """Say why nobody may be called now."""
+        if self.stopping.is_set():
+            return "this process is stopping"
         if self.keeper.unsafe:
             # Neither the database nor a spool takes anything: one more call would risk one more token.
             return "another business's tokens could not be saved"
@@ -244,21 +239,21 @@ class Rotator:
         if self.keeper.holds(exchange.credential):
             return await self._report(business_id, "token.refused", REFUSED)
         if self.keeper.blind:
-            return _waits(business_id, "an answer to an earlier request may lie in an unreadable file of SPOOL_DIR")
+            return waits(business_id, "an answer to an earlier request may lie in an unreadable file of SPOOL_DIR")
         async with asyncio.timeout(CALL_TIMEOUT_SECONDS), self._pool.acquire() as connection:
-            return None if await refreshes.is_claimed(connection, exchange) else _superseded(business_id)
+            return None if await refreshes.is_claimed(connection, exchange) else superseded(business_id)
 
     async def _explain(self, exchange: Exchange, verdict: Verdict, tell: Tell) -> Result:
         """Turn a refused claim into that business's result; nobody was called."""
         business_id = exchange.credential.business_id
         match verdict:
             case Verdict.SUPERSEDED:
-                return _superseded(business_id)
+                return superseded(business_id)
             case Verdict.HELD:
                 return Result(business_id, "deferred", "kept", held=True)
             case Verdict.WAITS:
                 text = "an answer to an earlier request may lie in the spool of a replica that is not there"
-                return _waits(business_id, text)
+                return waits(business_id, text)
             case Verdict.SPENT:
                 text = "an earlier refresh spent this token, and something wrote it over its successor"
                 return await self._ask_for_consent(exchange, text, tell)
@@ -312,7 +307,7 @@ class Rotator:
             text = f"rotated but not saved yet ({type(error).__name__}): lost if this process ends before it is"
             return Result(business_id, "failed", "failed", text)
         if not saved:
-            return _superseded(business_id)
+            return superseded(business_id)
         log.debug("token.refreshed", business_id=str(business_id))
         return Result(business_id, "refreshed", "done")
 
@@ -338,7 +333,7 @@ class Rotator:
                 return flagged
 
         if not await _persist(write, SAVE_WAITS_SECONDS):
-            return _superseded(credential.business_id)
+            return superseded(credential.business_id)
         log.warning("token.needs_reauth", business_id=str(credential.business_id), reason=reason)
         return Result(credential.business_id, "needs_reauth", "failed", reason)
 
@@ -367,21 +362,6 @@ class Rotator:
                 )
         except TRANSIENT_ERRORS as trouble:
             log.warning("token.unsettled", error=describe_error(trouble))
-
-
-def _not_called(business_id: UUID, reason: str) -> Result:
-    return Result(business_id, "deferred", "failed", f"not called: {reason}", called=False)
-
-
-def _waits(business_id: UUID, text: str) -> Result:
-    log.warning("token.waits", business_id=str(business_id), reason=text)
-    return Result(business_id, "deferred", "kept", text)
-
-
-def _superseded(business_id: UUID) -> Result:
-    """Keep what came into the row meanwhile: it is newer. The next run looks at it again."""
-    log.info("token.superseded", business_id=str(business_id))
-    return Result(business_id, "deferred", "kept")
 
 
 async def _persist(write: Callable[[], Awaitable[T]], waits_seconds: tuple[float, ...]) -> T:

@@ -76,6 +76,8 @@ class Machinery:
     reconciler: Reconciler
     runner: Runner
     metrics: Metrics
+    stopping: asyncio.Event
+    """Set once this process takes on nothing more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ async def machinery(
     clock = clock or SystemClock()
     lease = timedelta(seconds=settings.lease_seconds)
     schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker(serves=serves, lease=lease)
+    stopping = asyncio.Event()
     await require_endpoints(settings)
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(db.open_pool(settings, worker=worker.id))
@@ -141,7 +144,7 @@ async def machinery(
             control=control,
             worker=worker,
             claims_at_once=CONTROL_CONNECTIONS // 2,
-            resources=await stack.enter_async_context(_resources(settings, pool, metrics, clock)),
+            resources=await stack.enter_async_context(_resources(settings, pool, metrics, clock, stopping)),
             schedules=schedules,
             zone=settings.bon_timezone,
             clock=clock,
@@ -158,7 +161,7 @@ async def machinery(
         ).running()
         reconciler = await stack.enter_async_context(reconciling)
         by_name = {job.name: job for job in jobs}
-        yield Machinery(pool, control, by_name, schedules, worker, heartbeat, reconciler, runner, metrics)
+        yield Machinery(pool, control, by_name, schedules, worker, heartbeat, reconciler, runner, metrics, stopping)
 
 
 @asynccontextmanager
@@ -190,7 +193,7 @@ async def _registered(pool: Pool, worker: Worker) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _resources(
-    settings: Settings, pool: Pool, metrics: Metrics, clock: Clock
+    settings: Settings, pool: Pool, metrics: Metrics, clock: Clock, stopping: asyncio.Event
 ) -> AsyncIterator[Mapping[type, object]]:
     """Build what handlers get by type."""
     async with AsyncExitStack() as stack:
@@ -199,7 +202,15 @@ async def _resources(
         resources: dict[type, object] = {Settings: settings, Shaam: shaam, Mailer: mailer}
         if settings.shaam_mode is not ShaamMode.MOCK and settings.shaam_encryption_key is not None:
             cipher = TokenCipher(settings.shaam_encryption_key.get_secret_value())
-            rotator = Rotator(settings=settings, pool=pool, shaam=shaam, cipher=cipher, metrics=metrics, clock=clock)
+            rotator = Rotator(
+                settings=settings,
+                pool=pool,
+                shaam=shaam,
+                cipher=cipher,
+                metrics=metrics,
+                clock=clock,
+                stopping=stopping,
+            )
             resources[Rotator] = await stack.enter_async_context(rotator.running())
         yield resources
 
@@ -247,5 +258,6 @@ async def serving(
         ):
             log.info("service.started", port=port, version=parts.worker.version, jobs=sorted(parts.jobs))
             yield Serving(parts, engine, port)
+            parts.stopping.set()
             log.info("service.stopping", attempts=engine.active)
     log.info("service.stopped")

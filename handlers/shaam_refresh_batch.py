@@ -18,9 +18,20 @@ from uuid import UUID
 import structlog
 
 from bon_scheduler.cipher import TokenCipher, UnreadableTokenError
-from bon_scheduler.jobs import BusinessOutcome, Connection, Counts, JobContext, NeverRetryError, Payload, Retry, job
+from bon_scheduler.jobs import (
+    BusinessOutcome,
+    Connection,
+    Counts,
+    JobContext,
+    NeverRetryError,
+    NotNowError,
+    Payload,
+    Retry,
+    job,
+)
 from bon_scheduler.refreshes import Credential
-from bon_scheduler.rotation import Result, Rotator, Tell
+from bon_scheduler.results import Result
+from bon_scheduler.rotation import Rotator, Tell
 from handlers.notify_reauth import NotifyReauth, notify_reauth
 
 __all__ = ["COUNTS", "RefreshBatch", "end_run", "read_due", "rotate", "shaam_refresh_batch", "teller"]
@@ -74,6 +85,7 @@ READ_SAMPLE = """
      limit 100
 """
 
+AT_ONCE = timedelta(0)
 COUNTS = ("refreshed", "joined", "needs_reauth", "deferred", "failed")
 
 
@@ -157,15 +169,18 @@ async def end_run(ctx: JobContext, results: Sequence[Result], *, paused: int = 0
     """
     Record what became of each business, and end the run; businesses that are paused are counted, if any are.
 
-    Raises NeverRetryError where the application is at fault, after recording what was done all the same.
+    Raises NeverRetryError where the application is at fault, and NotNowError where this process stops, after recording
+    what was done all the same.
     """
+    if ctx.get(Rotator).stopping.is_set() and not all(result.called for result in results):
+        await _record(ctx, (result for result in results if result.called))
+        raise NotNowError("This process is stopping. Another goes on with the businesses that are left.", after=AT_ONCE)
     counts = _count(results)
     refused = [result for result in results if result.refused]
     accepted = counts["refreshed"] + counts["needs_reauth"]
     if refused and (ctx.get(Rotator).breaker.refusal is not None or not accepted):
         called = [result for result in results if result.called and not result.refused]
-        async with ctx.transaction() as tx:
-            await ctx.record(_outcomes(called), on=tx)
+        await _record(ctx, called)
         raise NeverRetryError(
             f"The authority refuses the application: {refused[0].error}. Refreshed {counts['refreshed']} of "
             f"{len(results)}, left {len(results) - len(called)} for later, flagged nobody for it. "
@@ -174,6 +189,11 @@ async def end_run(ctx: JobContext, results: Sequence[Result], *, paused: int = 0
     async with ctx.transaction() as tx:
         await ctx.record(_outcomes(results), on=tx)
         return await ctx.finish(counts | with_paused(paused), on=tx)
+
+
+async def _record(ctx: JobContext, results: Iterable[Result]) -> None:
+    async with ctx.transaction() as tx:
+        await ctx.record(_outcomes(results), on=tx)
 
 
 def with_paused(paused: int) -> dict[str, int]:

@@ -6,6 +6,7 @@ its code does on the way out has an effect. What is under test is the real code 
 real simulator over HTTP; only the doors it goes through are watched.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -223,6 +224,7 @@ class Replica:
             cipher=CIPHER,
             metrics=Metrics(),
             clock=SystemClock(),
+            stopping=asyncio.Event(),
         )
         self._rotator.breaker.seconds = self.seconds
         if self.spool is not None:

@@ -81,6 +81,29 @@ async def test_whoever_joins_hears_how_it_failed(
     assert bon.simulator.requests == 1
 
 
+async def test_a_process_that_stops_calls_nobody_more_and_gives_the_rest_back(
+    make_settings: MakeSettings, bon: Bon, gate: Gate
+) -> None:
+    """A request that began when the process had seconds left could not be seen to its end."""
+    businesses = [await bon.business(name, expires_at=datetime.now(UTC)) for name in "abcd"]
+    before = {business: await bon.row(business) for business in businesses}
+    environment = {"SCHEDULE_SHAAM_TOKEN_REFRESH": "", "SHAAM_CONCURRENCY": "1"}
+    async with service.serving(make_settings(**environ(gate.url) | environment)) as serving:
+        run_id = await bon.connection.fetchval(ASK, {})
+        await gate.answered.wait()
+        serving.machinery.stopping.set()  # as it is when the block ends, which then waits for the run
+        gate.proceed.set()
+
+        async def given_back() -> bool:
+            query = "select exists (select from bon_scheduler.attempts where outcome = 'given_back')"
+            return bool(await bon.connection.fetchval(query))
+
+        await until(given_back)
+    assert bon.simulator.requests == 1
+    refreshed = [business for business in businesses if await bon.row(business) != before[business]]
+    assert list(await bon.outcomes(run_id)) == refreshed
+
+
 async def test_neither_waits_for_the_other_run(make_settings: MakeSettings, bon: Bon, gate: Gate) -> None:
     """The schedule's run is exclusive; one with a business is not, however long the other takes."""
     await bon.business("slow")

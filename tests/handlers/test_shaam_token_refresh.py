@@ -421,7 +421,15 @@ async def test_one_businesss_defect_is_its_own(refresh: Refresh, bon: Bon, monke
 
 
 def rotating(settings: Settings, pool: Pool, shaam: Shaam) -> AbstractAsyncContextManager[Rotator]:
-    rotator = Rotator(settings=settings, pool=pool, shaam=shaam, cipher=CIPHER, metrics=Metrics(), clock=SystemClock())
+    rotator = Rotator(
+        settings=settings,
+        pool=pool,
+        shaam=shaam,
+        cipher=CIPHER,
+        metrics=Metrics(),
+        clock=SystemClock(),
+        stopping=asyncio.Event(),
+    )
     return rotator.running()
 
 
