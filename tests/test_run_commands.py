@@ -150,6 +150,8 @@ async def test_a_run_once_that_is_interrupted_is_cancelled_and_audited(
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bon_scheduler", "run-once", "session-cleanup",
         env={**QUIET, "DATABASE_URL": database_url}, stderr=asyncio.subprocess.PIPE,
+        # As from a terminal, also where the tests run in the background: there Ctrl-C is ignored, and is inherited so.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
 
