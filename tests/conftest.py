@@ -33,6 +33,7 @@ from bon_scheduler.demo.sample import create_tables
 from bon_scheduler.jobs import AnyJob, Payload
 from bon_scheduler.log import configure_logging
 from bon_scheduler.once import RunReport
+from tests.chaos.figures import pytest_terminal_summary  # noqa: F401 - a hook: only this file is read by who reports
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 MakeSettings: TypeAlias = Callable[..., Settings]

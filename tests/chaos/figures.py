@@ -5,6 +5,8 @@ from statistics import quantiles
 
 import pytest
 
+__all__ = ["pytest_terminal_summary"]
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print, by kind of fault, how often it struck and how soon work went on."""
