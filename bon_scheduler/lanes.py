@@ -36,18 +36,22 @@ class Lane:
         self._refused = 0
         self._open = asyncio.Event()
 
-    @asynccontextmanager
-    async def exchange(self) -> AsyncIterator[None]:
+    async def __aenter__(self) -> None:
         """Wait for a turn to exchange a token, and hold it inside the block."""
+        # Not a generator: ten thousand may wait here, and each of theirs would be one more for the collector.
         if self._inside == 0:
             self._sent = self._refused = 0
             self._open.clear()
         self._inside += 1
         try:
-            async with self._exchanges:
-                yield
-        finally:
+            await self._exchanges.acquire()
+        except BaseException:
             self._inside -= 1
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._exchanges.release()
+        self._inside -= 1
 
     @asynccontextmanager
     async def request(self) -> AsyncIterator[Turn]:

@@ -126,7 +126,7 @@ class Rotator:
     async def rotate(self, credential: Credential, tell: Tell, *, on_demand: bool = False) -> Result:
         """Wait for a turn and exchange one business's token, once; cancelled, what was sent is seen to its end."""
         lane = self._on_demand if on_demand else self._scheduled
-        async with lane.exchange():
+        async with lane:
             stopped = asyncio.Event()
             work = self._exchange(credential, tell, lane, stopped)
             task = asyncio.create_task(work, name=f"exchange {credential.business_id}")

@@ -22,7 +22,7 @@ class Crowd:
     """By request, the answer that it waits for: whether the application is refused."""
 
     async def exchange(self) -> None:
-        async with self.lane.exchange(), self.lane.request() as turn:
+        async with self.lane, self.lane.request() as turn:
             answer = asyncio.get_running_loop().create_future()
             self.sent.append(answer)
             turn.refused = await answer
