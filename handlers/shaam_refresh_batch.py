@@ -10,6 +10,7 @@ handful of times, flags nobody, and is reported once.
 """
 
 import asyncio
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
@@ -40,8 +41,7 @@ log = structlog.get_logger()
 
 # $1 horizon: timestamptz, $2 businesses: uuid[], or null for all, $3 whether a business that failed is left alone for
 # a while: boolean. What was written after the failure, a consent, ends the wait. No index on token_expires_at: one
-# row a business, read once a run. In any order: the first few decide whether the application is accepted, and those
-# that are always refused, which expire first, must not speak for all the others, run after run.
+# row a business, read once a run.
 DUE = """
     select c.business_id
       from business_shaam_credentials c
@@ -57,7 +57,7 @@ DUE = """
             or r.next_attempt_at is null
             or r.next_attempt_at <= clock_timestamp()
             or r.changed_at < c.updated_at)
-     order by random()
+     order by c.token_expires_at, c.business_id
 """
 # $1 before: timestamptz. How many paused businesses are left as they are.
 COUNT_PAUSED = """
@@ -112,7 +112,7 @@ async def read_due(
     connection: Connection, horizon: datetime, businesses: Sequence[UUID] | None = None, *, patient: bool = True
 ) -> list[UUID]:
     """
-    Read whose token expires before `horizon`, of all active businesses or of these, in any order.
+    Read whose token expires before `horizon`, the first first, of all active businesses or of these.
 
     `patient` leaves those alone that failed a little while ago.
     """
@@ -137,6 +137,9 @@ async def rotate(ctx: JobContext, due: Sequence[UUID]) -> list[Result]:
     async with ctx.connection() as connection:
         rows = await connection.fetch(READ_TOKENS, list(due))
         credentials = [Credential(*row) for row in rows]
+        # The first few decide whether the application is accepted: those that are always refused, which expire first,
+        # must not speak for all the others, run after run. Within a batch only: all over the table takes 15 % longer.
+        random.shuffle(credentials)
         if not _any_readable(rotator.cipher, (credential.stored for credential in credentials)):
             sample = [row[0] for row in await connection.fetch(READ_SAMPLE)]
             if not _any_readable(rotator.cipher, sample):
