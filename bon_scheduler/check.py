@@ -133,8 +133,7 @@ async def _check_sessions(settings: Settings) -> Finding:
     try:
         await endpoints.require_sessions(settings)
     except PoolerError as error:
-        what, _, remedy = str(error).partition(". ")
-        return Finding("notifications", Level.FAILURE, what, remedy)
+        return _failure("notifications", error)
     return Finding("notifications", Level.OK, "LISTEN hears what is notified")
 
 
@@ -144,9 +143,14 @@ async def _check_same_database(settings: Settings) -> list[Finding]:
     try:
         await endpoints.require_same_database(settings)
     except OtherDatabaseError as error:
-        what, _, remedy = str(error).partition(". ")
-        return [Finding("same database", Level.FAILURE, what, remedy)]
+        return [_failure("same database", error)]
     return [Finding("same database", Level.OK, "DATABASE_URL leads where DATABASE_LISTEN_URL does")]
+
+
+def _failure(name: str, error: Exception) -> Finding:
+    """Take an error's first sentence for what was found, and the rest for the remedy."""
+    what, _, remedy = str(error).partition(". ")
+    return Finding(name, Level.FAILURE, what, remedy)
 
 
 def _check_spool(settings: Settings) -> list[Finding]:

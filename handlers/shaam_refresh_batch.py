@@ -70,12 +70,11 @@ COUNT_PAUSED = """
        and b.is_active = true
        and b.deleted_at is null
 """
-# $1 businesses: uuid[], in whose order they are read. Index: unique (business_id).
+# $1 businesses: uuid[]. Index: unique (business_id).
 READ_TOKENS = """
-    select c.business_id, c.encrypted_refresh_token
-      from unnest($1::uuid[]) with ordinality as due (business_id, place)
-      join business_shaam_credentials c on c.business_id = due.business_id
-     order by due.place
+    select business_id, encrypted_refresh_token
+      from business_shaam_credentials
+     where business_id = any ($1)
 """
 # Written last, so with the key that is in use. One row a business, read only where nothing that is due can be opened.
 READ_SAMPLE = """

@@ -97,7 +97,7 @@ async def _mock(ctx: JobContext, due: int, paused: int = 0) -> Counts:
 
 
 async def _share_out(ctx: JobContext, due: list[UUID], horizon: datetime, paused: int) -> Counts:
-    """Ask for a run a batch, so that all replicas take part."""
+    """Ask for a run a batch, the first to expire first, so that all replicas take part."""
     starts = range(0, len(due), BATCH)
     batches = [
         (RefreshBatch(businesses=tuple(due[start : start + BATCH]), horizon=horizon), f"{ctx.run_id}/{start}")
