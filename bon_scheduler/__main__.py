@@ -12,16 +12,17 @@ import structlog
 import typer
 
 import health
-from bon_scheduler import commands, db, service
+from bon_scheduler import commands, service
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.commands import INTERRUPTED, UsageError
 from bon_scheduler.commands.parsing import make_directory
 from bon_scheduler.config import LogFormat, LogLevel, Settings, SettingsError
-from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
+from bon_scheduler.db import DatabaseUnavailableError, PoolerError
 from bon_scheduler.deliveries import NotUncertainError
 from bon_scheduler.endpoints import OtherDatabaseError
 from bon_scheduler.ledger import UnknownJobError
 from bon_scheduler.log import configure_logging, describe_error
+from bon_scheduler.migrations import SchemaBehindError, migration_sql
 from bon_scheduler.once import AlreadyRunningError
 from bon_scheduler.report import Report
 from bon_scheduler.revise import RefusedError
@@ -171,7 +172,7 @@ def migrate(
     if sql and as_json:
         raise UsageError("--sql prints SQL and --json a document. Leave one of them out.")
     if sql:
-        sys.stdout.write(db.migration_sql())
+        sys.stdout.write(migration_sql())
         return
     _run(as_json, commands.migrate)
 

@@ -1,45 +1,39 @@
 """
-One attempt's hold on its run: claim, fence, finish, fail, give back.
+One attempt's hold on its run: fence, finish, fail, give back; and what becomes of the runs of a dead worker.
 
 It must survive a worker that dies, freezes or is presumed dead at any statement. So a run is
 changed only by the attempt that owns it (`id`, `attempt`, `worker` and `running` must still
 match), and an attempt that finds no such row has lost it and changes nothing.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from enum import StrEnum
-from typing import Any
+from datetime import timedelta
 from uuid import UUID
 
+import orjson
+
 from bon_scheduler.jobs import BusinessOutcome, Connection, Counts, LostRunError
-from bon_scheduler.ledger import BULK, CALL_TIMEOUT_SECONDS, Origin, deliver
+from bon_scheduler.ledger import BULK, CALL_TIMEOUT_SECONDS
 
 __all__ = [
-    "Claim",
+    "Released",
     "RunRef",
-    "Verdict",
-    "claim",
     "fail",
     "fence",
     "finish",
-    "forsake",
+    "finish_many",
     "give_back",
+    "give_back_unknown",
     "held_by",
     "lose",
     "lost_by",
     "record_outcomes",
+    "release_lost",
 ]
 
-# $1 run, $2 worker, $3 host, $4 attempts allowed: int, $5 exclusive: boolean.
-CLAIM = """
-    select c.verdict, c.attempt, c.holder_host, c.holder_since, c.holder_silent, (c.run).job, (c.run).fire_time,
-           (c.run).enqueued_at, (c.run).payload, (c.run).origin, (c.run).given_back
-      from bon_scheduler.claim($1, $2, $3, $4, $5) c
-"""
-# $1 run, $2 attempt, $3 worker, $4 whether this transaction has ended the run (FINISH). Locks `for share`: claims
-# exclude that, while the fences of one run's transactions do not exclude each other.
+# $1 run, $2 attempt, $3 worker, $4 whether this transaction has ended the run (FINISH). Locks `for share`: whoever
+# changes the run waits, while the fences of one run's transactions do not exclude each other. Index: runs_pkey.
 FENCE = """
     select state::text
       from bon_scheduler.runs
@@ -47,36 +41,38 @@ FENCE = """
        and (state = 'running' or $4 and state in ('succeeded', 'partial'))
        for share
 """
-# $1 run, $2 attempt, $3 worker, $4 counts: jsonb. `partial` when the handler reported a failed business, since a
-# person last retried the run.
+# $1 runs: uuid[], $2 their attempts: int[], $3 worker, $4 counts: text[] of JSON. `partial` when the handler reported a
+# failed business, since a person last retried the run. The state is compared as text, otherwise rows might be looked
+# for in the index of what runs, which beside a long transaction holds all that ever ran. `nested`: within a savepoint,
+# so that it may yet be undone while its transaction goes on. Indexes: runs_pkey, attempts_pkey.
 FINISH = """
     with finished as (
         update bon_scheduler.runs r
-           set counts = $4, error = null, finished_at = clock_timestamp(),
+           set counts = m.counts::json, error = null, finished_at = clock_timestamp(),
                state = case when exists (select from bon_scheduler.business_outcomes o
                                           where o.run_id = r.id and o.outcome = 'failed'
                                             and o.attempt > r.retried_after)
                             then 'partial' else 'succeeded' end::bon_scheduler.run_state
-         where id = $1 and attempt = $2 and worker = $3 and state = 'running'
-        returning id, attempt, state
+          from unnest($1::uuid[], $2::int[], $4::text[]) as m (id, attempt, counts)
+         where r.id = m.id and r.attempt = m.attempt and r.worker = $3 and r.state::text = 'running'
+        returning r.id, r.attempt, r.state, r.xmin
     ), ended as (
         update bon_scheduler.attempts a
            set ended_at = clock_timestamp(), outcome = f.state::text
           from finished f
          where a.run_id = f.id and a.attempt = f.attempt
     )
-    select state::text from finished
+    select id, state::text, xmin <> pg_current_xact_id()::xid as nested from finished
 """
 # $1 run, $2 attempt, $3 worker, $4 outcome of the attempt, $5 error, $6 wait before the next: interval,
-# null when there is none.
+# null when there is none. Index: runs_pkey.
 FAIL = """
     with failed as (
         update bon_scheduler.runs
            set error = $5,
                state = case when $6::interval is null
                             then 'dead' else 'retrying' end::bon_scheduler.run_state,
-               run_at = case when $6::interval is null then run_at else clock_timestamp() + $6 end,
-               timed_at = clock_timestamp(),
+               run_at = clock_timestamp() + $6::interval, ready = coalesce($6::interval <= '0', true),
                finished_at = case when $6::interval is null then clock_timestamp() end
          where id = $1 and attempt = $2 and worker = $3 and state = 'running'
         returning id, attempt, state
@@ -88,21 +84,25 @@ FAIL = """
     )
     select state::text from failed
 """
-# $1 run, $2 attempt, $3 worker, $4 wait before the next: interval or null, $5 why, or null.
+# $1 runs: uuid[], $2 attempts: int[], $3 worker, $4 wait before the next: interval or null, $5 why, or null.
+# Index: runs_pkey.
 GIVE_BACK = """
     with returned as (
-        update bon_scheduler.runs
-           set state = 'queued', given_back = given_back + 1, worker = null, error = $5,
-               run_at = coalesce(clock_timestamp() + $4::interval, run_at), timed_at = clock_timestamp()
-         where id = $1 and attempt = $2 and worker = $3 and state = 'running'
-        returning id, attempt
+        update bon_scheduler.runs r
+           set state = 'queued', given_back = r.given_back + 1, worker = null, error = $5,
+               run_at = clock_timestamp() + $4::interval, ready = $4::interval is null
+          from unnest($1::uuid[], $2::int[]) as m (id, attempt)
+         where r.id = m.id and r.attempt = m.attempt and r.worker = $3 and r.state::text = 'running'
+        returning r.id, r.attempt
     ), ended as (
         update bon_scheduler.attempts a
            set ended_at = clock_timestamp(), outcome = 'given_back', error = $5
           from returned f
          where a.run_id = f.id and a.attempt = f.attempt
+    ), woken as (
+        select bon_scheduler.wake_workers() from returned where $4::interval is null limit 1
     )
-    select id from returned
+    select id, (select count(*) from woken) from returned
 """
 # $1 run, $2 attempt, $3 error. Closes the book on an attempt that lost its run; what ended it before stays.
 LOSE = """
@@ -124,16 +124,10 @@ LOST_BY = """
       from unnest($1::uuid[], $2::int[]) as mine (id, attempt)
       left join bon_scheduler.runs r
         on r.id = mine.id and r.attempt = mine.attempt and r.worker = $3
-           and r.state in ('running', 'succeeded', 'partial')
+           and r.state::text in ('running', 'succeeded', 'partial')
      where r.id is null
 """
-# $1 run, $2 attempt, $3 worker. The attempt stays counted; whoever claims the run next closes the book on it.
-FORSAKE = """
-    update bon_scheduler.runs
-       set worker = null
-     where id = $1 and attempt = $2 and worker = $3 and state = 'running'
-    returning id
-"""
+RELEASE_LOST = "select run_id, job, attempt, state::text from bon_scheduler.release_lost()"
 # $1 run, $2 businesses: uuid[], $3 outcomes: text[], $4 counts: jsonb[], $5 errors: text[].
 RECORD_OUTCOMES = """
     insert into bon_scheduler.business_outcomes as o (run_id, business_id, outcome, counts, error, attempt)
@@ -154,17 +148,6 @@ RECORD_OUTCOMES = """
 """
 
 
-class Verdict(StrEnum):
-    """What became of a claim; see the SQL function `claim`."""
-
-    CLAIMED = "claimed"
-    ENDED = "ended"
-    HELD = "held"
-    BUSY = "busy"
-    LOCKED = "locked"
-    EXHAUSTED = "exhausted"
-
-
 @dataclass(frozen=True, slots=True)
 class RunRef:
     """One attempt of one run by one worker: what every change must still match."""
@@ -175,50 +158,13 @@ class RunRef:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
-    """The answer to a claim. Fields after `verdict` are set as far as they apply."""
+class Released:
+    """A run that a dead worker had: it waits again, or is dead."""
 
-    verdict: Verdict
-    ref: RunRef | None
-    job: str | None
-    fire_time: datetime | None
-    enqueued_at: datetime | None
-    payload: Mapping[str, Any]
-    origin: Origin | None
-    given_back: int
-    holder_host: str | None
-    holder_since: datetime | None
-    holder_silent: bool
-    """By the database's clock, which proves nothing."""
-
-
-async def claim(
-    connection: Connection,
-    run_id: UUID,
-    *,
-    worker: UUID,
-    host: str,
-    allowed: int,
-    exclusive: bool,
-) -> Claim:
-    """Take a run for a worker, counting the attempt from now."""
-    row = await connection.fetchrow(CLAIM, run_id, worker, host, allowed, exclusive, timeout=CALL_TIMEOUT_SECONDS)
-    if row is None:  # the function always returns one row
-        raise LostRunError(f"run {run_id} could not be claimed")
-    verdict = Verdict(row["verdict"])
-    return Claim(
-        verdict,
-        RunRef(run_id, row["attempt"], worker) if verdict is Verdict.CLAIMED else None,
-        row["job"],
-        row["fire_time"],
-        row["enqueued_at"],
-        row["payload"] or {},
-        Origin(row["origin"]) if row["origin"] else None,
-        row["given_back"] or 0,
-        row["holder_host"],
-        row["holder_since"],
-        bool(row["holder_silent"]),
-    )
+    run_id: UUID
+    job: str
+    attempt: int
+    state: str
 
 
 async def fence(connection: Connection, ref: RunRef, *, finished: bool = False) -> str | None:
@@ -231,44 +177,80 @@ async def fence(connection: Connection, ref: RunRef, *, finished: bool = False) 
         FENCE, ref.run_id, ref.attempt, ref.worker, finished, timeout=CALL_TIMEOUT_SECONDS
     )
     if state is None:
-        raise LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
+        raise _lost(ref)
     return None if state == "running" else state
 
 
-async def finish(connection: Connection, ref: RunRef, counts: Counts) -> str:
-    """End the run as `succeeded` or `partial`; return which. Raises LostRunError."""
-    state: str | None = await connection.fetchval(
-        FINISH, ref.run_id, ref.attempt, ref.worker, dict(counts), timeout=CALL_TIMEOUT_SECONDS
+def _lost(ref: RunRef) -> LostRunError:
+    return LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
+
+
+async def finish(connection: Connection, ref: RunRef, counts: Counts) -> tuple[str, bool]:
+    """
+    End the run as `succeeded` or `partial`; return which, and whether that may yet be undone within the transaction.
+
+    Raises LostRunError.
+    """
+    ended = await _finish(connection, ref.worker, [(ref, counts)])
+    if ref.run_id not in ended:
+        raise _lost(ref)
+    return ended[ref.run_id]
+
+
+async def finish_many(connection: Connection, finished: Sequence[tuple[RunRef, Counts]]) -> dict[UUID, str]:
+    """End one worker's runs as `finish` does; return the state of each that was still its attempt's."""
+    # By id, as everywhere, otherwise a person who cancels many at once could wait for us and we for them.
+    ordered = sorted(finished, key=lambda item: item[0].run_id)
+    ended = await _finish(connection, finished[0][0].worker, ordered)
+    return {run_id: state for run_id, (state, _) in ended.items()}
+
+
+async def _finish(
+    connection: Connection, worker: UUID, finished: Sequence[tuple[RunRef, Counts]]
+) -> dict[UUID, tuple[str, bool]]:
+    rows = await connection.fetch(
+        FINISH,
+        [ref.run_id for ref, _ in finished],
+        [ref.attempt for ref, _ in finished],
+        worker,
+        [orjson.dumps(dict(counts)).decode() for _, counts in finished],
+        timeout=CALL_TIMEOUT_SECONDS,
     )
-    if state is None:
-        raise LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
-    return state
+    return {row["id"]: (row["state"], row["nested"]) for row in rows}
 
 
 async def fail(connection: Connection, ref: RunRef, *, outcome: str, error: str, wait: timedelta | None) -> str:
     """End the attempt; the run is `retrying` after `wait`, or `dead` without one. Raises LostRunError."""
-    async with connection.transaction():
-        state: str | None = await connection.fetchval(
-            FAIL, ref.run_id, ref.attempt, ref.worker, outcome, error, wait, timeout=CALL_TIMEOUT_SECONDS
-        )
-        if state is None:
-            raise LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
-        if wait is not None:
-            await deliver(connection, ref.run_id)
+    state: str | None = await connection.fetchval(
+        FAIL, ref.run_id, ref.attempt, ref.worker, outcome, error, wait, timeout=CALL_TIMEOUT_SECONDS
+    )
+    if state is None:
+        raise _lost(ref)
     return state
 
 
 async def give_back(
     connection: Connection, ref: RunRef, *, wait: timedelta | None = None, why: str | None = None
 ) -> bool:
-    """Return a run to the queue, due at once or after `wait`, at no cost in attempts; False when it was lost."""
-    async with connection.transaction():
-        returned = await connection.fetchval(
-            GIVE_BACK, ref.run_id, ref.attempt, ref.worker, wait, why, timeout=CALL_TIMEOUT_SECONDS
-        )
-        if returned is not None:
-            await deliver(connection, ref.run_id)
-    return returned is not None
+    """Have a run wait again, at once or after `wait`, at no cost in attempts; False when it was lost."""
+    returned = await connection.fetch(
+        GIVE_BACK, [ref.run_id], [ref.attempt], ref.worker, wait, why, timeout=CALL_TIMEOUT_SECONDS
+    )
+    return bool(returned)
+
+
+async def give_back_unknown(connection: Connection, worker: UUID, known: Collection[UUID]) -> list[RunRef]:
+    """
+    Give back what the ledger says this worker has and it knows nothing of, as when the answer to a claim was lost.
+
+    The caller sees to it that no claim is on the way.
+    """
+    held = await held_by(connection, worker)
+    unknown = [ref for ref in held if ref.run_id not in known]
+    if unknown:
+        runs, numbers = [ref.run_id for ref in unknown], [ref.attempt for ref in unknown]
+        await connection.fetch(GIVE_BACK, runs, numbers, worker, None, None, timeout=CALL_TIMEOUT_SECONDS)
+    return unknown
 
 
 async def lose(connection: Connection, ref: RunRef, error: str) -> str:
@@ -293,12 +275,9 @@ async def lost_by(connection: Connection, worker: UUID, refs: Collection[RunRef]
     return {RunRef(row["id"], row["attempt"], worker) for row in rows}
 
 
-async def forsake(connection: Connection, ref: RunRef) -> bool:
-    """Let go of a run that nobody here works on, as when the answer to a claim was lost; False when it has ended."""
-    return (
-        await connection.fetchval(FORSAKE, ref.run_id, ref.attempt, ref.worker, timeout=CALL_TIMEOUT_SECONDS)
-        is not None
-    )
+async def release_lost(connection: Connection) -> list[Released]:
+    """Have the runs that no living worker holds wait again, or be dead; see the SQL function. Return them."""
+    return [Released(*row) for row in await connection.fetch(RELEASE_LOST, timeout=CALL_TIMEOUT_SECONDS)]
 
 
 async def record_outcomes(connection: Connection, run_id: UUID, outcomes: Iterable[BusinessOutcome]) -> None:

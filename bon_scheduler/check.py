@@ -11,11 +11,12 @@ from enum import StrEnum
 from bon_scheduler import db, deliveries, endpoints, mail_gate
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings, ShaamMode
-from bon_scheduler.db import DatabaseUnavailableError, PoolerError, SchemaBehindError
+from bon_scheduler.db import DatabaseUnavailableError, PoolerError
 from bon_scheduler.endpoints import OtherDatabaseError
 from bon_scheduler.indexes import missing_indexes
 from bon_scheduler.jobs import Connection
 from bon_scheduler.log import describe_error
+from bon_scheduler.migrations import SchemaBehindError, require_schema
 from bon_scheduler.smtp import NotConnectedError, try_login
 from bon_scheduler.spool import count_files
 
@@ -261,7 +262,7 @@ async def _check_mail(settings: Settings) -> Finding:
 
 async def _check_schema(connection: Connection) -> Finding:
     try:
-        version = await db.require_schema(connection)
+        version = await require_schema(connection)
     except SchemaBehindError as error:
         return Finding("schema", Level.FAILURE, str(error), "Run: python -m bon_scheduler migrate")
     return Finding("schema", Level.OK, f"bon_scheduler is at version {version}")

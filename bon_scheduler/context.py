@@ -20,6 +20,15 @@ __all__ = ["AttemptContext"]
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """What `finish` did to the run within a transaction that has not committed."""
+
+    state: str
+    may_be_undone: bool
+    """Whether a savepoint may be rolled back, and the transaction commit without it."""
+
+
 @dataclass(slots=True)
 class AttemptContext:
     """One attempt's `JobContext`. `ended` is the run's state once a handler's `finish` has committed."""
@@ -30,12 +39,13 @@ class AttemptContext:
     now: datetime
     next_fire_time: datetime | None
     replay: bool
+    retried: bool
     zone: ZoneInfo
     pool: Pool
     resources: Mapping[type, object]
     ended: str | None = None
     _open: set[Connection] = field(default_factory=set)
-    _finishing: set[Connection] = field(default_factory=set)
+    _finished: dict[Connection, _Finished] = field(default_factory=dict)
     _severed: bool = False
 
     @property
@@ -88,11 +98,15 @@ class AttemptContext:
             try:
                 async with connection.transaction():
                     yield connection
-                    # Last, just before the commit: a claim waits for this lock, never for the handler's work.
-                    ended = await attempts.fence(connection, self.ref, finished=connection in self._finishing)
+                    ended = self._finished.get(connection)
+                    if ended is None or ended.may_be_undone:
+                        # Last, just before the commit: nobody waits for the handler's work.
+                        state = await attempts.fence(connection, self.ref, finished=ended is not None)
+                    else:
+                        state = ended.state  # `finish` has the run locked until the commit
             finally:
-                self._finishing.discard(connection)
-            self.ended = ended
+                self._finished.pop(connection, None)
+            self.ended = state
 
     def sever(self) -> None:
         """Cut the connections of a handler that does not end, so that the server rolls back; lend no more."""
@@ -133,6 +147,5 @@ class AttemptContext:
 
     async def finish(self, counts: Counts, *, on: Connection) -> Counts:
         """End the run in the handler's last transaction; return the counts."""
-        await attempts.finish(on, self.ref, counts)
-        self._finishing.add(on)
+        self._finished[on] = _Finished(*await attempts.finish(on, self.ref, counts))
         return counts

@@ -1,49 +1,39 @@
 """
-The database: connections, their codecs and time-outs, and the migrations of schema `bon_scheduler`.
+The database: connections, pools, their codecs and time-outs.
 
-Everything of ours and of PgQueuer's lives in that schema; nothing is ever created in `public`.
+Everything of ours lives in schema `bon_scheduler`; nothing is ever created in `public`.
 """
 
 import asyncio
 import hashlib
 import json
-import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from importlib import resources
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any, TypeAlias
 from uuid import UUID
 
 import asyncpg
 import orjson
 
+from bon_scheduler import migrations
 from bon_scheduler.addresses import describe_database
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Connection
 from bon_scheduler.pooling import PooledConnection
-
-# BEFORE PgQueuer is imported, otherwise it settles on the connection's search path.
-os.environ["PGQUEUER_SCHEMA"] = "bon_scheduler"
-
-from pgqueuer.adapters.persistence.qb import QueryBuilderEnvironment
-from pgqueuer.adapters.persistence.queries import Queries
 
 __all__ = [
     "TRANSIENT_ERRORS",
     "DatabaseUnavailableError",
     "Pool",
     "PoolerError",
-    "SchemaBehindError",
     "connect",
+    "connect_worker",
     "explain_unavailable",
     "idle_limit_ms",
     "migrating",
-    "migration_sql",
     "open_control_pool",
     "open_pool",
-    "require_schema",
 ]
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -62,19 +52,6 @@ POOLED: Mapping[str, Any] = {"connection_class": PooledConnection, "statement_ca
 UNSUPPORTED_STARTUP = "unsupported startup parameter"
 MIGRATION_LOCK = int.from_bytes(hashlib.sha256(b"bon_scheduler").digest()[:8], "big", signed=True)
 
-CREATE_HISTORY = """
-    create schema if not exists bon_scheduler;
-    create table if not exists bon_scheduler.migrations (
-        version    integer primary key,
-        name       text not null,
-        applied_at timestamptz not null default now()
-    );
-"""
-APPLIED_VERSIONS = "select version from bon_scheduler.migrations"
-# $1 version: int, $2 name: text.
-RECORD_MIGRATION = "insert into bon_scheduler.migrations (version, name) values ($1, $2)"
-HAS_HISTORY = "select to_regclass('bon_scheduler.migrations') is not null"
-NEWEST_VERSION = "select coalesce(max(version), 0) from bon_scheduler.migrations"
 TRANSIENT_ERRORS = (
     OSError,
     TimeoutError,
@@ -89,7 +66,6 @@ TRANSIENT_ERRORS = (
     asyncpg.ReadOnlySQLTransactionError,
 )
 """What a database that is restarting, away, full or failed over raises: worth the same call again."""
-IN_OUR_SCHEMA = "set local search_path = bon_scheduler, pg_temp;\n"
 
 
 class DatabaseUnavailableError(Exception):
@@ -98,31 +74,6 @@ class DatabaseUnavailableError(Exception):
 
 class PoolerError(Exception):
     """An address leads through a pooler that breaks what it is needed for; the message says the remedy."""
-
-
-class SchemaBehindError(Exception):
-    """Schema `bon_scheduler` is missing or older than this version needs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Migration:
-    """One numbered file of `migrations/`."""
-
-    version: int
-    name: str
-    sql: str
-
-
-def _migrations() -> list[Migration]:
-    files = resources.files("bon_scheduler").joinpath("migrations").iterdir()
-    return sorted(
-        (
-            Migration(int(file.name[:4]), file.name.removesuffix(".sql")[5:], file.read_text("utf-8"))
-            for file in files
-            if file.name.endswith(".sql")
-        ),
-        key=lambda migration: migration.version,
-    )
 
 
 @contextmanager
@@ -149,6 +100,14 @@ def explain_unavailable(url: str) -> Iterator[None]:
             f"Cannot connect to {describe_database(url)}: {what.splitlines()[0]}. "
             "Is PostgreSQL running there, and does DATABASE_URL name it?"
         ) from error
+
+
+class SessionlessConnection(asyncpg.Connection):
+    """A connection whose users leave nothing in its session, so that nothing needs to be reset between them."""
+
+    def get_reset_query(self) -> str:
+        """Return nothing: a reset would cost each short call a second one."""
+        return ""
 
 
 async def _set_codecs(connection: Connection) -> None:
@@ -232,6 +191,7 @@ def _prepare_pooled(session: Mapping[str, str]) -> Callable[[PooledConnection], 
 async def open_control_pool(settings: Settings, size: int, *, worker: UUID) -> AsyncIterator[Pool]:
     """Open a pool for a worker's short calls on the server's own address, each limited in time."""
     options = _options(command_seconds=CONTROL_TIMEOUT_SECONDS, session=_session(settings, worker))
+    options["connection_class"] = SessionlessConnection
     async with _pool(settings.listen_url, size, options) as pool:
         yield pool
 
@@ -256,6 +216,7 @@ async def connect(
     url: str,
     *,
     settings: Settings | None = None,
+    session: Mapping[str, str] | None = None,
     codecs: bool = True,
     pooled: bool = False,
     connect_seconds: float = CONNECT_TIMEOUT_SECONDS,
@@ -264,11 +225,12 @@ async def connect(
     """
     Open one connection of its own; raises DatabaseUnavailableError.
 
-    `codecs=False` leaves JSON as text, as PgQueuer expects it; `pooled` leaves nothing on a server that may be a
-    pooler's; with `settings` transactions are limited as in a pool.
+    `codecs=False` leaves JSON as text; `pooled` leaves nothing on a server that may be a
+    pooler's; with `settings` transactions are limited as in a pool, and `session` says what else is set.
     """
     with explain_unavailable(url):
-        options = _options(command_seconds=command_seconds, session=_session(settings) if settings else None)
+        session = session or (_session(settings) if settings else None)
+        options = _options(command_seconds=command_seconds, session=session)
         options |= {"timeout": connect_seconds, **(POOLED if pooled else {})}
         connection = await asyncpg.connect(url, **options)
     try:
@@ -283,6 +245,19 @@ async def connect(
     await connection.close(timeout=CLOSE_TIMEOUT_SECONDS)
 
 
+def connect_worker(
+    settings: Settings, worker: UUID
+) -> AbstractAsyncContextManager["asyncpg.Connection[asyncpg.Record]"]:
+    """Open a worker's own connection to the server itself, for what needs a session; each call is limited in time."""
+    return connect(
+        settings.listen_url,
+        session=_session(settings, worker),
+        codecs=False,
+        connect_seconds=SERVICE_CONNECT_SECONDS,
+        command_seconds=CONTROL_TIMEOUT_SECONDS,
+    )
+
+
 @asynccontextmanager
 async def migrating(url: str) -> AsyncIterator[tuple[Connection, list[str]]]:
     """
@@ -293,49 +268,6 @@ async def migrating(url: str) -> AsyncIterator[tuple[Connection, list[str]]]:
     async with connect(url) as connection:
         await connection.execute("select pg_advisory_lock($1)", MIGRATION_LOCK)
         try:
-            await connection.execute(CREATE_HISTORY)
-            await _install_queue(connection)
-            yield connection, await _apply_migrations(connection)
+            yield connection, await migrations.apply(connection)
         finally:
             await connection.execute("select pg_advisory_unlock($1)", MIGRATION_LOCK)
-
-
-async def _install_queue(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
-    queries = Queries.from_asyncpg_connection(connection)
-    if await queries.schema_is_installed():
-        await queries.upgrade()
-    else:
-        await queries.install(create_schema=False)
-
-
-async def _apply_migrations(connection: Connection) -> list[str]:
-    applied = {row["version"] for row in await connection.fetch(APPLIED_VERSIONS)}
-    pending = [migration for migration in _migrations() if migration.version not in applied]
-    for migration in pending:
-        async with connection.transaction():
-            await connection.execute(IN_OUR_SCHEMA + migration.sql)
-            await connection.execute(RECORD_MIGRATION, migration.version, migration.name)
-    return [f"{migration.version:04} {migration.name}" for migration in pending]
-
-
-def migration_sql() -> str:
-    """Return what a first `migrate` would execute, for people who apply SQL by hand."""
-    parts = [CREATE_HISTORY, QueryBuilderEnvironment().build_install_query(create_schema=False)]
-    for migration in _migrations():
-        parts.append(f"-- migration {migration.version:04} {migration.name}\nbegin;\n{IN_OUR_SCHEMA}")
-        parts.append(migration.sql)
-        record = RECORD_MIGRATION.replace("$1", str(migration.version)).replace("$2", f"'{migration.name}'")
-        parts.append(f"{record};\ncommit;\n")
-    return "\n".join(parts)
-
-
-async def require_schema(connection: Connection) -> int:
-    """Return the schema's version; raise SchemaBehindError when it is less than this version needs."""
-    needed = _migrations()[-1].version
-    version = await connection.fetchval(NEWEST_VERSION) if await connection.fetchval(HAS_HISTORY) else 0
-    if version < needed:
-        state = "is missing" if not version else f"is at version {version}"
-        raise SchemaBehindError(
-            f"Schema bon_scheduler {state}; this version needs {needed}. Run: python -m bon_scheduler migrate"
-        )
-    return int(version)

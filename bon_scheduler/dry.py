@@ -89,6 +89,7 @@ class DryContext:
     resources: Mapping[type, object]
     attempt: int = 1
     dry_run: bool = True
+    retried: bool = False
     asked_for: list[tuple[AnyJob, Payload]] = field(default_factory=list)
     outcomes: dict[UUID, BusinessOutcome] = field(default_factory=dict)
 

@@ -1,112 +1,74 @@
 """
-PgQueuer behind a small protocol: it brings runs to this worker, and nothing else.
+The engine: claims runs from the ledger as there is room for them, and has them run.
 
-It must survive what ends PgQueuer's `run()`: any database error, a lost LISTEN connection, a
-database that restarts. A supervisor builds a new incarnation at once, while the handlers of the
-old one go on: they run in tasks of ours, and PgQueuer's entrypoints only wait for them.
+One connection listens for wake-ups and claims; a lost wake-up costs a poll at most. It must survive whatever ends that
+connection, or takes its LISTEN away: a new one is made at once, while the attempts go on. A claim whose answer is lost
+is given back by the reconciliation pass.
 """
 
 import asyncio
+import itertools
 import random
-from collections.abc import AsyncIterator, Awaitable, Mapping
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import TypeAlias
 from uuid import UUID
 
 import asyncpg
 import structlog
 
-from bon_scheduler import db
-from bon_scheduler.attempts import Claim, Verdict
+from bon_scheduler.claims import Claim, Claims, Wanted, claim
 from bon_scheduler.jobs import AnyJob
 from bon_scheduler.log import describe_error
-from bon_scheduler.runner import Delivery, Runner
+from bon_scheduler.runner import Runner
 
-# AFTER db, which names our schema to PgQueuer before its first import.
-from pgqueuer.adapters.drivers.asyncpg import AsyncpgDriver  # isort: skip
-from pgqueuer.adapters.persistence.queries import Queries  # isort: skip
-from pgqueuer.core.qm import QueueManager  # isort: skip
-from pgqueuer.domain.errors import RetryRequested  # isort: skip
-from pgqueuer.domain.models import Job as QueueRow  # isort: skip
-from pgqueuer.ports.driver import NotifyCallback  # isort: skip
+__all__ = ["CHANNEL", "Engine"]
 
-__all__ = ["Engine"]
-
-T = TypeVar("T")
+Connect: TypeAlias = "Callable[[], AbstractAsyncContextManager[asyncpg.Connection[asyncpg.Record]]]"
 log = structlog.get_logger()
-BUSY_WAIT = timedelta(seconds=1)
-"""How long a run waits when another run of its job is active, or its row is locked."""
-ROOM_WAIT_SECONDS = 1.0
-"""How long a run waits here for attempts that an earlier incarnation brought, before another replica may have it."""
-POLL = timedelta(seconds=5)
-LOOK_SECONDS = 3.0
-QUERY_LIMIT_SECONDS = 6.0
-"""With LOOK_SECONDS, within how long the loss of LISTEN is noticed."""
+CHANNEL = "bon_scheduler_runs"
+"""Of the notifications that wake workers; see the SQL function `wake_workers`."""
+POLL_SECONDS = 2.0
+"""How long to sleep without a wake-up, and how soon the loss of LISTEN is noticed."""
+LOOK_AT_CLOCK_SECONDS = 1.0
+"""How often at most to look for runs whose instant has come."""
+CLAIM_SECONDS = 6.0
+"""A claim that takes longer has lost its server."""
+EMPTY_PAUSE_SECONDS = 0.005
+"""After a claim that found nothing, how long until the next."""
 FAREWELL_SECONDS = 2.0
-LONGEST_REBUILD_WAIT_SECONDS = 1.5
-LISTENS = "select exists (select from pg_listening_channels())"
-
-
-class _WatchedDriver(AsyncpgDriver):
-    """PgQueuer's driver over one connection; says when it listens, and when it is broken."""
-
-    def __init__(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
-        super().__init__(connection)
-        self.listening = asyncio.Event()
-        self.broken = asyncio.Event()
-        connection.add_termination_listener(lambda _: self.broken.set())
-
-    async def fetch(self, query: str, *args: object) -> list[dict[str, object]]:
-        return await self._watched(super().fetch(query, *args))
-
-    async def execute(self, query: str, *args: object) -> str:
-        return await self._watched(super().execute(query, *args))
-
-    async def add_listener(self, channel: str, callback: NotifyCallback) -> None:
-        await super().add_listener(channel, callback)
-        self.listening.set()
-
-    async def keep_listening(self) -> None:
-        """Return when this connection no longer listens, whoever or whatever took that from it."""
-        await self.listening.wait()
-        while (await self.fetch(LISTENS))[0]["exists"]:  # noqa: ASYNC110 - nobody says when a LISTEN is gone
-            await asyncio.sleep(LOOK_SECONDS)
-        self.broken.set()
-
-    async def _watched(self, query: Awaitable[T]) -> T:
-        # PgQueuer by itself reports a failed query only once its last handler has ended.
-        try:
-            async with asyncio.timeout(QUERY_LIMIT_SECONDS):
-                return await query
-        except (*db.TRANSIENT_ERRORS, asyncpg.PostgresError):
-            self.broken.set()
-            raise
+LONGEST_RECONNECT_WAIT_SECONDS = 1.5
+RESERVE_SHARE = 4
+"""One place in so many is kept for jobs of which nothing runs here, so that no job keeps another from starting."""
+OLDEST_FIRST_EVERY = 8
+"""Of so many claims one takes the oldest run of each job first, so that runs of a low priority move."""
 
 
 class Engine:
-    """Delivers runs of `jobs` to `runner`, at most `concurrency` at a time."""
+    """Claims runs of `jobs` for `runner`, at most `concurrency` at a time. `connect` opens its connection."""
 
-    def __init__(
-        self, *, url: str, jobs: Mapping[str, AnyJob], runner: Runner, concurrency: int, lease: timedelta
-    ) -> None:
-        self._url = url
+    def __init__(self, *, connect: Connect, jobs: Mapping[str, AnyJob], runner: Runner, concurrency: int) -> None:
+        self._connect = connect
         self._jobs = jobs
         self._runner = runner
         self._concurrency = concurrency
-        self._lease = lease
-        self._attempts: dict[UUID, asyncio.Task[Claim]] = {}
-        self._room = asyncio.Semaphore(concurrency)
+        self._reserve = -(-concurrency // RESERVE_SHARE) if concurrency > 1 else 0
+        self._attempts: dict[UUID, asyncio.Task[None]] = {}
+        self._active: Counter[str] = Counter()
+        self._numbers = itertools.count(1)
+        self._look_at_clock_at = 0.0
+        self._awake = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._driver: _WatchedDriver | None = None
+        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
     def connected(self) -> bool:
-        """Whether the queue would bring a run to this worker now."""
-        driver = self._driver
-        return driver is not None and driver.listening.is_set() and not driver.broken.is_set()
+        """Whether a run would be claimed by this worker now."""
+        return self._connection is not None and not self._connection.is_closed()
 
     @property
     def draining(self) -> bool:
@@ -126,7 +88,7 @@ class Engine:
     @asynccontextmanager
     async def running(self, *, drain: timedelta) -> AsyncIterator["Engine"]:
         """
-        Work inside the block. At its end take no more, let attempts finish for up to `drain`,
+        Work for the duration of the context. At its end take no more, let attempts finish for up to `drain`,
         then cancel them and give their runs back.
         """
         self._supervisor = asyncio.create_task(self._supervise(), name="engine")
@@ -134,9 +96,10 @@ class Engine:
             yield self
         finally:
             self._stopping.set()
-            await self._drain(drain)
+            self._awake.set()
             await asyncio.wait([self._supervisor], timeout=FAREWELL_SECONDS)
             self._supervisor.cancel()
+            await self._drain(drain)
             await asyncio.wait([self._supervisor], timeout=FAREWELL_SECONDS)
 
     async def _drain(self, patience: timedelta) -> None:
@@ -155,85 +118,95 @@ class Engine:
         failures = 0
         while not self._stopping.is_set():
             try:
-                await self._incarnate()
-                failures = 0
-            except Exception as error:  # noqa: BLE001 - whatever ended PgQueuer, a new one is built
-                wait = min(0.1 * 2**failures, LONGEST_REBUILD_WAIT_SECONDS) * random.uniform(0.5, 1.0)  # noqa: S311
-                log.warning("engine.rebuilding", error=describe_error(error), wait_seconds=round(wait, 2))
-                failures = 0 if self._driver and self._driver.listening.is_set() else min(failures + 1, 10)
-                self._driver = None
-                await _first_of(self._stopping.wait(), asyncio.sleep(wait))
+                await self._work()
+            except Exception as error:  # noqa: BLE001 - whatever ended the connection, a new one is made
+                wait = min(0.1 * 2**failures, LONGEST_RECONNECT_WAIT_SECONDS) * random.uniform(0.5, 1.0)  # noqa: S311
+                log.warning("engine.reconnecting", error=describe_error(error), wait_seconds=round(wait, 2))
+                failures = 0 if self._connection is not None else min(failures + 1, 10)
+                self._connection = None
+                await _within(wait, self._stopping)
 
-    async def _incarnate(self) -> None:
-        """Be one PgQueuer until it breaks or we stop."""
-        async with db.connect(self._url, codecs=False, connect_seconds=db.SERVICE_CONNECT_SECONDS) as connection:
-            driver = self._driver = _WatchedDriver(connection)
-            manager = QueueManager(Queries(driver))
-            over = asyncio.Event()
-            for name in self._jobs:
-                manager.entrypoint(name, accepts_context=False)(partial(self._deliver, over))
-            running = asyncio.create_task(
-                manager.run(
-                    dequeue_timeout=POLL,
-                    batch_size=self._concurrency // 2,
-                    max_concurrent_tasks=self._concurrency,
-                    heartbeat_timeout=self._lease,
-                    shutdown_on_listener_failure=True,
-                )
-            )
-            await _first_of(
-                asyncio.shield(running), driver.keep_listening(), driver.broken.wait(), self._stopping.wait()
-            )
-            over.set()
-            manager.shutdown.set()
-            if driver.broken.is_set():
-                connection.terminate()  # otherwise PgQueuer would wait for answers on it
-            await asyncio.wait([running], timeout=FAREWELL_SECONDS)
-            running.cancel()
-            await asyncio.wait([running], timeout=FAREWELL_SECONDS)
-            if running.done() and not running.cancelled() and (error := running.exception()):
-                raise error
-            if driver.broken.is_set():
-                raise ConnectionError("the queue's connection was lost")
+    async def _work(self) -> None:
+        """Claim and run until the connection breaks or this worker stops."""
+        async with self._connect() as connection:
+            connection.add_termination_listener(lambda _: self._awake.set())
+            await connection.add_listener(CHANNEL, lambda *_: self._awake.set())
+            self._look_at_clock_at = 0.0
+            while not self._stopping.is_set():
+                # BEFORE the claim, otherwise what comes while it is on the way would be overlooked.
+                self._awake.clear()
+                wait = await self._claim(connection)
+                self._connection = connection
+                await _within(wait, self._awake)
 
-    async def _deliver(self, over: asyncio.Event, row: QueueRow) -> None:
-        """PgQueuer's entrypoint: start the attempt in a task of ours, and wait for it or for our end."""
-        run = Delivery(UUID((row.payload or b"").decode()), self._jobs[row.entrypoint])
-        task = self._attempts.get(run.run_id) or await self._begin(run)
-        await _first_of(asyncio.shield(task), over.wait())
-        ended = task.done() and not task.cancelled() and task.exception() is None
-        if ended and task.result().verdict in {Verdict.BUSY, Verdict.LOCKED}:
-            raise RetryRequested(delay=BUSY_WAIT, reason="another run of this job is active")
-
-    async def _begin(self, run: Delivery) -> asyncio.Task[Claim]:
-        """Start an attempt once there is room: attempts outlive the incarnation that brought them."""
+    async def _claim(self, connection: "asyncpg.Connection[asyncpg.Record]") -> float:
+        """Claim what there is room for and begin it; return the seconds after which to look again unless woken."""
+        room = self._concurrency - len(self._attempts)
+        if room <= 0:
+            return POLL_SECONDS  # an attempt that ends wakes us
+        now = asyncio.get_running_loop().time()
+        look_at_clock = now >= self._look_at_clock_at
         try:
-            async with asyncio.timeout(ROOM_WAIT_SECONDS):
-                await self._room.acquire()
-        except TimeoutError:
-            raise RetryRequested(delay=timedelta(0), reason="this worker has no room") from None
-        if self._stopping.is_set() or run.run_id in self._attempts:
-            self._room.release()
-            raise RetryRequested(delay=timedelta(0), reason="this worker is stopping, or has begun the run")
-        task = asyncio.create_task(self._runner.attempt(run), name=f"attempt {run.job.name} {run.run_id}")
-        self._attempts[run.run_id] = task
-        task.add_done_callback(partial(self._forget, run))
-        return task
+            async with self._runner.claiming, asyncio.timeout(CLAIM_SECONDS):
+                claims = await self._ask(connection, room, look_at_clock)
+                self._runner.register(claims.taken)
+        except (asyncpg.LockNotAvailableError, asyncpg.UniqueViolationError) as error:
+            log.info("claim.repeated", error=describe_error(error))
+            return random.uniform(0.02, 0.1)  # noqa: S311 - jitter, not a secret
+        if self._stopping.is_set():
+            await self._runner.give_back(claims.taken)
+            return 0
+        for each in claims.taken:
+            self._begin(each)
+        if not claims.listens:
+            raise ConnectionError("the engine's connection does not listen any more")
+        wait = POLL_SECONDS if claims.wait_seconds is None else min(claims.wait_seconds, POLL_SECONDS)
+        if look_at_clock:
+            self._look_at_clock_at = now + min(wait, LOOK_AT_CLOCK_SECONDS)
+        if not claims.taken:
+            # However many wake-ups come, they cost no more than this.
+            await asyncio.sleep(EMPTY_PAUSE_SECONDS)
+        return wait
 
-    def _forget(self, run: Delivery, task: asyncio.Task[Claim]) -> None:
-        del self._attempts[run.run_id]
-        self._room.release()
+    async def _ask(self, connection: "asyncpg.Connection[asyncpg.Record]", room: int, look_at_clock: bool) -> Claims:
+        wanted = []
+        for name, job in self._jobs.items():
+            active = self._active[name]
+            mine = room if job.at_once_here is None else min(room, job.at_once_here - active)
+            wanted.append(Wanted(name, mine, active, job.at_once, job.sends_mail))
+        return await claim(
+            connection,
+            worker=self._runner.worker.id,
+            host=self._runner.worker.host,
+            room=room,
+            reserve=self._reserve,
+            wanted=wanted,
+            letters_apart=self._runner.letters_apart,
+            look_at_clock=look_at_clock,
+            oldest_first=next(self._numbers) % OLDEST_FIRST_EVERY == 0,
+        )
+
+    def _begin(self, taken: Claim) -> None:
+        job = self._jobs[taken.job]
+        run_id = taken.ref.run_id
+        task = asyncio.create_task(self._runner.execute(job, taken, job.retry), name=f"attempt {job.name} {run_id}")
+        self._attempts[run_id] = task
+        self._active[taken.job] += 1
+        task.add_done_callback(partial(self._end, taken))
+
+    def _end(self, taken: Claim, task: "asyncio.Task[None]") -> None:
+        del self._attempts[taken.ref.run_id]
+        self._active[taken.job] -= 1
+        self._awake.set()
         if not task.cancelled() and (error := task.exception()):
-            # The run stays as the ledger has it; the reconciliation pass delivers it again.
-            log.error("attempt.unrecorded", job=run.job.name, run_id=str(run.run_id), error=describe_error(error))
+            # The run stays as the ledger has it; the reconciliation pass gives it back.
+            log.error("attempt.unrecorded", job=taken.job, run_id=str(taken.ref.run_id), error=describe_error(error))
 
 
-async def _first_of(*awaitables: Awaitable[object]) -> None:
-    """Wait until the first of these ends, and cancel the waiting for the others."""
-    waiting = {asyncio.ensure_future(awaitable) for awaitable in awaitables}
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    """Wait for the event, at most for so long."""
     try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for future in waiting:
-            future.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return

@@ -100,7 +100,7 @@ DESCENDANTS = """
         select r.id from bon_scheduler.runs r join family f on r.caused_by = f.id
     )
     select r.id as run_id, r.job, r.state::text as state, r.counts, r.error,
-           case when bon_scheduler.is_due(r) then 0
+           case when r.ready then 0
                 else extract(epoch from r.run_at - now()) end::float8 as wait_seconds
       from family f
       join bon_scheduler.runs r on r.id = f.id
@@ -112,11 +112,15 @@ HOLDER_OF_KEY = """
       from bon_scheduler.runs
      where job = $1 and dedupe_key = $2
 """
-# No parameters. Indexes: runs_by_job, runs_unfinished, runs_for_a_person.
+# No parameters. Indexes: runs_by_job, runs_ready, runs_timed, runs_held, runs_for_a_person.
 JOB_OVERVIEW = """
     select j.name, j.last_tick,
            (select count(*) from bon_scheduler.runs r
-             where r.job = j.name and r.state in ('queued', 'running', 'retrying')) as waiting,
+             where r.job = j.name and r.ready and r.state in ('queued', 'retrying'))
+           + (select count(*) from bon_scheduler.runs r
+               where r.job = j.name and not r.ready and r.state in ('queued', 'retrying'))
+           + (select count(*) from bon_scheduler.runs r
+               where r.job = j.name and r.state = 'running') as waiting,
            (select count(*) from bon_scheduler.runs r
              where r.job = j.name and r.state = 'dead' and not r.dry_run) as dead,
            last.state::text as last_state, last.finished_at as last_finished_at, last.id as last_run_id
@@ -129,19 +133,23 @@ JOB_OVERVIEW = """
                 limit 1) last on true
      order by j.name
 """
-# No parameters. Indexes: runs_unfinished, runs_for_a_person.
+# No parameters. Indexes: runs_ready, runs_timed, runs_held, runs_for_a_person.
 QUEUE_DEPTHS = """
     select job, state::text as state, count(*) as runs
-      from bon_scheduler.runs
-     where (state in ('queued', 'running', 'retrying') or state in ('dead', 'held'))
-       and not dry_run
+      from (select job, state from bon_scheduler.runs where ready and state in ('queued', 'retrying')
+            union all
+            select job, state from bon_scheduler.runs where not ready and state in ('queued', 'retrying')
+            union all
+            select job, state from bon_scheduler.runs where state = 'running'
+            union all
+            select job, state from bon_scheduler.runs where state in ('dead', 'held') and not dry_run) as open
      group by job, state
 """
-# No parameters. Index: runs_unfinished.
+# No parameters. Index: runs_ready.
 QUEUE_AGES = """
-    select job, extract(epoch from clock_timestamp() - min(run_at))::float8 as seconds
+    select job, extract(epoch from clock_timestamp() - min(coalesce(run_at, enqueued_at)))::float8 as seconds
       from bon_scheduler.runs
-     where state in ('queued', 'retrying') and run_at <= clock_timestamp()
+     where ready and state in ('queued', 'retrying')
      group by job
 """
 

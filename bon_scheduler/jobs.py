@@ -26,6 +26,7 @@ __all__ = [
     "Connection",
     "Counts",
     "Cron",
+    "Exclusive",
     "Job",
     "JobContext",
     "LostRunError",
@@ -109,6 +110,17 @@ class Retry:
         # The exponent is bounded, otherwise a long-lived run would overflow the float.
         grown_seconds = self.delay.total_seconds() * self.factor ** min(attempt - 1, 64)
         return timedelta(seconds=min(grown_seconds, self.longest.total_seconds()) * source.uniform(0.5, 1.0))
+
+
+class Exclusive(StrEnum):
+    """What must not run together, in one replica or in several."""
+
+    NO = "no"
+    """Nothing: runs of the job are free."""
+    JOB = "job"
+    """Two runs of the job."""
+    BUSINESS = "business"
+    """Two runs of the job for one business, and two for none."""
 
 
 class NeverRetryError(Exception):
@@ -198,6 +210,11 @@ class JobContext(Protocol):
         ...
 
     @property
+    def retried(self) -> bool:
+        """Whether a person has had this run tried again."""
+        ...
+
+    @property
     def dry_run(self) -> bool:
         """Whether everything is rolled back and nobody outside may be called: only what would be done is wanted."""
         ...
@@ -260,6 +277,13 @@ class Job(Generic[P]):
     """How long one attempt may take before it is cancelled."""
     summary: str
     """The first line of the handler's docstring."""
+    exclusive: Exclusive
+    at_once: int | None
+    """How many runs at most work at once, in all replicas; None: any number."""
+    at_once_here: int | None
+    """How many runs at most work at once in one replica; None: all that WORKER_CONCURRENCY allows."""
+    sends_mail: bool
+    """Whether a run begins by sending a letter: it is not taken before one may go."""
 
 
 AnyJob: TypeAlias = "Job[typing.Any]"
@@ -271,19 +295,37 @@ def job(
     schedule: Cron | None = None,
     retry: Retry | None = None,
     timeout: timedelta = timedelta(minutes=10),
+    exclusive: Exclusive | None = None,
+    at_once: int | None = None,
+    at_once_here: int | None = None,
+    sends_mail: bool = False,
 ) -> Callable[[Handler[P]], Job[P]]:
     """
     Declare a handler as the job `name` (lower-case words joined by hyphens).
 
-    The payload's type is read from the handler's second parameter.
+    The payload's type is read from the handler's second parameter. Without `exclusive`, a job with a schedule has no
+    two runs at once, and one without any number.
     """
+    alone = exclusive or (Exclusive.JOB if schedule else Exclusive.NO)
 
     def declare(handler: Handler[P]) -> Job[P]:
         hints = typing.get_type_hints(handler)
         hints.pop("return", None)
         payload = list(hints.values())[-1]
         summary = (handler.__doc__ or "").strip().partition("\n")[0].rstrip(".")
-        return Job(name, handler, payload, schedule, retry or Retry(), timeout, summary)
+        return Job(
+            name,
+            handler,
+            payload,
+            schedule,
+            retry or Retry(),
+            timeout,
+            summary,
+            alone,
+            at_once,
+            at_once_here,
+            sends_mail,
+        )
 
     return declare
 

@@ -1,14 +1,13 @@
 """
 The ledger of runs: every run is one row from the moment it is asked for until it is pruned.
 
-Asking (`enqueue`), ticks (`record_tick`) and delivery (`redeliver`, `orphans`) are here; what an
-attempt does to its run is in `attempts`, what a person does to it in `revise`. No other module writes
-these tables.
+Asking (`enqueue`) and ticks (`record_tick`) are here; how a run is claimed and what an attempt does to it is in
+`attempts`, what a person does to it in `revise`. No other module writes these tables.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import StrEnum
 from itertools import islice
 from typing import Any
@@ -16,7 +15,7 @@ from uuid import UUID
 
 import asyncpg
 
-from bon_scheduler.jobs import AnyJob, Connection
+from bon_scheduler.jobs import AnyJob, Connection, Exclusive
 
 __all__ = [
     "BULK",
@@ -26,14 +25,12 @@ __all__ = [
     "Request",
     "TickVerdict",
     "UnknownJobError",
-    "deliver",
     "enqueue",
     "enqueue_many",
     "last_ticks",
-    "orphans",
+    "make_overtaken_ready",
     "record_dry_run",
     "record_tick",
-    "redeliver",
     "register_jobs",
 ]
 
@@ -41,15 +38,18 @@ CALL_TIMEOUT_SECONDS = 10
 BULK = 1000
 """Rows handed over in one statement."""
 
-# $1 names: text[], $2 payload schemas: jsonb[].
+# $1 names: text[], $2 payload schemas: jsonb[], $3 attempts: int[], $4 what is exclusive: text[], $5 whether a job that
+# is known already is declared anew: boolean.
 REGISTER_JOBS = """
-    insert into bon_scheduler.jobs as j (name, payload_schema)
-    select name, payload_schema
-      from unnest($1::text[], $2::jsonb[]) as t (name, payload_schema)
+    insert into bon_scheduler.jobs as j (name, payload_schema, attempts, exclusive)
+    select name, payload_schema, attempts, exclusive
+      from unnest($1::text[], $2::jsonb[], $3::int[], $4::text[]) as t (name, payload_schema, attempts, exclusive)
      order by name
     on conflict (name) do update
-       set payload_schema = excluded.payload_schema
-     where j.payload_schema is distinct from excluded.payload_schema
+       set payload_schema = excluded.payload_schema, attempts = excluded.attempts, exclusive = excluded.exclusive
+     where $5
+       and (j.payload_schema, j.attempts, j.exclusive)
+           is distinct from (excluded.payload_schema, excluded.attempts, excluded.exclusive)
 """
 # $1 names: text[].
 LAST_TICKS = """
@@ -69,27 +69,7 @@ ENQUEUE = """
 """
 # $1 job, $2 payloads: jsonb[], $3 dedupe keys: text[], $4 priority: int, $5 asked by, $6 caused by.
 ENQUEUE_MANY = "select bon_scheduler.enqueue_many($1, $2, $3, $4, 'run', $5, $6)"
-DELIVER = "select bon_scheduler.deliver($1)"
-# $1 run, $2 lease: interval or null.
-REDELIVER = "select bon_scheduler.redeliver($1, $2)"
-# $1 job names: text[]. Runs that are due, that no living worker holds and that no queue row would bring to one: a
-# row that is put off for longer than a busy job does was so before the clock was set back. Indexes:
-# runs_unfinished, pgqueuer_unique_dedupe_key (by no instant, which would read the whole queue for each run).
-ORPHANS = """
-    select r.id, r.job, r.state::text as state
-      from bon_scheduler.runs r
-     where r.state in ('queued', 'running', 'retrying')
-       and r.job = any ($1)
-       and bon_scheduler.is_due(r)
-       and (r.state <> 'running' or not bon_scheduler.is_alive(r.worker))
-       and not exists (select from bon_scheduler.pgqueuer q
-                        where q.dedupe_key = r.id || '/' || r.attempt and q.status = 'queued'
-                          and q.execute_after - interval '1 minute' <= now())
-     order by r.run_at
-     limit 1000
-"""
-
-
+MAKE_OVERTAKEN_READY = "select bon_scheduler.make_overtaken_ready()"
 # $1 run, $2 job, $3 payload: jsonb, $4 fire time, $5 asked by, $6 state, $7 started: timestamptz, $8 counts: json,
 # $9 error. It has ended already, and no queue row ever brings it to anybody.
 RECORD_DRY_RUN = """
@@ -153,15 +133,29 @@ class DryRun:
     error: str | None
 
 
-async def register_jobs(connection: Connection, jobs: Iterable[AnyJob]) -> None:
-    """Make these jobs' names known, so that anybody may ask for them."""
+async def register_jobs(
+    connection: Connection, jobs: Iterable[AnyJob], *, scheduled: Collection[str] = (), anew: bool = True
+) -> None:
+    """
+    Make these jobs known, so that anybody may ask for them.
+
+    `scheduled` names those with a schedule in force, declared or not: no two runs of such a job work at once. Unless
+    `anew`, those that are known already stay as they are: a person's process may know less of schedules.
+    """
     ordered = list(jobs)
     await connection.execute(
         REGISTER_JOBS,
         [job.name for job in ordered],
         [job.payload.model_json_schema() for job in ordered],
+        [job.retry.attempts for job in ordered],
+        [_exclusive(job, job.name in scheduled) for job in ordered],
+        anew,
         timeout=CALL_TIMEOUT_SECONDS,
     )
+
+
+def _exclusive(job: AnyJob, scheduled: bool) -> Exclusive:
+    return Exclusive.JOB if scheduled and job.exclusive is Exclusive.NO else job.exclusive
 
 
 async def last_ticks(connection: Connection, jobs: Sequence[str]) -> dict[str, datetime]:
@@ -231,6 +225,11 @@ async def enqueue_many(
     return new
 
 
+async def make_overtaken_ready(connection: Connection) -> int:
+    """End the waits that only a clock which was set back explains; return how many; see the SQL function."""
+    return int(await connection.fetchval(MAKE_OVERTAKEN_READY, timeout=CALL_TIMEOUT_SECONDS))
+
+
 async def record_dry_run(connection: Connection, run: DryRun) -> None:
     """Record a dry run, whole."""
     await connection.execute(
@@ -246,19 +245,3 @@ async def record_dry_run(connection: Connection, run: DryRun) -> None:
         run.error,
         timeout=CALL_TIMEOUT_SECONDS,
     )
-
-
-async def deliver(connection: Connection, run_id: UUID) -> bool:
-    """Make a queue row for a run that has not ended; False when one is there already."""
-    return bool(await connection.fetchval(DELIVER, run_id, timeout=CALL_TIMEOUT_SECONDS))
-
-
-async def redeliver(connection: Connection, run_id: UUID, lease: timedelta | None) -> bool:
-    """Do the same for an orphan: a queue row that was picked and silent for longer than `lease`, if any, makes room."""
-    return bool(await connection.fetchval(REDELIVER, run_id, lease, timeout=CALL_TIMEOUT_SECONDS))
-
-
-async def orphans(connection: Connection, jobs: Sequence[str]) -> list[tuple[UUID, str]]:
-    """Return (run, job) of these jobs' runs that nobody works on and no queue row would bring."""
-    rows = await connection.fetch(ORPHANS, list(jobs), timeout=CALL_TIMEOUT_SECONDS)
-    return [(row["id"], row["job"]) for row in rows]

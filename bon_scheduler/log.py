@@ -84,7 +84,7 @@ def configure_logging(level: LogLevel, style: LogFormat) -> None:
     root.handlers[:] = [handler]
     root.setLevel(_LEVELS[level])
     # Libraries that log every request or every retry of their own: the ledger says it once.
-    for name in ("aiohttp.access", "aiosmtplib", "asyncio", "pgqueuer", "mail.log"):
+    for name in ("aiohttp.access", "aiosmtplib", "asyncio", "mail.log"):
         logging.getLogger(name).setLevel(max(logging.WARNING, _LEVELS[level]))
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 from uuid import UUID
 
 import aiosmtplib
@@ -166,7 +166,7 @@ class Mailer:
     ) -> None:
         self._settings = settings
         self._pool = pool
-        self._gate = MailGate(pool, rate_per_second=settings.email_rate_per_second)
+        self.gate: Final = MailGate(pool, rate_per_second=settings.email_rate_per_second)
         self._connections = SmtpConnections(settings, tls_context=tls_context, timeout=timeout)
         self._clock = clock or SystemClock()
         self._observe = observe
@@ -206,7 +206,7 @@ class Mailer:
             return settled  # BEFORE the gate: it takes nobody's turn
         # What is no address is refused without the server, and says nothing about it.
         written = await self._write(letter) if is_mailbox(letter.recipient) else None
-        passage = await self._gate.pass_through() if written else None
+        passage = await self.gate.pass_through(run_id) if written else None
         claim = await self._claim(letter, run_id, attempt)
         if isinstance(claim, Delivery):
             return claim
@@ -243,9 +243,9 @@ class Mailer:
     async def _tell_gate(self, passage: Passage, answer: Answer) -> None:
         """Raise MailUnavailableError where the server was the trouble."""
         if answer.away:
-            raise await self._gate.report_away(passage, answer.reply)
+            raise await self.gate.report_away(passage, answer.reply)
         if answer.delivery is not Delivery.UNKNOWN:
-            await self._gate.report_back(passage)
+            await self.gate.report_back(passage)
 
     async def _claim(self, letter: Letter, run_id: UUID, attempt: int) -> _Intention | Delivery:
         """Commit the intention to send, or find out what became of an earlier one."""

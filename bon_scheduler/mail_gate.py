@@ -2,22 +2,26 @@
 The gate that the letters of all replicas pass, one row in PostgreSQL: it spaces them, and it closes while the
 mail server is away.
 
-A place in the row of letters is reserved in one short statement, and waited for without a connection. The row is
-two minutes long at most: who finds it full comes again, as at a closed gate. While that is closed one letter at a
-time tries the server; the others wait here for a while before their runs are given back, so that a hundred thousand
-runs do not circulate through the queue. One event of level error says that the server is away, whatever the number of
-letters and replicas, and one says that it is back.
+Claims read it: a run that begins with a letter is taken only when one may go, and brings the place of its first letter
+(`admit`). A place for another letter of the same run is reserved in one short statement, and waited for without a
+connection. While the gate is closed one run at a time is taken to try the server; the others wait in the ledger. One
+event of level error says that the server is away, whatever the number of letters and replicas, and one says that it is
+back.
 """
 
 import asyncio
 import random
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from uuid import UUID
 
 import asyncpg
 import structlog
 
+from bon_scheduler.claims import MailSlot
+from bon_scheduler.db import TRANSIENT_ERRORS
 from bon_scheduler.jobs import Connection, NotNowError
+from bon_scheduler.log import describe_error
 
 __all__ = ["GateState", "MailGate", "MailUnavailableError", "Passage", "gate_state"]
 
@@ -29,14 +33,14 @@ TOLERATED = 3
 """Failures in a row that close the gate: one lost connection is no outage."""
 FIRST_WAIT = timedelta(seconds=30)
 LONGEST_WAIT = timedelta(minutes=5)
-PATIENCE = timedelta(seconds=20)
-"""How long a letter waits at a closed gate before its run is given back."""
 
 # $1 between letters: interval, $2 trial: interval.
 TAKE_TURN = "select verdict, wait, failures, trouble from bon_scheduler.pass_mail_gate($1, $2)"
 # $1 what happened: text, $2 whether the letter was the one that tries: boolean, $3 tolerated: int, $4 first
 # wait: interval, $5 longest wait: interval.
 CLOSE_GATE = "select bon_scheduler.close_mail_gate($1, $2, $3, $4, $5)"
+# $1 between letters: interval, $2 whether it was the one that tries: boolean.
+RETURN_SLOT = "select bon_scheduler.return_letter_slot($1, $2)"
 OPEN_GATE = "select bon_scheduler.open_mail_gate()"
 GATE_STATE = "select closed_since, trouble from bon_scheduler.mail_gate"
 
@@ -73,29 +77,42 @@ class MailGate:
     """The gate as one process sees it."""
 
     def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]", *, rate_per_second: float) -> None:
+        self.apart = timedelta(seconds=1 / rate_per_second)
         self._pool = pool
-        self._apart = timedelta(seconds=1 / rate_per_second)
+        self._admitted: dict[UUID, tuple[float, Passage]] = {}
 
-    async def pass_through(self) -> Passage:
+    def admit(self, run_id: UUID, slot: MailSlot) -> None:
+        """Note the place of the run's first letter, which came with its claim just now."""
+        opens = asyncio.get_running_loop().time() + slot.wait.total_seconds()
+        self._admitted[run_id] = (opens, Passage(slot.trial, slot.after_failures))
+
+    async def dismiss(self, run_id: UUID) -> None:
+        """Give back the run's place, if it sent no letter: the next may go at once, and a trial is anybody's."""
+        unused = self._admitted.pop(run_id, None)
+        if unused is None:
+            return
+        try:
+            await self._pool.execute(RETURN_SLOT, self.apart, unused[1].trial)
+        except TRANSIENT_ERRORS as error:
+            log.info("mail.slot_not_returned", error=describe_error(error))  # it is lost: a letter's time, or a trial's
+
+    async def pass_through(self, run_id: UUID | None = None) -> Passage:
         """
-        Wait for this letter's turn; raises MailUnavailableError while the server is away, and NotNowError while
-        more letters wait than the rate lets go in two minutes.
+        Wait for this letter's turn: the one its run came with, or another. Raises MailUnavailableError while the
+        server is away, and NotNowError while more letters wait than the rate lets go in two minutes.
         """
-        patience = PATIENCE.total_seconds() * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
-        while True:
-            gate = await self._pool.fetchrow(TAKE_TURN, self._apart, TRIAL)
-            if gate is None:
-                raise LookupError("pass_mail_gate always returns one row")
-            wait_seconds = gate["wait"].total_seconds()
-            if gate["verdict"] != "closed":
-                await asyncio.sleep(wait_seconds)
-                return Passage(gate["verdict"] == "trial", gate["failures"] > 0)
-            await asyncio.sleep(min(wait_seconds, patience))
-            patience -= wait_seconds
-            if patience <= 0:
-                raise (
-                    _full() if gate["trouble"] is None else _unavailable(gate["trouble"], timedelta(seconds=-patience))
-                )
+        admitted = self._admitted.pop(run_id, None) if run_id else None
+        if admitted is not None:
+            opens, passage = admitted
+            await asyncio.sleep(opens - asyncio.get_running_loop().time())
+            return passage
+        gate = await self._pool.fetchrow(TAKE_TURN, self.apart, TRIAL)
+        if gate is None:
+            raise LookupError("pass_mail_gate always returns one row")
+        if gate["verdict"] == "closed":
+            raise _full() if gate["trouble"] is None else _unavailable(gate["trouble"], gate["wait"])
+        await asyncio.sleep(gate["wait"].total_seconds())
+        return Passage(gate["verdict"] == "trial", gate["failures"] > 0)
 
     async def report_away(self, passage: Passage, trouble: str) -> MailUnavailableError:
         """Report that the server was away for a letter; return what to raise. `trouble` names no address."""

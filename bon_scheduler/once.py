@@ -1,30 +1,31 @@
 """
 One run, now, in the foreground, by this process: then the runs it caused, and theirs.
 
-The run goes through the ledger like any other. It is asked for and claimed in one transaction, so
+The run goes through the ledger like any other. It is asked for and claimed by one statement, so that
 no other replica can take it; runs it causes may be taken by others, and are then waited for.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import structlog
 
-from bon_scheduler import history, ledger, revise
-from bon_scheduler.attempts import Claim, Verdict
+from bon_scheduler import history, revise
+from bon_scheduler.attempts import RunRef
+from bon_scheduler.claims import Claim, Foreground, Verdict
 from bon_scheduler.db import Pool
 from bon_scheduler.history import OPEN_STATES, Row
 from bon_scheduler.jobs import AnyJob, Connection, Payload, Retry
-from bon_scheduler.ledger import Origin, Request
 from bon_scheduler.revise import Action
-from bon_scheduler.runner import Delivery, Runner
+from bon_scheduler.runner import Runner, to_its_end
 
 __all__ = ["AlreadyRunningError", "RunReport", "run_once"]
 
+T = TypeVar("T")
 log = structlog.get_logger()
 ONE_ATTEMPT = Retry(attempts=1)
 LOOK_AGAIN_SECONDS = 0.2
@@ -33,9 +34,6 @@ WATCH_SECONDS = 1.0
 
 class AlreadyRunningError(Exception):
     """Another run of the job is active, and the job allows only one."""
-
-    worth_watching = False
-    """Whether its worker looks silent, so that this process soon knows whether it is dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,31 +83,30 @@ async def run_once(
 ) -> RunReport:
     """Make one attempt at a new run of `job`, work through what it causes, and report when all has ended."""
 
-    async def cancel(connection: Connection, run_id: UUID) -> None:
+    async def cancel(connection: Connection, ref: RunRef) -> None:
         # Never given back: a person who interrupts does not want another replica to go on with it.
-        await revise.revise(connection, Action.CANCEL, [run_id], states=OPEN_STATES, by=asked_by, reason="interrupted")
+        await revise.revise(
+            connection, Action.CANCEL, [ref.run_id], states=OPEN_STATES, by=asked_by, reason="interrupted"
+        )
 
-    run_id: UUID | None = None
-    try:
-        claim: Claim | None = None
-        while claim is None or run_id is None:
-            try:
-                async with pool.acquire() as connection, connection.transaction():
-                    run_id = await _ask(connection, job, payload, fire_time, asked_by)
-                    claim = await _claim(connection, runner, Delivery(run_id, job))
-            except AlreadyRunningError as error:
-                if not error.worth_watching:
-                    raise
-                # Until the reconciler takes that worker for dead, or it speaks: there may be no other to do it.
-                log.info("holder.watched", job=job.name)
-                await asyncio.sleep(WATCH_SECONDS)
-        await runner.execute(job, claim, ONE_ATTEMPT, leave=lambda connection, ref: cancel(connection, ref.run_id))
-    except asyncio.CancelledError:
-        # Perhaps before the attempt began, while the claim was being committed.
-        if run_id is not None:
+    async def ask() -> Foreground:
+        async with pool.acquire() as connection:
+            return await runner.claim_new(connection, job, payload, fire_time=fire_time, asked_by=asked_by)
+
+    async def undo(answer: Foreground) -> None:
+        if answer.claim is not None:
             async with pool.acquire() as connection:
-                await cancel(connection, run_id)
-        raise
+                await cancel(connection, answer.claim.ref)
+            runner.forget(answer.claim.ref.run_id)
+
+    claim: Claim | None = None
+    while claim is None:
+        answer = await _whole(ask(), undo)
+        claim = answer.claim
+        if claim is None:
+            await _wait_for(job, answer)
+    run_id = claim.ref.run_id
+    await runner.execute(job, claim, ONE_ATTEMPT, leave=cancel)
     await _work_through(pool, runner, jobs, run_id, concurrency)
     async with pool.acquire() as connection:
         run = await history.find_run(connection, run_id)
@@ -122,42 +119,50 @@ async def run_once(
         )
 
 
-async def _ask(connection: Connection, job: AnyJob, payload: Payload, fire_time: datetime, asked_by: str) -> UUID:
-    run_id = await ledger.enqueue(
-        connection,
-        Request(
-            job.name,
-            payload.model_dump(mode="json"),
-            fire_time=fire_time,
-            origin=Origin.PERSON,
-            asked_by=asked_by,
-        ),
-    )
-    if run_id is None:
-        raise LookupError("the ledger gave no run for a request without a key")
-    return run_id
+async def _whole(work: Coroutine[Any, Any, T], undo: Callable[[T], Awaitable[None]]) -> T:
+    """Await work that must be known to its end: when this task is cancelled meanwhile, it is undone."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await to_its_end(_undone(task, undo))
+        raise
 
 
-async def _claim(connection: Connection, runner: Runner, run: Delivery) -> Claim:
-    claim = await runner.claim(connection, run, ONE_ATTEMPT)
-    if claim.verdict in {Verdict.BUSY, Verdict.LOCKED}:
-        since = f"{claim.holder_since:%Y-%m-%d %H:%M:%S} UTC" if claim.holder_since else "an unknown time"
-        error = AlreadyRunningError(
-            f'"{run.job.name}" is already running on {claim.holder_host or "another worker"} since {since}. '
+async def _undone(task: "asyncio.Task[T]", undo: Callable[[T], Awaitable[None]]) -> None:
+    await undo(await task)
+
+
+async def _wait_for(job: AnyJob, answer: Foreground) -> None:
+    """Wait before the run is asked for again; raises AlreadyRunningError."""
+    if answer.verdict is not Verdict.BUSY:
+        await asyncio.sleep(answer.wait_seconds)  # no letter may go yet
+    elif answer.holder_silent:
+        # Until the reconciler declares that worker dead, or it is heard: there may be no other to do it.
+        log.info("holder.watched", job=job.name)
+        await asyncio.sleep(WATCH_SECONDS)
+    else:
+        since = f"{answer.holder_since:%Y-%m-%d %H:%M:%S} UTC" if answer.holder_since else "an unknown time"
+        raise AlreadyRunningError(
+            f'"{job.name}" is already running on {answer.holder_host or "another worker"} since {since}. '
             "Wait for it to end; see it with: python -m bon_scheduler runs --state running; "
             "stop it with: python -m bon_scheduler cancel RUN_ID --reason …"
         )
-        error.worth_watching = claim.holder_silent
-        raise error
-    return claim
 
 
 async def _work_through(pool: Pool, runner: Runner, jobs: Mapping[str, AnyJob], root: UUID, concurrency: int) -> None:
+    """Run what the run caused, and what that causes, until all has ended, here or elsewhere."""
     slots = asyncio.Semaphore(concurrency)
 
     async def work(run: Row) -> None:
+        job = jobs[run["job"]]
         async with slots:
-            await runner.attempt(Delivery(run["run_id"], jobs[run["job"]]))
+            async with pool.acquire() as connection:
+                answer = await runner.claim_one(connection, run["run_id"], job)
+            if answer.claim is not None:
+                await runner.execute(job, answer.claim, job.retry)
+            elif answer.verdict is Verdict.WAITS:
+                await asyncio.sleep(answer.wait_seconds)
 
     while True:
         async with pool.acquire() as connection:
@@ -167,5 +172,4 @@ async def _work_through(pool: Pool, runner: Runner, jobs: Mapping[str, AnyJob], 
             return
         due = [run for run in unfinished if run["state"] != "running" and run["wait_seconds"] <= 0]
         await asyncio.gather(*(work(run) for run in due))
-        if not due:
-            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+        await asyncio.sleep(LOOK_AGAIN_SECONDS if not due else 0)

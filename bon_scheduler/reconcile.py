@@ -1,35 +1,36 @@
 """
 Reconciliation: what the ledger says and what is so, compared every two seconds.
 
-It must find what nobody else would notice: a worker that was silent for its lease (taken for dead); a run whose
-worker died or whose queue row vanished (delivered again); an attempt of ours whose run another took over or a person
-cancelled (stopped); a run the ledger says is ours and that we know nothing of, because the answer to its claim was
-lost (let go of, so that it is delivered again); a letter whose sender ended before the answer was recorded
+It must find what nobody else would notice: a worker that was silent for its lease (declared dead, and its runs
+released in the same transaction); an attempt of ours whose run another took over or a person cancelled (stopped); a run
+the ledger says is ours and that we know nothing of, because the answer to its claim was lost (given back); a wait that
+only a clock which was set back explains (ended); a letter whose sender ended before the answer was recorded
 (`unknown`, for a person to decide).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import structlog
 
-from bon_scheduler import attempts, deliveries, ledger
+from bon_scheduler import attempts, deliveries
 from bon_scheduler.db import Pool
 from bon_scheduler.jobs import Connection
-from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, make_overtaken_ready
 from bon_scheduler.log import describe_error
-from bon_scheduler.metrics import Metrics
 from bon_scheduler.runner import Runner
-from bon_scheduler.workers import Watch, Worker, bury, signs_of_life
+from bon_scheduler.workers import Watch, Worker, declare_dead, signs_of_life
 
 __all__ = ["Reconciler", "pass_seconds"]
 
 log = structlog.get_logger()
 LONGEST_WAIT_SECONDS = 2.0
-"""A worker's last word is noticed one pass late, and its silence another: rescue takes the lease and 5 s."""
+"""A heartbeat is noticed one pass late, and its silence another: rescue takes the lease and 5 s."""
 AFTER_FAILURE_SECONDS = 0.5
+WHOLE_EVERY = 5
+"""Of so many passes one looks for what is rare: waits that a clock explains, letters nobody answers for."""
 
 
 def pass_seconds(lease: timedelta) -> float:
@@ -38,23 +39,14 @@ def pass_seconds(lease: timedelta) -> float:
 
 
 class Reconciler:
-    """The pass of one worker; one that names jobs to `rescue` also delivers their orphans again."""
+    """The pass of one worker."""
 
-    def __init__(
-        self,
-        *,
-        pool: Pool,
-        runner: Runner,
-        worker: Worker,
-        metrics: Metrics,
-        rescue: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, *, pool: Pool, runner: Runner, worker: Worker) -> None:
         self._pool = pool
         self._runner = runner
         self._worker = worker
         self._watch = Watch(worker)
-        self._metrics = metrics
-        self._rescued_jobs = rescue
+        self._passes = 0
         self._loop: asyncio.Task[None] | None = None
 
     @property
@@ -64,7 +56,7 @@ class Reconciler:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Reconciler"]:
-        """Reconcile inside the block."""
+        """Reconcile for the duration of the context."""
         self._loop = asyncio.create_task(self._repeat(), name="reconcile")
         try:
             yield self
@@ -84,38 +76,39 @@ class Reconciler:
 
     async def make_pass(self) -> None:
         """Compare once, and mend."""
+        whole = self._passes % WHOLE_EVERY == 0
+        self._passes += 1
         async with self._pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
             await self._compare(connection)
-            await self._bury(connection)
-            if self._rescued_jobs:
-                await self._rescue(connection)
+            await self._release(connection)
+            if whole:
+                await self._look_for_what_is_rare(connection)
 
     async def _compare(self, connection: Connection) -> None:
-        # BEFORE the query, otherwise a run that was claimed meanwhile would look lost.
-        before = self._runner.under_way
-        held = await attempts.held_by(connection, self._worker.id)
-        ours = [ref for ref in before.values() if ref is not None]
-        for ref in await attempts.lost_by(connection, self._worker.id, ours):
+        # Under the lock, otherwise a run whose claim is on the way would look unknown.
+        async with self._runner.claiming, connection.transaction():
+            known = self._runner.under_way
+            for ref in await attempts.give_back_unknown(connection, self._worker.id, known):
+                log.warning(
+                    "run.given_back", run_id=str(ref.run_id), attempt=ref.attempt, error="its claim had no answer"
+                )
+            lost = await attempts.lost_by(connection, self._worker.id, known.values()) if known else set()
+        for ref in lost:
             self._runner.drop(ref)
-        for ref in held:
-            # Neither before nor after, otherwise one whose claim is on the way would be let go of.
-            if ref.run_id in before or ref.run_id in self._runner.under_way:
-                continue
-            if await attempts.forsake(connection, ref):
-                log.warning("run.forsaken", run_id=str(ref.run_id), attempt=ref.attempt)
 
-    async def _bury(self, connection: Connection) -> None:
-        silent = self._watch.silent(await signs_of_life(connection))
-        for dead in await bury(connection, silent) if silent else ():
-            log.warning("worker.taken_for_dead", worker=str(dead.id), host=dead.host, pid=dead.pid)
+    async def _release(self, connection: Connection) -> None:
+        async with connection.transaction():
+            silent = self._watch.silent(await signs_of_life(connection))
+            dead = await declare_dead(connection, silent) if silent else []
+            released = await attempts.release_lost(connection)
+        for worker in dead:
+            log.warning("worker.taken_for_dead", worker=str(worker.id), host=worker.host, pid=worker.pid)
+        for run in released:
+            self._runner.report_released(run)
 
-    async def _rescue(self, connection: Connection) -> None:
-        # After an outage whatever was picked looks forgotten.
-        lease = self._worker.lease if self._watch.steady else None
-        for run_id, job in await ledger.orphans(connection, self._rescued_jobs):
-            if await ledger.redeliver(connection, run_id, lease):
-                log.warning("run.rescued", job=job, run_id=str(run_id))
-                self._metrics.rescued.labels(job).inc()
+    async def _look_for_what_is_rare(self, connection: Connection) -> None:
+        if overtaken := await make_overtaken_ready(connection):
+            log.warning("runs.overtaken", runs=overtaken)
         for delivery in await deliveries.give_up_forsaken(connection):
             log.warning(
                 "delivery.unknown",

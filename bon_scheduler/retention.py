@@ -20,8 +20,6 @@ __all__ = ["BATCH", "PRUNERS", "Horizon", "mark_horizon"]
 BATCH = 2000
 """Rows deleted in one transaction: a fraction of a second's work."""
 OUTCOMES_KEPT = timedelta(days=60)
-QUEUE_LOG_KEPT = timedelta(days=1)
-"""PgQueuer's log and its sums say nothing that the ledger does not; its dashboard shows the last hours."""
 
 # In all: $1 now: timestamptz, as this worker believes; the database's clock holds it back, so that one clock
 # that is far ahead forgets nothing.
@@ -88,41 +86,6 @@ PRUNE_OUTCOMES = """
     )
     select count(*) from pruned
 """
-# $2 kept: interval, $3 rows: int. Index: pgqueuer_log_created.
-PRUNE_QUEUE_LOG = """
-    with old as (
-        select l.id
-          from bon_scheduler.pgqueuer_log l
-         where l.created < least($1, clock_timestamp()) - $2::interval
-         order by l.created
-         limit $3
-           for update skip locked
-    ), pruned as (
-        delete from bon_scheduler.pgqueuer_log l
-         using old
-         where l.id = old.id
-        returning 1
-    )
-    select count(*) from pruned
-"""
-# $2 kept: interval, $3 rows: int. Index: pgqueuer_statistics_pkey, in whose order rows come; once a day it is read
-# through when nothing is old.
-PRUNE_QUEUE_STATISTICS = """
-    with old as (
-        select s.id
-          from bon_scheduler.pgqueuer_statistics s
-         where s.created < least($1, clock_timestamp()) - $2::interval
-         order by s.id
-         limit $3
-           for update skip locked
-    ), pruned as (
-        delete from bon_scheduler.pgqueuer_statistics s
-         using old
-         where s.id = old.id
-        returning 1
-    )
-    select count(*) from pruned
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +118,6 @@ PRUNERS: Mapping[str, Pruner] = MappingProxyType(
         "deliveries": _pruner(PRUNE_DELIVERIES, lambda horizon: horizon.runs_kept),
         "outcomes": _pruner(PRUNE_OUTCOMES, lambda horizon: min(OUTCOMES_KEPT, horizon.runs_kept)),
         "runs": _pruner(PRUNE_RUNS, lambda horizon: horizon.runs_kept),
-        "queue_log": _pruner(PRUNE_QUEUE_LOG, lambda _: QUEUE_LOG_KEPT),
-        "queue_statistics": _pruner(PRUNE_QUEUE_STATISTICS, lambda _: QUEUE_LOG_KEPT),
     }
 )
 """By the name it is counted under."""

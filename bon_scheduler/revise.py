@@ -5,7 +5,7 @@ Called by an operator's commands and by an interrupted `run-once`, beside living
 is recorded in `operator_actions` by the statement that changes it. An attempt that has the run needs no
 word: its fence finds a run that is not `running`, or the next attempt's number, and refuses its commit.
 
-Order of locks, as everywhere: runs (by id), attempts, queue. What a handler recorded of businesses is left
+Order of locks, as everywhere: runs (by id), attempts. What a handler recorded of businesses is left
 alone, because a handler that was cancelled may hold it while it waits at its fence for the run.
 """
 
@@ -35,19 +35,20 @@ LOCK_RUNS = """
 RETRY = """
     with revised as (
         update bon_scheduler.runs
-           set state = 'queued', given_back = attempt, retried_after = attempt, run_at = now(), timed_at = now(),
+           set state = 'queued', given_back = attempt, retried_after = attempt, run_at = null, ready = true,
                finished_at = null, error = null, reason = null, worker = null
          where id = any ($1)
         returning id
+    ), woken as (
+        select bon_scheduler.wake_workers() from revised limit 1
+    ), noted as (
+        insert into bon_scheduler.operator_actions (by, action, target, reason)
+        select $2, 'retry', id::text, $3 from revised
     )
-    insert into bon_scheduler.operator_actions (by, action, target, reason)
-    select $2, 'retry', id::text, $3 from revised
+    select from woken
 """
-# $1 runs: uuid[]. Index: runs_pkey.
-DELIVER = "select count(bon_scheduler.deliver(id)) from unnest($1::uuid[]) as t (id)"
-# $1 runs: uuid[], $2 by, $3 reason. Indexes: runs_pkey, attempts_pkey, pgqueuer_unique_dedupe_key. A dead run
-# keeps the instant and the error of its end. The queue row goes too, otherwise one that is due in a month, or
-# of a job without a handler, would stay until then, and delay a retry until then.
+# $1 runs: uuid[], $2 by, $3 reason. Indexes: runs_pkey, attempts_pkey. A dead run keeps the instant and the error of
+# its end.
 CANCEL = """
     with revised as (
         update bon_scheduler.runs
@@ -59,10 +60,6 @@ CANCEL = """
            set ended_at = clock_timestamp(), outcome = 'cancelled'
           from revised r
          where a.run_id = r.id and a.attempt = r.attempt and a.ended_at is null
-    ), unqueued as (
-        delete from bon_scheduler.pgqueuer q
-         using revised r
-         where q.dedupe_key = r.id || '/' || r.attempt and q.status = 'queued'
     )
     insert into bon_scheduler.operator_actions (by, action, target, reason)
     select $2, 'cancel', id::text, $3 from revised
@@ -74,7 +71,7 @@ DEAD_RUNS = """
      where state = 'dead' and ($1::text is null or job = $1) and not dry_run
      order by id
 """
-# $1 job. Index: runs_unfinished.
+# $1 job. Indexes: runs_ready, runs_timed.
 WAITING_RUNS = """
     select id
       from bon_scheduler.runs
@@ -195,6 +192,4 @@ async def _change(connection: Connection, action: Action, rows: Sequence[Row], b
     run_ids = [row["id"] for row in rows]
     statement = RETRY if action is Action.RETRY else CANCEL
     await connection.execute(statement, run_ids, by, reason, timeout=CALL_TIMEOUT_SECONDS)
-    if action is Action.RETRY:
-        await connection.execute(DELIVER, run_ids, timeout=CALL_TIMEOUT_SECONDS)
     return [Revised(row["id"], row["job"], row["state"]) for row in rows]

@@ -1,5 +1,5 @@
 """
-One attempt: claim the run, bind the log, call the handler within its deadline, record how it ended.
+One attempt: bind the log, call the handler within its deadline, record how it ended.
 
 It must survive whatever a handler does: raise, hang, swallow its cancellation, return late, lose its run. A handler
 runs in a task of its own; one that does not end when it is cancelled is abandoned, its transactions are cut, and
@@ -7,13 +7,13 @@ the attempt goes on without it. A handler's exception never leaves this module; 
 """
 
 import asyncio
-import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, TypeAlias
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -21,48 +21,41 @@ import structlog
 from pydantic import ValidationError
 from structlog.contextvars import bound_contextvars
 
-from bon_scheduler import attempts
-from bon_scheduler.attempts import Claim, RunRef, Verdict
+from bon_scheduler import attempts, claims
+from bon_scheduler.attempts import Released, RunRef
+from bon_scheduler.claims import Claim, Claimant, Foreground, UnreadableRunError
 from bon_scheduler.clock import Clock
 from bon_scheduler.context import AttemptContext
 from bon_scheduler.db import TRANSIENT_ERRORS, Pool
 from bon_scheduler.deadman import Deadman
 from bon_scheduler.endings import Ending, invoke, judge
 from bon_scheduler.jobs import AnyJob, Connection, Counts, Cron, LostRunError, Payload, Retry, explain_payload
-from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Origin
+from bon_scheduler.ledger import Origin
 from bon_scheduler.log import describe_error, where_now
+from bon_scheduler.mail_gate import MailGate
 from bon_scheduler.metrics import Metrics
+from bon_scheduler.recorder import Recorder
 from bon_scheduler.timing import next_fire_time
 from bon_scheduler.workers import Worker
 
-__all__ = ["Delivery", "Runner"]
+__all__ = ["Runner", "to_its_end"]
 
-T = TypeVar("T")
 Leave: TypeAlias = Callable[[Connection, RunRef], Awaitable[object]]
 """What becomes of a run whose attempt is cut short because its process stops."""
 log = structlog.get_logger()
-LONGEST_RECORDING_WAIT_SECONDS = 2.0
 DEADLINE_GRACE_SECONDS = 5.0
 """How long a handler may take to end once it is cancelled: to roll back, or to save what cannot be undone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A run that was brought to this worker, and its job."""
-
-    run_id: UUID
-    job: AnyJob
-
-
 @dataclass(slots=True)
 class _UnderWay:
-    """An attempt of this process: without `ref` while its claim is on the way."""
+    """An attempt of this process. `dropped` is resolved when its run is no longer its own."""
 
-    ref: RunRef | None = None
-    dropped: asyncio.Event = field(default_factory=asyncio.Event)
+    ref: RunRef
+    dropped: "asyncio.Future[None]"
 
 
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
     """Await what must not be cut short, however often this task is cancelled meanwhile."""
     task = asyncio.create_task(work)
     while not task.done():
@@ -75,7 +68,8 @@ class Runner:
     """
     Makes attempts for one worker; safe to call concurrently.
 
-    `farewell` is how long a handler may take to end when this process is stopping.
+    `farewell` is how long a handler may take to end when this process is stopping. Whoever claims holds `claiming`
+    until the answer is registered, so that nobody takes a run for one that this process knows nothing of.
     """
 
     def __init__(
@@ -84,8 +78,8 @@ class Runner:
         pool: Pool,
         control: Pool,
         worker: Worker,
-        claims_at_once: int,
         resources: Mapping[type, object],
+        gate: MailGate | None,
         schedules: Mapping[str, Cron],
         zone: ZoneInfo,
         clock: Clock,
@@ -93,24 +87,29 @@ class Runner:
         deadman: Deadman,
         farewell: timedelta,
     ) -> None:
+        self.claiming = asyncio.Lock()
+        self.worker = worker
         self._pool = pool
-        self._control = control
-        self._worker = worker
-        self._claims = asyncio.Semaphore(claims_at_once)
+        self._recorder = Recorder(control)
         self._resources = resources
+        self._gate = gate
         self._schedules = schedules
         self._zone = zone
         self._clock = clock
         self._metrics = metrics
         self._deadman = deadman
         self._farewell = farewell
-        self._recordings: dict[UUID, asyncio.Task[Any]] = {}
         self._under_way: dict[UUID, _UnderWay] = {}
         self._abandoned: set[asyncio.Task[Counts]] = set()
 
     @property
-    def under_way(self) -> dict[UUID, RunRef | None]:
-        """The attempts of this process by run, until they are recorded; None for one whose claim is on the way."""
+    def letters_apart(self) -> timedelta | None:
+        """The time between two letters of all replicas; None while letters are only logged."""
+        return self._gate.apart if self._gate else None
+
+    @property
+    def under_way(self) -> dict[UUID, RunRef]:
+        """The attempts of this process by run, from the answer to their claim until they are recorded."""
         return {run_id: attempt.ref for run_id, attempt in self._under_way.items()}
 
     @property
@@ -118,101 +117,115 @@ class Runner:
         """How many handlers were cancelled and have not ended since."""
         return len(self._abandoned)
 
+    def register(self, taken: Iterable[Claim]) -> None:
+        """Note the runs of a claim, under `claiming`; `execute` follows for each."""
+        loop = asyncio.get_running_loop()
+        for claim in taken:
+            self._under_way[claim.ref.run_id] = _UnderWay(claim.ref, loop.create_future())
+
+    def forget(self, run_id: UUID) -> None:
+        """Undo `register`, of a claim that did not come to pass."""
+        self._under_way.pop(run_id, None)
+
     def drop(self, ref: RunRef) -> None:
         """Stop an attempt whose run is no longer its own: another took it over, or a person cancelled it."""
         attempt = self._under_way.get(ref.run_id)
-        if attempt is not None and attempt.ref == ref:
-            attempt.dropped.set()
+        if attempt is not None and attempt.ref == ref and not attempt.dropped.done():
+            attempt.dropped.set_result(None)
 
-    async def attempt(self, run: Delivery) -> Claim:
-        """Claim the run and, if it is ours, make one attempt at it; return what the claim said."""
-        claim: Claim | None = None
-        try:
-            # Few at once: one may wait for a lock, and ticks, recordings and probes must not wait with it.
-            async with self._claims, self._control.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
-                claim = await self.claim(connection, run, run.job.retry)
-        except BaseException as error:
-            # The claim may have committed and its connection been lost after: then the run is ours all the same.
-            if claim is None or not isinstance(error, TRANSIENT_ERRORS):
-                self._under_way.pop(run.run_id, None)
-                raise
-        await self.execute(run.job, claim, run.job.retry, leave=attempts.give_back)
-        return claim
+    async def claim_one(self, connection: Connection, run_id: UUID, job: AnyJob) -> Foreground:
+        """Take a certain run for this worker."""
+        return await self._claim_certain(
+            claims.claim_one(connection, run_id, sends_mail=job.sends_mail, by=self._claimant())
+        )
 
-    async def claim(self, connection: Connection, run: Delivery, retry: Retry) -> Claim:
-        """Take the run for this worker; jobs with a schedule are exclusive."""
-        under_way = self._under_way[run.run_id] = _UnderWay()
-        try:
-            claim = await attempts.claim(
+    async def claim_new(
+        self, connection: Connection, job: AnyJob, payload: Payload, *, fire_time: datetime, asked_by: str
+    ) -> Foreground:
+        """Ask for a run and take it for this worker, or do neither."""
+        return await self._claim_certain(
+            claims.claim_new(
                 connection,
-                run.run_id,
-                worker=self._worker.id,
-                host=self._worker.host,
-                allowed=retry.attempts,
-                exclusive=run.job.schedule is not None,
+                job,
+                payload.model_dump(mode="json"),
+                fire_time=fire_time,
+                asked_by=asked_by,
+                by=self._claimant(),
             )
-            under_way.ref = claim.ref
-        finally:
-            if under_way.ref is None:
-                del self._under_way[run.run_id]
-        return claim
+        )
 
-    async def execute(self, job: AnyJob, claim: Claim, retry: Retry, *, leave: Leave) -> None:
-        """Make the attempt that `claim` allows; do nothing when it allows none."""
+    def _claimant(self) -> Claimant:
+        return Claimant(self.worker.id, self.worker.host, self.letters_apart)
+
+    async def _claim_certain(self, asking: Awaitable[Foreground]) -> Foreground:
+        async with self.claiming:
+            answer = await asking
+            if answer.claim is not None:
+                self.register([answer.claim])
+        return answer
+
+    async def execute(self, job: AnyJob, claim: Claim, retry: Retry, *, leave: Leave = attempts.give_back) -> None:
+        """Make the attempt that `claim` allows."""
+        run_id = claim.ref.run_id
+        if self._gate is not None and claim.mail_slot is not None:
+            self._gate.admit(run_id, claim.mail_slot)
         try:
             await self._execute(job, claim, retry, leave)
         finally:
-            if claim.ref is not None:
-                self._end(claim.ref.run_id)
+            # Not before what happened to it is recorded.
+            if (pending := self._recorder.pending(run_id)) is None:
+                self.forget(run_id)
+            else:
+                pending.add_done_callback(lambda _: self.forget(run_id))
+            if self._gate is not None and claim.mail_slot is not None:
+                await self._gate.dismiss(run_id)
 
-    def _end(self, run_id: UUID) -> None:
-        """Forget an attempt, but not before what happened to it is recorded."""
-        recording = self._recordings.get(run_id)
-        if recording is None:
-            self._under_way.pop(run_id, None)
-        else:
-            recording.add_done_callback(lambda _: self._under_way.pop(run_id, None))
+    async def give_back(self, taken: Iterable[Claim]) -> None:
+        """Give back runs whose attempts have not begun."""
+        for claim in taken:
+            await self._recorder.write(claim.ref.run_id, partial(attempts.give_back, ref=claim.ref))
+            self.forget(claim.ref.run_id)
+
+    def report_released(self, run: Released) -> None:
+        """Report a run that a dead worker had, and that this process has released."""
+        if run.state != "dead":
+            log.warning("run.rescued", job=run.job, run_id=str(run.run_id), attempt=run.attempt)
+            self._metrics.rescued.labels(run.job).inc()
+            return
+        error = "its worker died in every attempt"
+        log.error("run.ended", job=run.job, run_id=str(run.run_id), attempt=run.attempt, outcome="dead", error=error)
+        self._metrics.attempt_ended(run.job, "dead", 0.0, {}, self._clock.now())
+        self._deadman.ended(run.job, "dead")
 
     async def _execute(self, job: AnyJob, claim: Claim, retry: Retry, leave: Leave) -> None:
-        if claim.verdict is Verdict.EXHAUSTED:
-            log.error("run.ended", job=job.name, outcome="dead", error="its worker died in every attempt")
-            self._metrics.attempt_ended(job.name, "dead", 0.0, {}, self._clock.now())
-            self._deadman.ended(job.name, "dead")
-        if claim.ref is None:
-            return
-        ctx = self._context(job, claim, claim.ref)
-        with bound_contextvars(
-            job=job.name,
-            run_id=str(ctx.run_id),
-            attempt=ctx.attempt,
-            fire_time=ctx.fire_time.isoformat(),
-        ):
+        with bound_contextvars(job=job.name, run_id=str(claim.ref.run_id), attempt=claim.ref.attempt):
             started = time.perf_counter()
-            log.info("run.started", origin=claim.origin)
-            self._deadman.started(job.name)
-            if claim.origin is Origin.SCHEDULE and ctx.attempt == 1:
-                lateness = ctx.now - ctx.fire_time
-                self._metrics.tick_lateness.labels(job.name).observe(max(0.0, lateness.total_seconds()))
-            ending = await self._call(job, claim, ctx, retry, leave)
-            state = await self._settle(ctx, ending)
-            seconds = time.perf_counter() - started
-            self._report(job, state, ending, seconds)
+            ctx = self._context(job, claim)
+            with bound_contextvars(fire_time=ctx.fire_time.isoformat()):
+                log.info("run.started", origin=claim.origin)
+                self._deadman.started(job.name)
+                if claim.origin is Origin.SCHEDULE and ctx.attempt == 1:
+                    lateness = ctx.now - ctx.fire_time
+                    self._metrics.tick_lateness.labels(job.name).observe(max(0.0, lateness.total_seconds()))
+                ending = await self._call(job, claim, ctx, retry, leave)
+                state = await self._settle(ctx, ending)
+                self._report(job, state, ending, time.perf_counter() - started)
 
     async def settled(self) -> None:
         """Wait until everything that was being recorded is recorded."""
-        while self._recordings:
-            await asyncio.wait(set(self._recordings.values()))
+        await self._recorder.settled()
 
-    def _context(self, job: AnyJob, claim: Claim, ref: RunRef) -> AttemptContext:
+    def _context(self, job: AnyJob, claim: Claim) -> AttemptContext:
         now = self._clock.now()
         cron = self._schedules.get(job.name)
         return AttemptContext(
-            ref=ref,
+            ref=claim.ref,
             job_name=job.name,
-            fire_time=claim.fire_time or claim.enqueued_at or now,
+            fire_time=_readable_fire_time(claim) or now,
             now=now,
             next_fire_time=next_fire_time(cron.expression, self._zone, now) if cron else None,
-            replay=claim.origin is Origin.PERSON and claim.fire_time is not None,
+            replay=claim.origin is Origin.PERSON and claim.fire_time_text is not None,
+            retried=claim.retried,
             zone=self._zone,
             pool=self._pool,
             resources=self._resources,
@@ -220,14 +233,17 @@ class Runner:
 
     async def _call(self, job: AnyJob, claim: Claim, ctx: AttemptContext, retry: Retry, leave: Leave) -> Ending:
         try:
+            _ = claim.fire_time
             payload: Payload = job.payload.model_validate(claim.payload)
         except ValidationError as error:
             return Ending("dead", error=explain_payload(job, error))
+        except UnreadableRunError as error:
+            return Ending("dead", error=str(error))
         handler = asyncio.create_task(invoke(job, ctx, payload), name=f"{job.name} {ctx.run_id}/{ctx.attempt}")
         try:
             stopped = await self._watch(job, ctx, handler)
         except asyncio.CancelledError:
-            await _to_its_end(self._leave(ctx, handler, leave))
+            await to_its_end(self._leave(ctx, handler, leave))
             raise
         number = ctx.attempt - claim.given_back
         wait = None if number >= retry.attempts else retry.wait(number)
@@ -237,21 +253,18 @@ class Runner:
 
     async def _watch(self, job: AnyJob, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> Ending | None:
         """Wait for the handler, and stop it when its time is over or its run is lost; then say why."""
-        dropped = asyncio.create_task(self._under_way[ctx.run_id].dropped.wait())
-        try:
-            seconds = job.timeout.total_seconds()
-            await asyncio.wait({handler, dropped}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if handler.done():
-                return None
-            ending = (
-                Ending("lost", error="another attempt owns the run")
-                if dropped.done()
-                else Ending("timed_out", error=f"timed out after {job.timeout}")
-            )
-            await self._stop(ctx, handler, DEADLINE_GRACE_SECONDS)
-            return ending
-        finally:
-            dropped.cancel()
+        dropped = self._under_way[ctx.run_id].dropped
+        either: set[asyncio.Future[Any]] = {handler, dropped}
+        await asyncio.wait(either, timeout=job.timeout.total_seconds(), return_when=asyncio.FIRST_COMPLETED)
+        if handler.done():
+            return None
+        ending = (
+            Ending("lost", error="another attempt owns the run")
+            if dropped.done()
+            else Ending("timed_out", error=f"timed out after {job.timeout}")
+        )
+        await self._stop(ctx, handler, DEADLINE_GRACE_SECONDS)
+        return ending
 
     async def _stop(self, ctx: AttemptContext, handler: asyncio.Task[Counts], grace_seconds: float) -> None:
         """Cancel a handler; abandon it, its transactions cut, when it has not ended after the grace."""
@@ -261,10 +274,10 @@ class Runner:
             return
         ctx.sever()
         self._abandoned.add(handler)
-        handler.add_done_callback(self._bury)
+        handler.add_done_callback(self._end_late)
         log.error("handler.abandoned", grace_seconds=grace_seconds, where=where_now(handler))
 
-    def _bury(self, handler: asyncio.Task[Counts]) -> None:
+    def _end_late(self, handler: asyncio.Task[Counts]) -> None:
         self._abandoned.discard(handler)
         error = None if handler.cancelled() else handler.exception()
         log.warning("handler.ended_late", task=handler.get_name(), error=describe_error(error) if error else None)
@@ -274,7 +287,7 @@ class Runner:
         if not handler.done():
             await self._stop(ctx, handler, self._farewell.total_seconds())
         if ctx.ended is None:
-            await self._record(ctx, lambda connection: leave(connection, ctx.ref))
+            await self._recorder.write(ctx.run_id, lambda connection: leave(connection, ctx.ref))
         log.info("run.left" if ctx.ended is None else "run.ended", outcome=ctx.ended)
 
     async def _settle(self, ctx: AttemptContext, ending: Ending) -> str:
@@ -295,44 +308,25 @@ class Runner:
     async def _settle_as(self, ctx: AttemptContext, ending: Ending) -> str:
         try:
             if ending.outcome == "succeeded":
-                return await self._record(ctx, lambda c: attempts.finish(c, ctx.ref, ending.counts))
+                return await self._recorder.finish(ctx.ref, ending.counts)
             error, wait = ending.error or "", ending.wait
             if ending.outcome == "given_back":
-                if await self._record(ctx, lambda c: attempts.give_back(c, ctx.ref, wait=wait, why=error)):
+                give_back = partial(attempts.give_back, ref=ctx.ref, wait=wait, why=error)
+                if await self._recorder.write(ctx.run_id, give_back):
                     return ending.outcome
             elif ending.outcome != "lost":
-                return await self._record(
-                    ctx, lambda c: attempts.fail(c, ctx.ref, outcome=ending.outcome, error=error, wait=wait)
-                )
+                fail = partial(attempts.fail, ref=ctx.ref, outcome=ending.outcome, error=error, wait=wait)
+                return await self._recorder.write(ctx.run_id, fail)
         except LostRunError:
             pass
-        outcome = await self._record(ctx, lambda c: attempts.lose(c, ctx.ref, "another attempt owns the run"))
+        lose = partial(attempts.lose, ref=ctx.ref, error="another attempt owns the run")
+        outcome = await self._recorder.write(ctx.run_id, lose)
         if outcome == ending.outcome and outcome not in {"succeeded", "lost"}:
             # The first try at recording a failure took effect, and only its answer was lost.
             return outcome if outcome == "given_back" else "dead" if ending.wait is None else "retrying"
         if outcome == "lost":
             self._metrics.fenced.labels(ctx.job_name).inc()
         return outcome
-
-    async def _record(self, ctx: AttemptContext, write: Callable[[Connection], Awaitable[T]]) -> T:
-        """Write to the ledger through outages and cancellation: what happened must be known."""
-        task = asyncio.create_task(self._write(write))
-        self._recordings[ctx.run_id] = task
-        task.add_done_callback(lambda _: self._recordings.pop(ctx.run_id, None))
-        return await asyncio.shield(task)
-
-    async def _write(self, write: Callable[[Connection], Awaitable[T]]) -> T:
-        wait = 0.1
-        while True:
-            try:
-                async with self._control.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
-                    return await write(connection)
-            except TRANSIENT_ERRORS as error:
-                if self._control.is_closing():
-                    raise
-                log.warning("ledger.unreachable", error=describe_error(error), retry_in_seconds=wait)
-            await asyncio.sleep(wait * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
-            wait = min(wait * 2, LONGEST_RECORDING_WAIT_SECONDS)
 
     def _report(self, job: AnyJob, state: str, ending: Ending, seconds: float) -> None:
         retry_in = round(ending.wait.total_seconds(), 1) if ending.wait else None
@@ -348,3 +342,10 @@ class Runner:
             level("run.ended", **fields, error=ending.error, retry_in_seconds=retry_in)
         self._metrics.attempt_ended(job.name, state, seconds, ending.counts, self._clock.now())
         self._deadman.ended(job.name, state)
+
+
+def _readable_fire_time(claim: Claim) -> datetime | None:
+    try:
+        return claim.fire_time
+    except UnreadableRunError:
+        return None  # `_call` ends the run

@@ -31,6 +31,7 @@ from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
 from bon_scheduler.log import describe_error
 from bon_scheduler.mail import Mailer
 from bon_scheduler.metrics import Metrics
+from bon_scheduler.migrations import require_schema
 from bon_scheduler.reconcile import Reconciler
 from bon_scheduler.rotation import Rotator
 from bon_scheduler.runner import Runner
@@ -111,7 +112,7 @@ async def prepare(settings: Settings, jobs: Sequence[AnyJob] = JOBS) -> list[str
     """Create or upgrade the schema and make the jobs known; return the migrations applied."""
     await require_endpoints(settings)  # BEFORE anything is locked, otherwise a pooler's server would keep the lock
     async with db.migrating(settings.listen_url) as (connection, applied):
-        await ledger.register_jobs(connection, jobs)
+        await ledger.register_jobs(connection, jobs, scheduled=schedules_of(settings, jobs))
         return applied
 
 
@@ -123,7 +124,7 @@ async def machinery(
     clock: Clock | None = None,
     serves: bool = False,
 ) -> AsyncIterator[Machinery]:
-    """Be a worker inside the block; one that `serves` also looks for runs nobody works on."""
+    """Run a worker for the duration of the context; one that `serves` also makes its jobs known."""
     clock = clock or SystemClock()
     lease = timedelta(seconds=settings.lease_seconds)
     schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker(serves=serves, lease=lease)
@@ -134,17 +135,19 @@ async def machinery(
         control_pool = db.open_control_pool(settings, CONTROL_CONNECTIONS, worker=worker.id)
         control = await stack.enter_async_context(control_pool)
         async with control.acquire() as connection:
-            await db.require_schema(connection)
-            await ledger.register_jobs(connection, jobs)
+            await require_schema(connection)
+            await ledger.register_jobs(connection, jobs, scheduled=schedules, anew=serves)
         await stack.enter_async_context(_registered(control, worker))
         beating = Heartbeat(url=settings.listen_url, worker=worker).running()
         heartbeat = await stack.enter_async_context(beating)
+        resources = await stack.enter_async_context(_resources(settings, pool, metrics, clock, stopping))
+        mailer = resources[Mailer]
         runner = Runner(
             pool=pool,
             control=control,
             worker=worker,
-            claims_at_once=CONTROL_CONNECTIONS // 2,
-            resources=await stack.enter_async_context(_resources(settings, pool, metrics, clock, stopping)),
+            resources=resources,
+            gate=mailer.gate if isinstance(mailer, Mailer) and settings.smtp_host is not None else None,
             schedules=schedules,
             zone=settings.bon_timezone,
             clock=clock,
@@ -152,14 +155,7 @@ async def machinery(
             deadman=await stack.enter_async_context(Deadman.watching(settings.deadman_urls)),
             farewell=SERVICE_FAREWELL if serves else PERSON_FAREWELL,
         )
-        reconciling = Reconciler(
-            pool=control,
-            runner=runner,
-            worker=worker,
-            metrics=metrics,
-            rescue=[job.name for job in jobs] if serves else (),
-        ).running()
-        reconciler = await stack.enter_async_context(reconciling)
+        reconciler = await stack.enter_async_context(Reconciler(pool=control, runner=runner, worker=worker).running())
         by_name = {job.name: job for job in jobs}
         yield Machinery(pool, control, by_name, schedules, worker, heartbeat, reconciler, runner, metrics, stopping)
 
@@ -172,7 +168,7 @@ async def rehearsal(
     await require_endpoints(settings)
     async with db.open_pool(settings) as pool:
         async with pool.acquire() as connection:
-            await db.require_schema(connection)
+            await require_schema(connection)
         yield Rehearsal(pool, settings, clock or SystemClock(), schedules_of(settings), out)
 
 
@@ -220,18 +216,17 @@ async def serving(
     settings: Settings, *, jobs: Sequence[AnyJob] = JOBS, clock: Clock | None = None
 ) -> AsyncIterator[Serving]:
     """
-    Be the service inside the block.
+    Run the service for the duration of the context.
 
     Left in the opposite order: triggers stop, attempts drain while readiness says so, probes and pool close.
     """
     clock = clock or SystemClock()
     async with machinery(settings, jobs=jobs, clock=clock, serves=True) as parts:
         engine = Engine(
-            url=settings.listen_url,
+            connect=lambda: db.connect_worker(settings, parts.worker.id),
             jobs=parts.jobs,
             runner=parts.runner,
             concurrency=settings.worker_concurrency,
-            lease=timedelta(seconds=settings.lease_seconds),
         )
         triggers = Triggers(
             pool=parts.control,

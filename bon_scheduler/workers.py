@@ -3,7 +3,7 @@ This process as a worker, and which of the others are silent.
 
 A worker's row holds its last word, another with each beat (`heartbeat`). Nobody is judged by a clock that can be set,
 the database's least of all: `Watch` keeps for how long a process has seen the same word, by its own clock since boot.
-A worker that is silent for a lease loses its word (`bury`), and holds nothing any more until it speaks again.
+A worker that is silent for a lease is declared dead: it loses its word and, in the same transaction, its runs.
 """
 
 import os
@@ -18,7 +18,7 @@ from bon_scheduler.clocks import seconds_since_boot
 from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
 
-__all__ = ["Sign", "Watch", "Worker", "beat", "bury", "register_worker", "retire_worker", "signs_of_life"]
+__all__ = ["Sign", "Watch", "Worker", "beat", "declare_dead", "register_worker", "retire_worker", "signs_of_life"]
 
 # $1 worker, $2 host, $3 process id, $4 version, $5 whether it is a `serve`: boolean, $6 lease: interval.
 REGISTER_WORKER = """
@@ -38,8 +38,8 @@ RETIRE_WORKER = """
      where id = $1 or (last_word is null and seen_at < clock_timestamp() - interval '1 day')
 """
 SIGNS_OF_LIFE = "select id as worker, last_word as word, lease from bon_scheduler.workers where last_word is not null"
-# $1 last words: uuid[]. Whoever has spoken since has another, and lives.
-BURY = "update bon_scheduler.workers set last_word = null where last_word = any ($1) returning id, host, pid"
+# $1 last words: uuid[]; see the SQL functions.
+DECLARE_DEAD = "select id, host, pid from bon_scheduler.declare_dead($1)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ class Sign:
 
 
 @dataclass(frozen=True, slots=True)
-class Buried:
-    """A worker that was taken for dead."""
+class DeadWorker:
+    """A worker that was declared dead."""
 
     id: UUID
     host: str
@@ -129,10 +129,10 @@ async def signs_of_life(connection: Connection) -> list[Sign]:
     return [Sign(*row) for row in await connection.fetch(SIGNS_OF_LIFE, timeout=CALL_TIMEOUT_SECONDS)]
 
 
-async def bury(connection: Connection, last_words: Collection[UUID]) -> list[Buried]:
-    """Take those for dead whose last word it still is, so that what they hold is free; return them."""
-    rows = await connection.fetch(BURY, list(last_words), timeout=CALL_TIMEOUT_SECONDS)
-    return [Buried(*row) for row in rows]
+async def declare_dead(connection: Connection, last_words: Collection[UUID]) -> list[DeadWorker]:
+    """Declare those dead whose last word it still is, and end their connections; return them."""
+    rows = await connection.fetch(DECLARE_DEAD, list(last_words), timeout=CALL_TIMEOUT_SECONDS)
+    return [DeadWorker(*row) for row in rows]
 
 
 async def retire_worker(connection: Connection, worker: UUID) -> None:

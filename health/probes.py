@@ -12,12 +12,13 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from bon_scheduler import audit, db, deliveries, history, mail_gate, refreshes
-from bon_scheduler.db import TRANSIENT_ERRORS, Pool, SchemaBehindError
+from bon_scheduler import audit, deliveries, history, mail_gate, refreshes
+from bon_scheduler.db import TRANSIENT_ERRORS, Pool
 from bon_scheduler.engine import Engine
 from bon_scheduler.heartbeat import Heartbeat
 from bon_scheduler.jobs import Connection
 from bon_scheduler.metrics import Metrics
+from bon_scheduler.migrations import SchemaBehindError, require_schema
 from bon_scheduler.reconcile import Reconciler
 from bon_scheduler.triggers import Triggers
 from bon_scheduler.workers import Worker
@@ -106,7 +107,7 @@ class Probes:
         before = time.monotonic()
         try:
             async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self._control() as connection:
-                await db.require_schema(connection)
+                await require_schema(connection)
         except SchemaBehindError as error:
             return {"status": "down", "reason": str(error)}
         except TRANSIENT_ERRORS as error:

@@ -18,6 +18,7 @@ from bon_scheduler import db, history, service
 from bon_scheduler.config import Settings
 from bon_scheduler.endpoints import require_endpoints
 from bon_scheduler.jobs import AnyJob, Connection, Payload, explain_payload
+from bon_scheduler.migrations import require_schema
 
 __all__ = [
     "BADLY",
@@ -198,5 +199,5 @@ async def reading(settings: Settings) -> AsyncIterator[Connection]:
     """Borrow a connection to a database whose schema is there."""
     await require_endpoints(settings)
     async with db.open_pool(settings) as pool, pool.acquire() as connection:
-        await db.require_schema(connection)
+        await require_schema(connection)
         yield connection

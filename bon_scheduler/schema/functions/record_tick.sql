@@ -1,43 +1,3 @@
--- Ticks that can be proved: what was in force when, what is paused, and the one way to record a tick.
---
--- Order of locks, as everywhere: jobs, then runs.
-
--- Only `serve` writes it, and of several replicas only the newest (see `schedules.py`).
-create table schedules (
-    job            text not null references jobs (name),
-    effective_from timestamptz not null,   -- fire times later than this
-    expression     text,                   -- null: no schedule
-    timezone       text not null,
-    catch_up       text not null check (catch_up in ('skip', 'latest', 'all')),
-    grace          interval not null,
-    declared_by    text not null,          -- the version
-    primary key (job, effective_from)
-);
-
-alter table workers add column serves boolean not null default false;
-
-create table pauses (
-    job    text primary key references jobs (name),
-    since  timestamptz not null default now(),
-    by     text not null,
-    reason text not null check (reason <> '')
-);
-
-create table operator_actions (
-    id     bigint generated always as identity primary key,
-    at     timestamptz not null default now(),
-    by     text not null,
-    action text not null,
-    target text not null,
-    reason text not null check (reason <> '')
-);
-
-create index runs_ticks_of_job on runs (job, fire_time) include (state) where origin = 'schedule';
-create index runs_active_ticks on runs (job) where origin = 'schedule' and state in ('queued', 'running', 'retrying');
-
-alter table jobs drop column scheduled;
-
-
 -- Accounts for one fire time, once, whoever asks and however often; the job's last tick moves from exactly
 -- `previous` to `fire_time`, so that no fire time between can be passed over. `in_force` is the start of the
 -- newest schedule that the caller planned by: one that was declared meanwhile makes the plan stale.
@@ -45,7 +5,7 @@ alter table jobs drop column scheduled;
 -- verdict: recorded · paused (recorded as such) · missed (recorded as such) · waits (a tick of this job is
 -- active, nothing is recorded) · stale (the plan is not of the present last tick and schedule, nothing is
 -- recorded).
-create function record_tick(
+create or replace function record_tick(
     job       text,
     previous  timestamptz,
     in_force  timestamptz,

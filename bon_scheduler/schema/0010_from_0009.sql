@@ -1,0 +1,38 @@
+-- From the last schema with PgQueuer's tables to the one of 0010_ledger.sql, without a loss. Replicas of the old version
+-- may still run: what they work on they finish, and they can take nothing more, because their queue is gone.
+
+alter table jobs
+    add column attempts  integer not null default 5 check (attempts > 0),
+    add column exclusive text not null default 'no' check (exclusive in ('no', 'job', 'business')),
+    add column turn      bigint not null default 0;
+
+alter table runs
+    add column ready           boolean not null default true,
+    add column turn            bigint not null default 1,
+    add column business        text,
+    add column concurrency_key text,
+    alter column run_at drop not null,
+    alter column run_at drop default,
+    alter column enqueued_at set default clock_timestamp();
+
+-- What waits is due at once, unless it was put off to an instant that has not come.
+update runs r
+   set ready = r.run_at <= now() or r.run_at <= r.timed_at or (r.attempt > 0 and r.timed_at > now() + interval '1 minute'),
+       run_at = case when r.run_at <= r.timed_at then null else r.run_at end,
+       business = left(coalesce(r.payload ->> 'business_id', r.payload ->> 'businessId'), 64),
+       concurrency_key = case when r.origin = 'schedule' then r.job end
+ where r.state in ('queued', 'retrying', 'running');
+
+alter table runs drop column timed_at;
+
+drop index runs_unfinished, runs_held, runs_ticks_of_job;
+create index runs_ready on runs (job, priority desc, turn, enqueued_at, id)
+    where ready and state in ('queued', 'retrying');
+create index runs_oldest on runs (job, enqueued_at) where ready and state in ('queued', 'retrying');
+create index runs_timed on runs (run_at) where not ready and state in ('queued', 'retrying');
+create index runs_turns on runs (job, business, turn) where business is not null and state in ('queued', 'retrying');
+create unique index runs_exclusive on runs (concurrency_key) where state = 'running' and concurrency_key is not null;
+create index runs_held on runs (worker, job) where state = 'running';
+
+drop table pgqueuer, pgqueuer_log, pgqueuer_schedules, pgqueuer_statistics;
+drop type if exists pgqueuer_status, pgqueuer_statistics_status;

@@ -1,0 +1,265 @@
+-- Everything of ours in a database: the ledger, the letters, the tokens. Functions are in files of their own, under
+-- their own names, beside this one; `migrate` replaces those whose text has changed.
+--
+-- Order of locks, everywhere: jobs, runs (by id), attempts. A handler locks BON's rows first and its run last. Claims
+-- exclude each other by an advisory lock (`claim`), and wait for no row.
+
+create table jobs (
+    name           text primary key check (name ~ '^[a-z][a-z0-9]*(-[a-z0-9]+)*$'),
+    payload_schema jsonb,
+    last_tick      timestamptz,
+    registered_at  timestamptz not null default now(),
+    attempts       integer not null default 5 check (attempts > 0),
+    exclusive      text not null default 'no' check (exclusive in ('no', 'job', 'business')),
+    turn           bigint not null default 0
+);
+comment on table jobs is 'Names that may be asked for. Never deleted by a version that does not know them.';
+comment on column jobs.payload_schema is 'JSON Schema; null until a version with a handler has registered.';
+comment on column jobs.last_tick is 'The last fire time that is accounted for; only ever moves forwards.';
+comment on column jobs.attempts is 'How many attempts a run has; the last worker that dies with it ends it.';
+comment on column jobs.exclusive is 'What must not run together: nothing, runs of the job, runs of the job for one business.';
+comment on column jobs.turn is 'The turn that claims have reached; see runs.turn.';
+
+-- Asked for by BON; their handlers come with other work. A request waits, visible, and is never dropped.
+insert into jobs (name) values ('shaam-allocation-request'), ('send-invoice-email'), ('generate-pdf');
+
+create table workers (
+    id         uuid primary key,
+    host       text not null,
+    pid        integer not null,
+    version    text not null,
+    started_at timestamptz not null default now(),
+    seen_at    timestamptz not null default now(),
+    serves     boolean not null default false,
+    last_word  uuid default gen_random_uuid(),
+    lease      interval not null default '15 seconds'
+);
+comment on table workers is 'Processes that work on runs. One that leaves takes its row away.';
+comment on column workers.last_word is 'Another with each beat; null while the worker is taken for dead.';
+comment on column workers.lease is 'How long it may be silent; whoever watches with a longer lease waits for that.';
+comment on column workers.seen_at is 'For people. Nothing is judged by it: the clock may have been set since.';
+
+create type run_state as enum (
+    'queued', 'running', 'retrying', 'succeeded', 'partial', 'dead', 'held', 'cancelled', 'missed', 'paused'
+);
+
+create table runs (
+    id              uuid primary key default gen_random_uuid(),
+    job             text not null references jobs (name),
+    fire_time       timestamptz,
+    dedupe_key      text,
+    payload         jsonb not null default '{}' check (jsonb_typeof(payload) = 'object'),
+    priority        integer not null default 0,
+    run_at          timestamptz,
+    origin          text not null check (origin in ('schedule', 'person', 'program', 'run')),
+    asked_by        text,
+    reason          text,
+    state           run_state not null default 'queued',
+    attempt         integer not null default 0,
+    given_back      integer not null default 0,
+    worker          uuid,
+    enqueued_at     timestamptz not null default clock_timestamp(),
+    started_at      timestamptz,
+    finished_at     timestamptz,
+    counts          json not null default '{}',
+    error           text,
+    caused_by       uuid references runs (id),
+    retried_after   integer not null default 0,
+    dry_run         boolean not null default false,
+    ready           boolean not null default true,
+    turn            bigint not null default 1,
+    business        text,
+    concurrency_key text
+) with (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 5000);
+comment on table runs is 'The ledger and the queue: one row a run, from the moment it is asked for until it is pruned.';
+comment on column runs.fire_time is 'The instant a schedule or a person named; null for other requests.';
+comment on column runs.run_at is 'Not before this instant; null: at once.';
+comment on column runs.ready is 'Whether run_at has come, once and for all: a clock that is set back delays nothing.';
+comment on column runs.reason is 'Why it was missed, cancelled, held or paused.';
+comment on column runs.attempt is 'Counted when a worker takes it; also the fence. Only ever grows.';
+comment on column runs.given_back is
+    'Attempts that do not count: given back by a stopping worker, or made before a person''s retry.';
+comment on column runs.retried_after is
+    'The attempt after which a person last retried it. What failed for a business until then decides nothing.';
+comment on column runs.started_at is 'Of the first attempt.';
+comment on column runs.counts is 'In the order the handler gave them.';
+comment on column runs.dry_run is 'One row, written when it has ended, and never anybody''s to run.';
+comment on column runs.turn is
+    'Among runs of one job and priority, lower turns go first. Each waiting run of a business stands a turn behind the '
+    'one before it, so that turns go round by business.';
+comment on column runs.business is 'The business that the payload names, as text; null: none.';
+comment on column runs.concurrency_key is 'No two runs with the same key run at once; null: free.';
+
+-- What a claim reads: runs that may be taken now, in their order; the oldest; and those whose instant is to come.
+create index runs_ready on runs (job, priority desc, turn, enqueued_at, id)
+    where ready and state in ('queued', 'retrying');
+create index runs_oldest on runs (job, enqueued_at) where ready and state in ('queued', 'retrying');
+create index runs_timed on runs (run_at) where not ready and state in ('queued', 'retrying');
+create index runs_turns on runs (job, business, turn) where business is not null and state in ('queued', 'retrying');
+-- No two runs of one key, whatever a claim overlooked.
+create unique index runs_exclusive on runs (concurrency_key) where state = 'running' and concurrency_key is not null;
+create index runs_held on runs (worker, job) where state = 'running';
+-- A tick is recorded once, however many replicas notice it.
+create unique index runs_tick on runs (job, fire_time) where origin = 'schedule';
+create index runs_active_ticks on runs (job) where origin = 'schedule' and state in ('queued', 'running', 'retrying');
+create unique index runs_dedupe_key on runs (job, dedupe_key) where dedupe_key is not null;
+-- What people and the audit read.
+create index runs_newest on runs (enqueued_at desc, id);
+create index runs_by_job on runs (job, enqueued_at desc);
+create index runs_caused_by on runs (caused_by) where caused_by is not null;
+create index runs_for_a_person on runs (job, state) where state in ('dead', 'held');
+-- What pruning reads. Dead and held runs are for a person, and stay until one has decided.
+create index runs_by_end on runs (finished_at)
+    where state in ('succeeded', 'partial', 'cancelled', 'missed', 'paused');
+
+create table attempts (
+    run_id     uuid not null references runs (id) on delete cascade,
+    attempt    integer not null,
+    worker     uuid not null,
+    host       text not null,
+    started_at timestamptz not null,
+    ended_at   timestamptz,
+    outcome    text check (outcome in
+                 ('succeeded', 'partial', 'failed', 'timed_out', 'lost', 'given_back', 'dead', 'cancelled')),
+    error      text,
+    primary key (run_id, attempt)
+) with (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 5000);
+comment on table attempts is 'Each execution of a run, from 1: who, when, and how it ended.';
+
+create table business_outcomes (
+    run_id      uuid not null references runs (id) on delete cascade,
+    business_id uuid not null,
+    outcome     text not null check (outcome in ('done', 'kept', 'failed')),
+    counts      jsonb not null default '{}',
+    error       text,
+    attempt     integer not null default 1,
+    recorded_at timestamptz not null default now(),
+    primary key (run_id, business_id)
+);
+comment on table business_outcomes is 'What a run changed, or failed to do, for a business; nothing of "nothing to do".';
+comment on column business_outcomes.attempt is 'The last attempt that said something of the business.';
+create index business_outcomes_by_age on business_outcomes (recorded_at);
+
+create table schedules (
+    job            text not null references jobs (name),
+    effective_from timestamptz not null,
+    expression     text,
+    timezone       text not null,
+    catch_up       text not null check (catch_up in ('skip', 'latest', 'all')),
+    grace          interval not null,
+    declared_by    text not null,
+    primary key (job, effective_from)
+);
+comment on table schedules is
+    'What was in force when, for fire times later than effective_from. Only `serve` writes it, and of several replicas '
+    'only the newest.';
+comment on column schedules.expression is 'Null: no schedule.';
+comment on column schedules.declared_by is 'The version.';
+
+create table pauses (
+    job    text primary key references jobs (name),
+    since  timestamptz not null default now(),
+    by     text not null,
+    reason text not null check (reason <> '')
+);
+comment on table pauses is 'Jobs whose ticks are recorded as paused instead of run.';
+
+create table business_pauses (
+    business_id uuid primary key,
+    since       timestamptz not null default now(),
+    by          text not null,
+    reason      text not null check (reason <> '')
+);
+comment on table business_pauses is
+    'Businesses that every job skips. A handler leaves one out with: and not exists (select from '
+    'bon_scheduler.business_pauses p where p.business_id = …)';
+
+create table operator_actions (
+    id     bigint generated always as identity primary key,
+    at     timestamptz not null default now(),
+    by     text not null,
+    action text not null,
+    target text not null,
+    reason text not null check (reason <> '')
+);
+comment on table operator_actions is 'What a person did, to what and why. Never pruned.';
+create index operator_actions_target on operator_actions (target);
+
+create table pruning (
+    only_row    boolean primary key default true check (only_row),
+    ticks_until timestamptz not null
+);
+comment on table pruning is
+    'One row: ticks until then may have been pruned, so an audit begins after it. Only ever moves forwards.';
+insert into pruning (ticks_until) values ('-infinity');
+
+create table deliveries (
+    id             uuid primary key default gen_random_uuid(),
+    kind           text not null,
+    business_id    uuid not null,
+    as_of          date not null,
+    recipient_hash text not null,
+    state          text not null check (state in ('intended', 'sent', 'refused', 'unknown', 'released')),
+    message_id     text not null,
+    run_id         uuid not null references runs (id),
+    attempt        integer not null,
+    reply          text,
+    intended_at    timestamptz not null default now(),
+    settled_at     timestamptz,
+    unique (kind, business_id, as_of, recipient_hash)
+);
+comment on table deliveries is 'One e-mail to one recipient for one business and day. Addresses are stored hashed.';
+comment on column deliveries.state is
+    'released: a person knew that an unknown letter may have arrived, and decided that it is sent once more.';
+comment on column deliveries.reply is 'The server''s, without addresses.';
+create index deliveries_uncertain on deliveries (intended_at) where state in ('intended', 'unknown');
+create index deliveries_run on deliveries (run_id);
+create index deliveries_settled on deliveries (intended_at) where state in ('sent', 'refused');
+
+create table mail_gate (
+    the_one      boolean primary key default true check (the_one),
+    next_slot    timestamptz not null default '-infinity',
+    failures     integer not null default 0,
+    closed_until timestamptz not null default '-infinity',
+    trying_until timestamptz not null default '-infinity',
+    closed_since timestamptz,
+    trouble      text
+);
+comment on table mail_gate is
+    'One row that the letters of all replicas pass: it spaces them, and it is closed while the mail server is away. '
+    'Claims read it too: a run that would send a letter is not taken before one may go.';
+comment on column mail_gate.next_slot is 'When the next letter may go.';
+comment on column mail_gate.failures is 'In a row, of the server and not of a recipient.';
+comment on column mail_gate.closed_until is 'Then one letter tries.';
+comment on column mail_gate.trying_until is 'It has so long, then another does.';
+comment on column mail_gate.closed_since is 'Null while it is open.';
+comment on column mail_gate.trouble is 'What the server, or the network, said.';
+insert into mail_gate default values;
+
+create table shaam_refreshes (
+    business_id        uuid primary key,
+    state              text not null check (state in ('sending', 'refreshed', 'needs_reauth', 'deferred', 'failed')),
+    holder             uuid,
+    lease_until        timestamptz,
+    token_fingerprint  bytea,
+    unanswered         integer not null default 0,
+    spool              uuid,
+    failures           integer not null default 0,
+    next_attempt_at    timestamptz,
+    silent_until       timestamptz,
+    refresh_expires_at timestamptz,
+    error              text,
+    changed_at         timestamptz not null default clock_timestamp()
+);
+comment on table shaam_refreshes is
+    'One row a business: how its last exchange of a refresh token stands or ended. Lock BON''s row of credentials first. '
+    'No foreign key: BON deletes businesses without asking us.';
+comment on column shaam_refreshes.holder is 'The exchange under way; null: nobody is at it.';
+comment on column shaam_refreshes.lease_until is 'When its holder is taken for dead.';
+comment on column shaam_refreshes.token_fingerprint is 'Of the token that was sent last: a keyed SHA-256.';
+comment on column shaam_refreshes.unanswered is 'How often it was sent without an answer that tells its fate.';
+comment on column shaam_refreshes.spool is 'Where the holder keeps an answer that no database takes.';
+comment on column shaam_refreshes.failures is 'In a row.';
+comment on column shaam_refreshes.next_attempt_at is 'Not tried by schedule before.';
+comment on column shaam_refreshes.silent_until is 'Not tried at all before: the authority asked for it (Retry-After).';
+create index shaam_refreshes_spool on shaam_refreshes (spool) where spool is not null;

@@ -1,0 +1,37 @@
+-- Asks for a run that works in the foreground of the one who asks, and takes it, in one statement, so that nobody else
+-- can. Where it cannot be taken it was never asked for. Else as `claim_one`.
+create or replace function claim_new(
+    job           text,
+    payload       jsonb,
+    fire_time     timestamptz,
+    asked_by      text,
+    by_worker     uuid,
+    by_host       text,
+    mailing       boolean,
+    letters_apart interval,
+    out verdict text, out wait interval, out run runs,
+    out slot interval, out trial boolean, out after_failures boolean,
+    out holder_host text, out holder_since timestamptz, out holder_silent boolean
+)
+language plpgsql
+set search_path = bon_scheduler, pg_temp
+as $$
+declare
+    new_id constant uuid := enqueue(job, payload, fire_time => fire_time, origin => 'person', asked_by => asked_by);
+    answer record;
+begin
+    select * into answer from claim_one(new_id, by_worker, by_host, mailing, letters_apart);
+    verdict := answer.verdict;
+    wait := answer.wait;
+    run := answer.run;
+    slot := answer.slot;
+    trial := answer.trial;
+    after_failures := answer.after_failures;
+    holder_host := answer.holder_host;
+    holder_since := answer.holder_since;
+    holder_silent := answer.holder_silent;
+    if verdict <> 'claimed' then
+        delete from runs r where r.id = new_id;
+    end if;
+end;
+$$;
