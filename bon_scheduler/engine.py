@@ -39,6 +39,8 @@ CLAIM_SECONDS = 6.0
 """A claim that takes longer has lost its server."""
 EMPTY_PAUSE_SECONDS = 0.005
 """After a claim that found nothing, how long until the next."""
+GATHER_SECONDS = 0.002
+"""While runs wait, how long to let places gather before the next claim."""
 FAREWELL_SECONDS = 2.0
 LONGEST_RECONNECT_WAIT_SECONDS = 1.5
 RESERVE_SHARE = 4
@@ -57,6 +59,7 @@ class Engine:
         self._concurrency = concurrency
         self._reserve = -(-concurrency // RESERVE_SHARE) if concurrency > 1 else 0
         self._attempts: dict[UUID, asyncio.Task[None]] = {}
+        self._backlog = False
         self._active: Counter[str] = Counter()
         self._numbers = itertools.count(1)
         self._look_at_clock_at = 0.0
@@ -84,6 +87,11 @@ class Engine:
     def active(self) -> int:
         """How many attempts are under way."""
         return len(self._attempts)
+
+    @property
+    def _room(self) -> int:
+        """How many handlers may begin."""
+        return self._concurrency - self._active.total()
 
     @asynccontextmanager
     async def running(self, *, drain: timedelta) -> AsyncIterator["Engine"]:
@@ -138,12 +146,14 @@ class Engine:
                 wait = await self._claim(connection)
                 self._connection = connection
                 await _within(wait, self._awake)
+                if self._backlog and self._room < self._concurrency / 2:
+                    await asyncio.sleep(GATHER_SECONDS)
 
     async def _claim(self, connection: "asyncpg.Connection[asyncpg.Record]") -> float:
         """Claim what there is room for and begin it; return the seconds after which to look again unless woken."""
-        room = self._concurrency - len(self._attempts)
+        room = self._room
         if room <= 0:
-            return POLL_SECONDS  # an attempt that ends wakes us
+            return POLL_SECONDS  # a handler that ends wakes us
         now = asyncio.get_running_loop().time()
         look_at_clock = now >= self._look_at_clock_at
         try:
@@ -158,6 +168,7 @@ class Engine:
             return 0
         for each in claims.taken:
             self._begin(each)
+        self._backlog = bool(claims.taken)
         if not claims.listens:
             raise ConnectionError("the engine's connection does not listen any more")
         wait = POLL_SECONDS if claims.wait_seconds is None else min(claims.wait_seconds, POLL_SECONDS)
@@ -189,15 +200,20 @@ class Engine:
     def _begin(self, taken: Claim) -> None:
         job = self._jobs[taken.job]
         run_id = taken.ref.run_id
-        task = asyncio.create_task(self._runner.execute(job, taken, job.retry), name=f"attempt {job.name} {run_id}")
+        attempt = self._runner.execute(job, taken, job.retry, handled=partial(self._leave_room, job.name))
+        task = asyncio.create_task(attempt, name=f"attempt {job.name} {run_id}")
         self._attempts[run_id] = task
-        self._active[taken.job] += 1
+        self._active[job.name] += 1
         task.add_done_callback(partial(self._end, taken))
+
+    def _leave_room(self, job: str) -> None:
+        """Take a handler's place for another's: recording how it ended needs none."""
+        self._active[job] -= 1
+        self._awake.set()
 
     def _end(self, taken: Claim, task: "asyncio.Task[None]") -> None:
         del self._attempts[taken.ref.run_id]
-        self._active[taken.job] -= 1
-        self._awake.set()
+        self._awake.set()  # what must not run beside it may run now
         if not task.cancelled() and (error := task.exception()):
             # The run stays as the ledger has it; the reconciliation pass gives it back.
             log.error("attempt.unrecorded", job=taken.job, run_id=str(taken.ref.run_id), error=describe_error(error))

@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 import traceback
+from functools import lru_cache
 from typing import Any
 
 import asyncpg
@@ -36,12 +37,19 @@ _LEVELS = {
 
 def mask(text: str) -> str:
     """Blank e-mail addresses and the credentials of URLs inside a text."""
+    if "@" not in text:
+        return text
     return _ADDRESS.sub("[address]", _CREDENTIALS.sub("[credentials]@", text))
+
+
+@lru_cache(maxsize=1024)
+def _is_sensitive(key: str) -> bool:
+    return _SENSITIVE.search(key) is not None
 
 
 def _redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     for key, value in event.items():
-        if _SENSITIVE.search(key):
+        if _is_sensitive(key):
             event[key] = "[redacted]"
         elif isinstance(value, str):
             event[key] = mask(value)
@@ -68,9 +76,10 @@ def configure_logging(level: LogLevel, style: LogFormat) -> None:
         _redact,
     ]
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        # Straight to the stream: by way of the standard library's loggers a line costs twice as much.
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stderr)

@@ -164,13 +164,21 @@ class Runner:
                 self.register([answer.claim])
         return answer
 
-    async def execute(self, job: AnyJob, claim: Claim, retry: Retry, *, leave: Leave = attempts.give_back) -> None:
-        """Make the attempt that `claim` allows."""
+    async def execute(
+        self,
+        job: AnyJob,
+        claim: Claim,
+        retry: Retry,
+        *,
+        leave: Leave = attempts.give_back,
+        handled: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make the attempt that `claim` allows. `handled` is called once, when its handler has ended."""
         run_id = claim.ref.run_id
         if self._gate is not None and claim.mail_slot is not None:
             self._gate.admit(run_id, claim.mail_slot)
         try:
-            await self._execute(job, claim, retry, leave)
+            await self._execute(job, claim, retry, leave, handled)
         finally:
             # Not before what happened to it is recorded.
             if (pending := self._recorder.pending(run_id)) is None:
@@ -197,7 +205,9 @@ class Runner:
         self._metrics.attempt_ended(run.job, "dead", 0.0, {}, self._clock.now())
         self._deadman.ended(run.job, "dead")
 
-    async def _execute(self, job: AnyJob, claim: Claim, retry: Retry, leave: Leave) -> None:
+    async def _execute(
+        self, job: AnyJob, claim: Claim, retry: Retry, leave: Leave, handled: Callable[[], None]
+    ) -> None:
         with bound_contextvars(job=job.name, run_id=str(claim.ref.run_id), attempt=claim.ref.attempt):
             started = time.perf_counter()
             ctx = self._context(job, claim)
@@ -207,7 +217,10 @@ class Runner:
                 if claim.origin is Origin.SCHEDULE and ctx.attempt == 1:
                     lateness = ctx.now - ctx.fire_time
                     self._metrics.tick_lateness.labels(job.name).observe(max(0.0, lateness.total_seconds()))
-                ending = await self._call(job, claim, ctx, retry, leave)
+                try:
+                    ending = await self._call(job, claim, ctx, retry, leave)
+                finally:
+                    handled()
                 state = await self._settle(ctx, ending)
                 self._report(job, state, ending, time.perf_counter() - started)
 
