@@ -41,6 +41,7 @@ EMPTY_PAUSE_SECONDS = 0.005
 """After a claim that found nothing, how long until the next."""
 GATHER_SECONDS = 0.002
 """While runs wait, how long to let places gather before the next claim."""
+WAITS_FOR_AN_INSTANT = frozenset({"retrying", "given_back"})
 FAREWELL_SECONDS = 2.0
 LONGEST_RECONNECT_WAIT_SECONDS = 1.5
 RESERVE_SHARE = 4
@@ -58,7 +59,7 @@ class Engine:
         self._runner = runner
         self._concurrency = concurrency
         self._reserve = -(-concurrency // RESERVE_SHARE) if concurrency > 1 else 0
-        self._attempts: dict[UUID, asyncio.Task[None]] = {}
+        self._attempts: dict[UUID, asyncio.Task[str]] = {}
         self._backlog = False
         self._active: Counter[str] = Counter()
         self._numbers = itertools.count(1)
@@ -211,12 +212,16 @@ class Engine:
         self._active[job] -= 1
         self._awake.set()
 
-    def _end(self, taken: Claim, task: "asyncio.Task[None]") -> None:
+    def _end(self, taken: Claim, task: "asyncio.Task[str]") -> None:
         del self._attempts[taken.ref.run_id]
         self._awake.set()  # what must not run beside it may run now
-        if not task.cancelled() and (error := task.exception()):
+        if task.cancelled():
+            return
+        if error := task.exception():
             # The run stays as the ledger has it; the reconciliation pass gives it back.
             log.error("attempt.unrecorded", job=taken.job, run_id=str(taken.ref.run_id), error=describe_error(error))
+        elif task.result() in WAITS_FOR_AN_INSTANT:
+            self._look_at_clock_at = 0.0
 
 
 async def _within(seconds: float, event: asyncio.Event) -> None:

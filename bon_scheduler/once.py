@@ -136,7 +136,8 @@ async def _undone(task: "asyncio.Task[T]", undo: Callable[[T], Awaitable[None]])
 async def _wait_for(job: AnyJob, answer: Foreground) -> None:
     """Wait before the run is asked for again; raises AlreadyRunningError."""
     if answer.verdict is not Verdict.BUSY:
-        await asyncio.sleep(answer.wait_seconds)  # no letter may go yet
+        log.info("run.waits", job=job.name, seconds=round(answer.wait_seconds, 2))  # no letter may go yet
+        await asyncio.sleep(answer.wait_seconds)
     elif answer.holder_silent:
         # Until the reconciler declares that worker dead, or it is heard: there may be no other to do it.
         log.info("holder.watched", job=job.name)

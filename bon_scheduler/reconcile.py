@@ -30,7 +30,7 @@ LONGEST_WAIT_SECONDS = 2.0
 """A heartbeat is noticed one pass late, and its silence another: rescue takes the lease and 5 s."""
 AFTER_FAILURE_SECONDS = 0.5
 WHOLE_EVERY = 5
-"""Of so many passes one looks for what is rare: waits that a clock explains, letters nobody answers for."""
+"""Of so many passes one looks for waits that only a clock explains."""
 
 
 def pass_seconds(lease: timedelta) -> float:
@@ -81,8 +81,8 @@ class Reconciler:
         async with self._pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
             await self._compare(connection)
             await self._release(connection)
-            if whole:
-                await self._look_for_what_is_rare(connection)
+            if whole and (overtaken := await make_overtaken_ready(connection)):
+                log.warning("runs.overtaken", runs=overtaken)
 
     async def _compare(self, connection: Connection) -> None:
         # Under the lock, otherwise a run whose claim is on the way would look unknown.
@@ -101,15 +101,12 @@ class Reconciler:
             silent = self._watch.silent(await signs_of_life(connection))
             dead = await declare_dead(connection, silent) if silent else []
             released = await attempts.release_lost(connection)
+            unanswered = await deliveries.give_up_forsaken(connection)
         for worker in dead:
             log.warning("worker.taken_for_dead", worker=str(worker.id), host=worker.host, pid=worker.pid)
         for run in released:
             self._runner.report_released(run)
-
-    async def _look_for_what_is_rare(self, connection: Connection) -> None:
-        if overtaken := await make_overtaken_ready(connection):
-            log.warning("runs.overtaken", runs=overtaken)
-        for delivery in await deliveries.give_up_forsaken(connection):
+        for delivery in unanswered:
             log.warning(
                 "delivery.unknown",
                 kind=delivery.kind,

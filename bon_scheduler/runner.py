@@ -172,13 +172,17 @@ class Runner:
         *,
         leave: Leave = attempts.give_back,
         handled: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Make the attempt that `claim` allows. `handled` is called once, when its handler has ended."""
+    ) -> str:
+        """
+        Make the attempt that `claim` allows; return what became of it: the run's state, `given_back` or `lost`.
+
+        `handled` is called once, when its handler has ended.
+        """
         run_id = claim.ref.run_id
         if self._gate is not None and claim.mail_slot is not None:
             self._gate.admit(run_id, claim.mail_slot)
         try:
-            await self._execute(job, claim, retry, leave, handled)
+            return await self._execute(job, claim, retry, leave, handled)
         finally:
             # Not before what happened to it is recorded.
             if (pending := self._recorder.pending(run_id)) is None:
@@ -205,9 +209,7 @@ class Runner:
         self._metrics.attempt_ended(run.job, "dead", 0.0, {}, self._clock.now())
         self._deadman.ended(run.job, "dead")
 
-    async def _execute(
-        self, job: AnyJob, claim: Claim, retry: Retry, leave: Leave, handled: Callable[[], None]
-    ) -> None:
+    async def _execute(self, job: AnyJob, claim: Claim, retry: Retry, leave: Leave, handled: Callable[[], None]) -> str:
         with bound_contextvars(job=job.name, run_id=str(claim.ref.run_id), attempt=claim.ref.attempt):
             started = time.perf_counter()
             ctx = self._context(job, claim)
@@ -223,6 +225,7 @@ class Runner:
                     handled()
                 state = await self._settle(ctx, ending)
                 self._report(job, state, ending, time.perf_counter() - started)
+                return state
 
     async def settled(self) -> None:
         """Wait until everything that was being recorded is recorded."""

@@ -49,6 +49,7 @@ class NotifyReauth(Payload):
     "notify-reauth",
     retry=Retry(attempts=8, delay=timedelta(seconds=30), longest=timedelta(minutes=30)),
     timeout=timedelta(minutes=5),
+    sends_mail=True,
 )
 async def notify_reauth(ctx: JobContext, payload: NotifyReauth) -> Counts:
     """Tell a business's owners that the tax authority needs their consent again."""

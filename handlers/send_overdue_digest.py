@@ -3,7 +3,7 @@ Send one business's overdue digest to each of its owners.
 
 Everything is read anew, so an invoice paid since it was marked is not dunned.
 While the mail server is away the run waits for it without using up attempts, but
-not beyond its day.
+not beyond its day: then it is given up, until a person retries it.
 """
 
 import asyncio
@@ -39,6 +39,7 @@ class SendOverdueDigest(Payload):
     "send-overdue-digest",
     retry=Retry(attempts=8, delay=timedelta(seconds=30), longest=timedelta(minutes=30)),
     timeout=timedelta(minutes=20),
+    sends_mail=True,
 )
 async def send_overdue_digest(ctx: JobContext, payload: SendOverdueDigest) -> Counts:
     """Send one business's overdue digest to each of its owners."""
@@ -51,6 +52,8 @@ async def send_overdue_digest(ctx: JobContext, payload: SendOverdueDigest) -> Co
         recipients = await read_recipients(connection, payload.business_id)
     if statement is None:
         return nothing
+    if not (ctx.retried or ctx.replay) and ctx.now - ctx.fire_time > OF_ITS_DAY:
+        raise _given_up(payload.as_of, "it waited for its turn, or for the mail server, until its day was over")
     if recipients:
         # In a thread: two hundred rows take long enough to keep everybody else on the event loop waiting.
         letters = await asyncio.to_thread(_write_letters, statement, payload, recipients, ctx.get(Settings))
@@ -69,10 +72,14 @@ async def _deliver(ctx: JobContext, as_of: date, letters: list[Letter]) -> Count
     except NotNowError as error:
         if ctx.now - ctx.fire_time <= OF_ITS_DAY:
             raise
-        raise NeverRetryError(
-            f"The digest of {as_of} is given up after {OF_ITS_DAY}: {error}. "
-            "Once mail goes out again, send it with: python -m bon_scheduler retry RUN_ID --reason …"
-        ) from error
+        raise _given_up(as_of, str(error)) from error
+
+
+def _given_up(as_of: date, why: str) -> NeverRetryError:
+    return NeverRetryError(
+        f"The digest of {as_of} is given up after {OF_ITS_DAY}: {why}. "
+        "Once mail goes out again, send it with: python -m bon_scheduler retry RUN_ID --reason …"
+    )
 
 
 def _write_letters(

@@ -20,6 +20,7 @@ from bon_scheduler.jobs import (
     Connection,
     Counts,
     Cron,
+    Exclusive,
     JobContext,
     NeverRetryError,
     Payload,
@@ -69,6 +70,7 @@ class RefreshTokens(Payload):
     schedule=Cron("*/15 * * * *", catch_up=CatchUp.LATEST, grace=timedelta(minutes=15)),
     retry=Retry(attempts=2, delay=timedelta(seconds=30)),
     timeout=timedelta(minutes=12),
+    exclusive=Exclusive.BUSINESS,
 )
 async def shaam_token_refresh(ctx: JobContext, payload: RefreshTokens) -> Counts:
     """Refresh every SHAAM token that is, or before the next run will be, within 5 minutes of expiry."""

@@ -12,9 +12,9 @@ import pytest
 
 from bon_scheduler import db, ledger, service
 from bon_scheduler.ledger import Request
-from bon_scheduler.runner import Delivery
 from handlers.draft_cleanup import draft_cleanup
 from tests import arrange
+from tests.attempting import attempt
 from tests.conftest import Connection, MakeSettings, RunJob, SetClock
 from tests.waiting import until
 
@@ -271,9 +271,9 @@ async def test_a_second_attempt_does_not_count_again_what_is_kept(
     async with service.machinery(make_settings(), clock=SetClock(FIRED)) as parts:
         run_id = await ledger.enqueue(connection, Request(draft_cleanup.name, {}, fire_time=FIRED))
         assert run_id is not None
-        await parts.runner.attempt(Delivery(run_id, draft_cleanup))
+        await attempt(parts, run_id, draft_cleanup)
         await connection.execute("drop trigger refuse on invoices")
-        await parts.runner.attempt(Delivery(run_id, draft_cleanup))
+        await attempt(parts, run_id, draft_cleanup)
     assert await outcomes(connection, run_id) == {business: ("done", {"deleted": 3, "items": 0, "kept": 1})}
 
 

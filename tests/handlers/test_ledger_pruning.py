@@ -69,8 +69,6 @@ async def test_runs_that_ended_long_ago_go_with_their_attempts(run_job: RunJob, 
         "deliveries": 0,
         "outcomes": 0,
         "runs": len(old),
-        "queue_log": 0,
-        "queue_statistics": 0,
     }
     assert await left(connection, old + young) == young
     assert await connection.fetchval("select count(*) from bon_scheduler.attempts") == len(young) + 1  # this run's
@@ -136,30 +134,8 @@ async def test_what_was_done_for_a_business_is_kept_sixty_days(run_job: RunJob, 
     for days in (61, 59):
         await connection.execute(insert, kept, days)
     report = await run_job(ledger_pruning, jobs=JOBS)  # 400 days: the run stays
-    assert report.run["counts"] == {"deliveries": 0, "outcomes": 1, "runs": 0, "queue_log": 0, "queue_statistics": 0}
+    assert report.run["counts"] == {"deliveries": 0, "outcomes": 1, "runs": 0}
     assert await connection.fetchval("select count(*) from bon_scheduler.business_outcomes") == 1
-
-
-async def test_the_queues_own_log_is_kept_a_day(run_job: RunJob, connection: Connection) -> None:
-    await connection.execute("""
-        insert into bon_scheduler.pgqueuer_log (created, job_id, status, priority, entrypoint)
-        select now() - make_interval(hours => h), h, 'successful', 0, 'session-cleanup'
-          from unnest('{1,23,25,48}'::int[]) h
-    """)
-    report = await prune(run_job)
-    assert report.run["counts"]["queue_log"] == 2
-    assert await connection.fetchval("select max(job_id) from bon_scheduler.pgqueuer_log") == 23
-
-
-async def test_the_queues_own_sums_are_kept_a_day(run_job: RunJob, connection: Connection) -> None:
-    await connection.execute("""
-        insert into bon_scheduler.pgqueuer_statistics (created, count, priority, status, entrypoint)
-        select now() - make_interval(hours => h), 1, h, 'successful', 'session-cleanup'
-          from unnest('{1,23,25,48}'::int[]) h
-    """)
-    report = await prune(run_job)
-    assert report.run["counts"]["queue_statistics"] == 2
-    assert await connection.fetchval("select max(priority) from bon_scheduler.pgqueuer_statistics") == 23
 
 
 async def test_a_dead_dry_run_waits_for_nobody(run_job: RunJob, connection: Connection) -> None:

@@ -14,9 +14,9 @@ from bon_scheduler.demo.shaam_simulator import Misbehaviour
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
 from bon_scheduler.letters import recipient_hash
 from bon_scheduler.operate import pause_business
-from bon_scheduler.runner import Delivery
 from handlers.notify_reauth import NotifyReauth, notify_reauth
 from tests import arrange
+from tests.attempting import attempt
 from tests.conftest import MakeSettings, RunJob, SetClock
 from tests.tax import NOW, Bon, Refresh
 
@@ -161,6 +161,6 @@ async def test_a_letter_that_is_sent_again_days_later_goes_to_its_owner_alone(
     run = await release(bon.connection, delivery, by="dana", reason="she has it not")
     await bon.connection.execute("update bon_scheduler.runs set enqueued_at = $2 where id = $1", run, later)
     async with service.machinery(make_settings(**smtp(sink)), clock=SetClock(later)) as parts:
-        await parts.runner.attempt(Delivery(run, notify_reauth))
+        await attempt(parts, run, notify_reauth)
     assert [str(message["To"]) for message in sink.messages[2:]] == ["owner@example.com"]
     assert await bon.connection.fetchval("select array_agg(state) from bon_scheduler.deliveries") == ["sent"] * 2

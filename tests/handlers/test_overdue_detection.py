@@ -8,9 +8,9 @@ import pytest
 
 from bon_scheduler import db, ledger, service
 from bon_scheduler.ledger import Origin, Request
-from bon_scheduler.runner import Delivery
 from handlers.overdue_detection import OverdueDetection, overdue_detection
 from tests import arrange
+from tests.attempting import attempt
 from tests.conftest import Connection, MakeSettings, RunJob, SetClock
 
 TODAY = date(2026, 11, 23)
@@ -50,7 +50,7 @@ async def run_scheduled(settings: MakeSettings, *, fire_time: datetime, now: dat
         async with parts.pool.acquire() as connection:
             run_id = await ledger.enqueue(connection, request)
         assert run_id is not None
-        await parts.runner.attempt(Delivery(run_id, overdue_detection))
+        await attempt(parts, run_id, overdue_detection)
 
 
 # What is marked

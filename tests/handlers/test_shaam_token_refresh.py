@@ -15,7 +15,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from bon_scheduler import attempts, history, ledger, rotation
+from bon_scheduler import history, ledger, rotation
 from bon_scheduler.breaker import HANDFUL
 from bon_scheduler.cipher import TokenCipher
 from bon_scheduler.clock import SystemClock
@@ -32,6 +32,7 @@ from bon_scheduler.rotation import Rotator
 from bon_scheduler.shaam import Answer, Shaam
 from bon_scheduler.workers import Worker, register_worker
 from handlers.shaam_token_refresh import RefreshTokens, shaam_token_refresh
+from tests.attempting import hold
 from tests.conftest import Connection, MakeSettings
 from tests.tax import CIPHER, NOTHING, NOW, Bon, Gate, Refresh, ended, environ
 
@@ -442,23 +443,16 @@ async def ctx(
     await register_worker(connection, worker)
     run_id = await ledger.enqueue(connection, Request(shaam_token_refresh.name, {}, fire_time=NOW))
     assert run_id is not None
-    claim = await attempts.claim(
-        connection,
-        run_id,
-        worker=worker.id,
-        host=worker.host,
-        allowed=shaam_token_refresh.retry.attempts,
-        exclusive=True,
-    )
-    assert claim.ref is not None
+    ref = await hold(connection, run_id, worker)
     async with Shaam(settings) as shaam, rotating(settings, pool, shaam) as rotator:
         yield AttemptContext(
-            ref=claim.ref,
+            ref=ref,
             job_name=shaam_token_refresh.name,
             fire_time=NOW,
             now=NOW,
             next_fire_time=NOW + timedelta(minutes=15),
             replay=False,
+            retried=False,
             zone=settings.bon_timezone,
             pool=pool,
             resources={Settings: settings, Shaam: shaam, Rotator: rotator},

@@ -235,7 +235,6 @@ async def test_killed_at_any_moment_again_and_again(town: Town, capsys: pytest.C
     # What was refused for now waits up to half a minute and more: have it now.
     await town.connection.execute(
         "update bon_scheduler.runs set run_at = now() where state in ('queued', 'retrying');"
-        "update bon_scheduler.pgqueuer set execute_after = now() where status = 'queued';"
         "update bon_scheduler.mail_gate set closed_until = '-infinity'"
     )
     found = await finish(town)
