@@ -24,7 +24,7 @@ from bon_scheduler.retention import PRUNERS, Horizon
 ROUNDS = 10
 SETTLED_ROUND = 3
 MOST_GROWTH = 1.5
-TABLES = ("runs", "attempts", "pgqueuer", "pgqueuer_log")
+TABLES = ("runs", "attempts")
 SERVER = {"autovacuum_naptime": "1s", "autovacuum_vacuum_cost_delay": "0"}
 ASK = "select count(bon_scheduler.enqueue('nothing')) from generate_series(1, $1::int)"
 UNFINISHED = "select exists (select from bon_scheduler.runs where state in ('queued', 'running', 'retrying'))"
@@ -33,7 +33,6 @@ SIZES = """
       from unnest($1::text[]) with ordinality as x (t, n)
      order by n
 """
-AGE_THE_LOG = "update bon_scheduler.pgqueuer_log set created = created - interval '2 days'"
 
 
 @job("nothing")
@@ -50,8 +49,7 @@ def say(text: str) -> None:
 
 
 async def prune(connection: Connection) -> None:
-    """Delete all that has ended, and a log that is a day old."""
-    await connection.execute(AGE_THE_LOG)
+    """Delete all that has ended."""
     horizon = Horizon(datetime.now(UTC), timedelta(0))
     for pruner in PRUNERS.values():
         while await pruner(connection, horizon):

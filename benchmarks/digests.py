@@ -24,14 +24,13 @@ from bon_scheduler.demo.sample import create_tables
 from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger import Request
 from bon_scheduler.log import configure_logging
-from bon_scheduler.runner import Delivery
 from handlers.digest import render_digest
 from handlers.overdue_digest import overdue_digest
 from handlers.statement import read_recipients, read_statement
 
 AS_OF = date(2026, 11, 23)
 BULK_RUNS = 100_000
-EMPTY_QUEUE = "truncate bon_scheduler.runs, bon_scheduler.pgqueuer cascade"
+EMPTY_LEDGER = "truncate bon_scheduler.runs cascade"
 
 # $1 businesses: int.
 MAKE_BUSINESSES = """
@@ -94,10 +93,13 @@ async def measure_asking(settings: Settings) -> dict[str, float]:
         if run_id is None:
             raise LookupError("the ledger gave no run for a request without a key")
         before, started = peak_mib(), time.perf_counter()
-        await parts.runner.attempt(Delivery(run_id, overdue_digest))
+        answer = await parts.runner.claim_one(connection, run_id, overdue_digest)
+        if answer.claim is None:
+            raise LookupError(f"the run could not be claimed: {answer.verdict}")
+        await parts.runner.execute(overdue_digest, answer.claim, overdue_digest.retry)
         seconds = time.perf_counter() - started
-        asked = await connection.fetchval("select count(*) from bon_scheduler.pgqueuer where priority < 0")
-        await connection.execute(EMPTY_QUEUE)
+        asked = await connection.fetchval("select count(*) from bon_scheduler.runs where priority < 0")
+        await connection.execute(EMPTY_LEDGER)
     return {"asked_for": asked, "seconds": round(seconds, 1), "memory_mib": round(peak_mib() - before, 1)}
 
 
@@ -114,7 +116,7 @@ async def measure_bulk(pool: Pool) -> dict[str, float]:
                 connection, "send-overdue-digest", requests, priority=-10, asked_by="benchmark", caused_by=cause
             )
         seconds = time.perf_counter() - started
-        await connection.execute(EMPTY_QUEUE)
+        await connection.execute(EMPTY_LEDGER)
     return {"runs": new, "seconds": round(seconds, 1), "memory_mib": round(peak_mib() - before, 1)}
 
 

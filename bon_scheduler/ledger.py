@@ -27,6 +27,7 @@ __all__ = [
     "UnknownJobError",
     "enqueue",
     "enqueue_many",
+    "exclusive",
     "last_ticks",
     "make_overtaken_ready",
     "record_dry_run",
@@ -148,13 +149,14 @@ async def register_jobs(
         [job.name for job in ordered],
         [job.payload.model_json_schema() for job in ordered],
         [job.retry.attempts for job in ordered],
-        [_exclusive(job, job.name in scheduled) for job in ordered],
+        [exclusive(job, job.name in scheduled) for job in ordered],
         anew,
         timeout=CALL_TIMEOUT_SECONDS,
     )
 
 
-def _exclusive(job: AnyJob, scheduled: bool) -> Exclusive:
+def exclusive(job: AnyJob, scheduled: bool) -> Exclusive:
+    """Return what of a job must not run together, as declared; with a schedule in force, runs of the job."""
     return Exclusive.JOB if scheduled and job.exclusive is Exclusive.NO else job.exclusive
 
 

@@ -2,7 +2,7 @@
 
 from itertools import islice
 
-from bon_scheduler import deliveries, history, operate, service
+from bon_scheduler import deliveries, history, ledger, operate, service
 from bon_scheduler.check import Level, check_deployment
 from bon_scheduler.clock import Clock
 from bon_scheduler.commands.parsing import (
@@ -15,6 +15,7 @@ from bon_scheduler.commands.parsing import (
     require_known,
 )
 from bon_scheduler.config import Settings
+from bon_scheduler.jobs import AnyJob, Exclusive
 from bon_scheduler.report import Report, format_counts, format_span
 from bon_scheduler.timing import describe_cron, fire_times
 
@@ -41,6 +42,7 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
                 "job": name,
                 "summary": declared[name].summary if name in declared else "its handler comes with other work",
                 "schedule": cron.expression if cron else None,
+                "limits": _limits(declared[name], cron is not None) if name in declared else [],
                 "schedule_in_words": describe_cron(cron.expression) if cron else None,
                 "next_fire_times": list(islice(upcoming, NEXT_SHOWN)),
                 "paused": paused.get(name),
@@ -55,12 +57,13 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
         report.document({"jobs": overview, "paused_businesses": {str(key): why for key, why in left_alone.items()}})
         return DONE
     report.table(
-        ["job", "schedule", f"next ({settings.bon_timezone.key})", "last run", "ended", "waiting", "dead"],
+        ["job", "schedule", f"next ({settings.bon_timezone.key})", "limits", "last run", "ended", "waiting", "dead"],
         [
             (
                 row["job"],
                 row["schedule_in_words"] or "on demand",
                 ", ".join(f"{report.instant(instant)[5:-3]}" for instant in row["next_fire_times"]) or "—",
+                ", ".join(row["limits"]) or "—",
                 "paused" if row["paused"] else row["last_state"] or "—",
                 report.instant(row["last_finished_at"]),
                 row["waiting"],
@@ -77,6 +80,18 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
             "`retry RUN_ID --reason …` or `retry --dead --job JOB --reason …`."
         )
     return DONE
+
+
+def _limits(job: AnyJob, scheduled: bool) -> list[str]:
+    """Say what bounds how many runs of a job work at once."""
+    alone = ledger.exclusive(job, scheduled)
+    words = {Exclusive.NO: None, Exclusive.JOB: "one at once", Exclusive.BUSINESS: "one a business"}[alone]
+    return [
+        *([words] if words else []),
+        *([f"{job.at_once} at once"] if job.at_once else []),
+        *([f"{job.at_once_here} a replica"] if job.at_once_here else []),
+        *(["mail rate"] if job.sends_mail else []),
+    ]
 
 
 async def runs(
