@@ -24,8 +24,9 @@ __all__ = [
     "finish",
     "finish_many",
     "give_back",
-    "give_back_unknown",
+    "give_back_all",
     "held_by",
+    "let_go",
     "lose",
     "lost_by",
     "record_outcomes",
@@ -103,6 +104,13 @@ GIVE_BACK = """
         select bon_scheduler.wake_workers() from returned where $4::interval is null limit 1
     )
     select id, (select count(*) from woken) from returned
+"""
+# $1 runs: uuid[], $2 attempts: int[], $3 worker. `release_lost` does the rest: the attempts count. Index: runs_pkey.
+LET_GO = """
+    update bon_scheduler.runs r
+       set worker = null
+      from unnest($1::uuid[], $2::int[]) as m (id, attempt)
+     where r.id = m.id and r.attempt = m.attempt and r.worker = $3 and r.state::text = 'running'
 """
 # $1 run, $2 attempt, $3 error. Closes the book on an attempt that lost its run; what ended it before stays.
 LOSE = """
@@ -239,18 +247,20 @@ async def give_back(
     return bool(returned)
 
 
-async def give_back_unknown(connection: Connection, worker: UUID, known: Collection[UUID]) -> list[RunRef]:
-    """
-    Give back what the ledger says this worker has and it knows nothing of, as when the answer to a claim was lost.
+async def let_go(connection: Connection, worker: UUID, refs: Collection[RunRef]) -> None:
+    """Have runs whose attempts' end cannot be recorded released as those of a dead worker."""
+    mine = [ref.run_id for ref in refs], [ref.attempt for ref in refs]
+    await connection.execute(LET_GO, *mine, worker, timeout=CALL_TIMEOUT_SECONDS)
 
-    The caller sees to it that no claim is on the way.
-    """
-    held = await held_by(connection, worker)
-    unknown = [ref for ref in held if ref.run_id not in known]
-    if unknown:
-        runs, numbers = [ref.run_id for ref in unknown], [ref.attempt for ref in unknown]
-        await connection.fetch(GIVE_BACK, runs, numbers, worker, None, None, timeout=CALL_TIMEOUT_SECONDS)
-    return unknown
+
+async def give_back_all(connection: Connection, worker: UUID, refs: Collection[RunRef]) -> list[RunRef]:
+    """Give back, at once, those of a worker's runs that are still its own; return them."""
+    if not refs:
+        return []
+    numbers = {ref.run_id: ref for ref in refs}
+    mine = list(numbers), [ref.attempt for ref in refs]
+    rows = await connection.fetch(GIVE_BACK, *mine, worker, None, None, timeout=CALL_TIMEOUT_SECONDS)
+    return [numbers[row["id"]] for row in rows]
 
 
 async def lose(connection: Connection, ref: RunRef, error: str) -> str:

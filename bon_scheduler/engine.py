@@ -61,7 +61,7 @@ class Engine:
         self._reserve = -(-concurrency // RESERVE_SHARE) if concurrency > 1 else 0
         self._attempts: dict[UUID, asyncio.Task[str]] = {}
         self._backlog = False
-        self._active: Counter[str] = Counter()
+        self._handling: dict[UUID, str] = {}
         self._numbers = itertools.count(1)
         self._look_at_clock_at = 0.0
         self._awake = asyncio.Event()
@@ -92,7 +92,7 @@ class Engine:
     @property
     def _room(self) -> int:
         """How many handlers may begin."""
-        return self._concurrency - self._active.total()
+        return self._concurrency - len(self._handling)
 
     @asynccontextmanager
     async def running(self, *, drain: timedelta) -> AsyncIterator["Engine"]:
@@ -181,9 +181,9 @@ class Engine:
         return wait
 
     async def _ask(self, connection: "asyncpg.Connection[asyncpg.Record]", room: int, look_at_clock: bool) -> Claims:
-        wanted = []
+        wanted, here = [], Counter(self._handling.values())
         for name, job in self._jobs.items():
-            active = self._active[name]
+            active = here[name]
             mine = room if job.at_once_here is None else min(room, job.at_once_here - active)
             wanted.append(Wanted(name, mine, active, job.at_once, job.sends_mail))
         return await claim(
@@ -201,20 +201,20 @@ class Engine:
     def _begin(self, taken: Claim) -> None:
         job = self._jobs[taken.job]
         run_id = taken.ref.run_id
-        attempt = self._runner.execute(job, taken, job.retry, handled=partial(self._leave_room, job.name))
+        attempt = self._runner.execute(job, taken, job.retry, handled=partial(self._leave_room, taken))
         task = asyncio.create_task(attempt, name=f"attempt {job.name} {run_id}")
         self._attempts[run_id] = task
-        self._active[job.name] += 1
+        self._handling[run_id] = job.name
         task.add_done_callback(partial(self._end, taken))
 
-    def _leave_room(self, job: str) -> None:
-        """Take a handler's place for another's: recording how it ended needs none."""
-        self._active[job] -= 1
+    def _leave_room(self, taken: Claim) -> None:
+        """Free the place of a handler that has ended: recording how it ended needs none."""
+        self._handling.pop(taken.ref.run_id, None)
         self._awake.set()
 
     def _end(self, taken: Claim, task: "asyncio.Task[str]") -> None:
         del self._attempts[taken.ref.run_id]
-        self._awake.set()  # what must not run beside it may run now
+        self._leave_room(taken)  # what must not run beside it may run now
         if task.cancelled():
             return
         if error := task.exception():

@@ -16,7 +16,7 @@ from datetime import timedelta
 import structlog
 
 from bon_scheduler import attempts, deliveries
-from bon_scheduler.db import Pool
+from bon_scheduler.db import TRANSIENT_ERRORS, Pool
 from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, make_overtaken_ready
 from bon_scheduler.log import describe_error
@@ -29,6 +29,7 @@ log = structlog.get_logger()
 LONGEST_WAIT_SECONDS = 2.0
 """A heartbeat is noticed one pass late, and its silence another: rescue takes the lease and 5 s."""
 AFTER_FAILURE_SECONDS = 0.5
+LAST_LOOK_SECONDS = 1.0
 WHOLE_EVERY = 5
 """Of so many passes one looks for waits that only a clock explains."""
 
@@ -63,6 +64,18 @@ class Reconciler:
         finally:
             self._loop.cancel()
             await asyncio.wait([self._loop])
+            await self._give_back_the_last()
+
+    async def _give_back_the_last(self) -> None:
+        """Give back what a claim that was cut short has taken, BEFORE this worker leaves and they count as lost."""
+        try:
+            async with (
+                asyncio.timeout(LAST_LOOK_SECONDS),
+                self._pool.acquire(timeout=LAST_LOOK_SECONDS) as connection,
+            ):
+                await self._compare(connection)
+        except TRANSIENT_ERRORS as error:
+            log.warning("reconcile.failed", error=describe_error(error))
 
     async def _repeat(self) -> None:
         while True:
@@ -85,16 +98,20 @@ class Reconciler:
                 log.warning("runs.overtaken", runs=overtaken)
 
     async def _compare(self, connection: Connection) -> None:
-        # Under the lock, otherwise a run whose claim is on the way would look unknown.
-        async with self._runner.claiming, connection.transaction():
-            known = self._runner.under_way
-            for ref in await attempts.give_back_unknown(connection, self._worker.id, known):
-                log.warning(
-                    "run.given_back", run_id=str(ref.run_id), attempt=ref.attempt, error="its claim had no answer"
-                )
-            lost = await attempts.lost_by(connection, self._worker.id, known.values()) if known else set()
+        # BEFORE the query, otherwise a run that ended meanwhile would look unknown.
+        before, unrecorded = self._runner.under_way, self._runner.unrecorded
+        held = await attempts.held_by(connection, self._worker.id)
+        lost = await attempts.lost_by(connection, self._worker.id, before.values()) if before else set()
         for ref in lost:
             self._runner.drop(ref)
+        async with self._runner.claiming:  # what was claimed before the query has its answer now, or never
+            known = before.keys() | self._runner.under_way.keys()
+        unknown = {ref for ref in held if ref.run_id not in known}
+        if unknown & unrecorded:
+            await attempts.let_go(connection, self._worker.id, unknown & unrecorded)
+        for ref in await attempts.give_back_all(connection, self._worker.id, unknown - unrecorded):
+            log.warning("claim.unanswered", run_id=str(ref.run_id), attempt=ref.attempt)
+        self._runner.forget_unrecorded(unrecorded)
 
     async def _release(self, connection: Connection) -> None:
         async with connection.transaction():

@@ -60,6 +60,7 @@ class Recorder:
     async def _keep(self, run_id: UUID, future: "asyncio.Future[T]") -> T:
         self._writes[run_id] = future
         future.add_done_callback(lambda _: self._writes.pop(run_id, None))
+        future.add_done_callback(lambda f: f.cancelled() or f.exception())  # whoever waits may be cancelled meanwhile
         return await asyncio.shield(future)
 
     async def _finish_all(self) -> None:

@@ -100,6 +100,7 @@ class Runner:
         self._deadman = deadman
         self._farewell = farewell
         self._under_way: dict[UUID, _UnderWay] = {}
+        self._unrecorded: set[RunRef] = set()
         self._abandoned: set[asyncio.Task[Counts]] = set()
 
     @property
@@ -111,6 +112,15 @@ class Runner:
     def under_way(self) -> dict[UUID, RunRef]:
         """The attempts of this process by run, from the answer to their claim until they are recorded."""
         return {run_id: attempt.ref for run_id, attempt in self._under_way.items()}
+
+    @property
+    def unrecorded(self) -> frozenset[RunRef]:
+        """The attempts whose end could not be recorded, so that their runs may still be this worker's."""
+        return frozenset(self._unrecorded)
+
+    def forget_unrecorded(self, refs: Iterable[RunRef]) -> None:
+        """Forget attempts whose runs this worker has let go of."""
+        self._unrecorded.difference_update(refs)
 
     @property
     def abandoned(self) -> int:
@@ -183,6 +193,9 @@ class Runner:
             self._gate.admit(run_id, claim.mail_slot)
         try:
             return await self._execute(job, claim, retry, leave, handled)
+        except Exception:
+            self._unrecorded.add(claim.ref)
+            raise
         finally:
             # Not before what happened to it is recorded.
             if (pending := self._recorder.pending(run_id)) is None:
