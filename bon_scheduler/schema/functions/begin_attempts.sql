@@ -3,6 +3,8 @@
 create or replace function begin_attempts(run_ids uuid[], by_worker uuid, by_host text) returns setof runs
 language plpgsql
 set search_path = bon_scheduler, pg_temp
+set plan_cache_mode = force_generic_plan
+set jit = off
 as $$
 begin
     return query

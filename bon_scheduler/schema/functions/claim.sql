@@ -11,6 +11,7 @@
 -- Order: within a job by priority, then turn, then age; among jobs, who runs least here first.
 -- Claims exclude each other, so that what must not run together, totals and the gate are judged once and at once. None
 -- waits for a row, and the lock ends with the statement.
+-- Planned once a session, by the indexes whatever the statistics say: a plan made while the table was empty stays.
 -- Returns one row at least. `wait`: in how long it is worth asking again; null: nobody knows.
 create or replace function claim(
     by_worker     uuid,
@@ -33,6 +34,10 @@ returns table (
 )
 language plpgsql
 set search_path = bon_scheduler, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 set lock_timeout = '1s'
 as $$
 #variable_conflict use_variable

@@ -15,6 +15,8 @@ create or replace function claim_one(
 )
 language plpgsql
 set search_path = bon_scheduler, pg_temp
+set plan_cache_mode = force_generic_plan
+set jit = off
 set lock_timeout = '1s'
 as $$
 declare
