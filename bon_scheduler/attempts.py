@@ -17,6 +17,7 @@ from bon_scheduler.jobs import BusinessOutcome, Connection, Counts, LostRunError
 from bon_scheduler.ledger import BULK, CALL_TIMEOUT_SECONDS
 
 __all__ = [
+    "Finished",
     "Released",
     "RunRef",
     "fail",
@@ -166,6 +167,15 @@ class RunRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Finished:
+    """How a run ended well, in a transaction that may not have committed."""
+
+    state: str
+    may_be_undone: bool
+    """Whether it stands in a savepoint, which may be rolled back while its transaction commits."""
+
+
+@dataclass(frozen=True, slots=True)
 class Released:
     """A run that a dead worker had: it waits again, or is dead."""
 
@@ -193,12 +203,8 @@ def _lost(ref: RunRef) -> LostRunError:
     return LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
 
 
-async def finish(connection: Connection, ref: RunRef, counts: Counts) -> tuple[str, bool]:
-    """
-    End the run as `succeeded` or `partial`; return which, and whether that may yet be undone within the transaction.
-
-    Raises LostRunError.
-    """
+async def finish(connection: Connection, ref: RunRef, counts: Counts) -> Finished:
+    """End the run as `succeeded` or `partial`. Raises LostRunError."""
     ended = await _finish(connection, ref.worker, [(ref, counts)])
     if ref.run_id not in ended:
         raise _lost(ref)
@@ -210,12 +216,12 @@ async def finish_many(connection: Connection, finished: Sequence[tuple[RunRef, C
     # By id, as everywhere, otherwise a person who cancels many at once could wait for us and we for them.
     ordered = sorted(finished, key=lambda item: item[0].run_id)
     ended = await _finish(connection, finished[0][0].worker, ordered)
-    return {run_id: state for run_id, (state, _) in ended.items()}
+    return {run_id: end.state for run_id, end in ended.items()}
 
 
 async def _finish(
     connection: Connection, worker: UUID, finished: Sequence[tuple[RunRef, Counts]]
-) -> dict[UUID, tuple[str, bool]]:
+) -> dict[UUID, Finished]:
     rows = await connection.fetch(
         FINISH,
         [ref.run_id for ref, _ in finished],
@@ -224,7 +230,7 @@ async def _finish(
         [orjson.dumps(dict(counts)).decode() for _, counts in finished],
         timeout=CALL_TIMEOUT_SECONDS,
     )
-    return {row["id"]: (row["state"], row["nested"]) for row in rows}
+    return {row["id"]: Finished(row["state"], row["nested"]) for row in rows}
 
 
 async def fail(connection: Connection, ref: RunRef, *, outcome: str, error: str, wait: timedelta | None) -> str:

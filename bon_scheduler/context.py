@@ -10,7 +10,7 @@ from uuid import UUID
 from zoneinfo import ZoneInfo
 
 from bon_scheduler import attempts, ledger
-from bon_scheduler.attempts import RunRef
+from bon_scheduler.attempts import Finished, RunRef
 from bon_scheduler.db import Pool
 from bon_scheduler.jobs import BusinessOutcome, Connection, Counts, Job, LostRunError, P
 from bon_scheduler.ledger import Origin, Request
@@ -18,15 +18,6 @@ from bon_scheduler.ledger import Origin, Request
 __all__ = ["AttemptContext"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    """What `finish` did to the run within a transaction that has not committed."""
-
-    state: str
-    may_be_undone: bool
-    """Whether a savepoint may be rolled back, and the transaction commit without it."""
 
 
 @dataclass(slots=True)
@@ -45,7 +36,7 @@ class AttemptContext:
     resources: Mapping[type, object]
     ended: str | None = None
     _open: set[Connection] = field(default_factory=set)
-    _finished: dict[Connection, _Finished] = field(default_factory=dict)
+    _finished: dict[Connection, Finished] = field(default_factory=dict)
     _severed: bool = False
 
     @property
@@ -147,5 +138,5 @@ class AttemptContext:
 
     async def finish(self, counts: Counts, *, on: Connection) -> Counts:
         """End the run in the handler's last transaction; return the counts."""
-        self._finished[on] = _Finished(*await attempts.finish(on, self.ref, counts))
+        self._finished[on] = await attempts.finish(on, self.ref, counts)
         return counts

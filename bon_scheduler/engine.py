@@ -20,7 +20,8 @@ from uuid import UUID
 import asyncpg
 import structlog
 
-from bon_scheduler.claims import Claim, Claims, Wanted, claim
+from bon_scheduler import claims
+from bon_scheduler.claims import Claim, Claims, Wanted
 from bon_scheduler.jobs import AnyJob
 from bon_scheduler.log import describe_error
 from bon_scheduler.runner import Runner
@@ -58,7 +59,7 @@ class Engine:
         self._jobs = jobs
         self._runner = runner
         self._concurrency = concurrency
-        self._reserve = -(-concurrency // RESERVE_SHARE) if concurrency > 1 else 0
+        self._reserve = min(-(-concurrency // RESERVE_SHARE), concurrency - 1, len(jobs) - 1)
         self._attempts: dict[UUID, asyncio.Task[str]] = {}
         self._backlog = False
         self._handling: dict[UUID, str] = {}
@@ -144,6 +145,8 @@ class Engine:
             while not self._stopping.is_set():
                 # BEFORE the claim, otherwise what comes while it is on the way would be overlooked.
                 self._awake.clear()
+                if connection.is_closed():
+                    raise ConnectionError("the engine's connection was lost")
                 wait = await self._claim(connection)
                 self._connection = connection
                 await _within(wait, self._awake)
@@ -159,23 +162,23 @@ class Engine:
         look_at_clock = now >= self._look_at_clock_at
         try:
             async with self._runner.claiming, asyncio.timeout(CLAIM_SECONDS):
-                claims = await self._ask(connection, room, look_at_clock)
-                self._runner.register(claims.taken)
+                answer = await self._ask(connection, room, look_at_clock)
+                self._runner.register(answer.taken)
         except (asyncpg.LockNotAvailableError, asyncpg.UniqueViolationError) as error:
             log.info("claim.repeated", error=describe_error(error))
             return random.uniform(0.02, 0.1)  # noqa: S311 - jitter, not a secret
         if self._stopping.is_set():
-            await self._runner.give_back(claims.taken)
+            await self._runner.give_back(answer.taken)
             return 0
-        for each in claims.taken:
+        for each in answer.taken:
             self._begin(each)
-        self._backlog = bool(claims.taken)
-        if not claims.listens:
+        self._backlog = bool(answer.taken)
+        if not answer.listens:
             raise ConnectionError("the engine's connection does not listen any more")
-        wait = POLL_SECONDS if claims.wait_seconds is None else min(claims.wait_seconds, POLL_SECONDS)
+        wait = POLL_SECONDS if answer.wait_seconds is None else min(answer.wait_seconds, POLL_SECONDS)
         if look_at_clock:
             self._look_at_clock_at = now + min(wait, LOOK_AT_CLOCK_SECONDS)
-        if not claims.taken:
+        if not answer.taken:
             # However many wake-ups come, they cost no more than this.
             await asyncio.sleep(EMPTY_PAUSE_SECONDS)
         return wait
@@ -186,7 +189,7 @@ class Engine:
             active = here[name]
             mine = room if job.at_once_here is None else min(room, job.at_once_here - active)
             wanted.append(Wanted(name, mine, active, job.at_once, job.sends_mail))
-        return await claim(
+        return await claims.claim(
             connection,
             worker=self._runner.worker.id,
             host=self._runner.worker.host,

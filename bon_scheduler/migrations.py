@@ -145,7 +145,8 @@ async def apply(connection: Connection) -> list[str]:
             await connection.execute(IN_OUR_SCHEMA + step.sql)
             await connection.execute(RECORD_MIGRATION, step.version, step.name[5:])
         replaced = await _replace_functions(connection)
-    functions = [f"functions {', '.join(replaced)}"] if replaced else []
+    # Of a new installation nobody wants to know each function.
+    functions = [f"functions {', '.join(replaced)}"] if replaced and versions else []
     return [f"{step.version:04} {step.name[5:]}" for step in steps] + functions
 
 

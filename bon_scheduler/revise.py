@@ -182,7 +182,8 @@ def _fault(action: Action, run_id: UUID, row: Row | None) -> str | None:
     if row["state"] in action.changes:
         return None
     instants = {
-        name: instant.isoformat() for name in ("fire_time", "run_at") if isinstance(instant := row[name], datetime)
+        name: instant.isoformat() if isinstance(instant := row[name], datetime) else "once"
+        for name in ("fire_time", "run_at")
     }
     why = _REFUSALS[action][row["state"]]
     return f"Run {run_id} {why.format(run_id=run_id, job=row['job'], **instants)}."

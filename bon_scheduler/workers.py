@@ -130,7 +130,7 @@ async def signs_of_life(connection: Connection) -> list[Sign]:
 
 
 async def declare_dead(connection: Connection, last_words: Collection[UUID]) -> list[DeadWorker]:
-    """Declare those dead whose last word it still is, and end their connections; return them."""
+    """Declare those dead whose last word it still is; return them."""
     rows = await connection.fetch(DECLARE_DEAD, list(last_words), timeout=CALL_TIMEOUT_SECONDS)
     return [DeadWorker(*row) for row in rows]
 

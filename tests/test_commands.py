@@ -16,6 +16,7 @@ import pytest
 from bon_scheduler import commands, db
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.demo.sample import create_tables, load_sample
+from bon_scheduler.migrations import NEEDED, require_schema
 from bon_scheduler.report import Report
 from bon_scheduler.spool import Spool
 from tests import tax
@@ -37,7 +38,7 @@ async def test_migrate_then_a_job_works_on_a_database_that_holds_bons_tables(emp
         types = "select count(*) from pg_type t where t.typnamespace = 'public'::regnamespace"
         before = [await connection.fetchval(query) for query in (relations, types)]
         migrated = await run_command("migrate", "--json", DATABASE_URL=empty_database_url)
-        assert (migrated.status, migrated.document["applied"][0]) == (0, "0001 ledger")
+        assert (migrated.status, migrated.document["applied"][0]) == (0, "0010 ledger")
         ran = await run_command("run-once", "overdue-detection", "--json", DATABASE_URL=empty_database_url)
         assert (ran.status, ran.document["state"]) == (0, "succeeded")
         assert [await connection.fetchval(query) for query in (relations, types)] == before
@@ -46,7 +47,7 @@ async def test_migrate_then_a_job_works_on_a_database_that_holds_bons_tables(emp
 async def test_migrate_from_several_replicas_at_once_is_safe(empty_database_url: str) -> None:
     results = await asyncio.gather(*(run_command("migrate", DATABASE_URL=empty_database_url) for _ in range(4)))
     assert [result.status for result in results] == [0, 0, 0, 0]
-    assert sum("0001 ledger" in result.out for result in results) == 1
+    assert sum("0010 ledger" in result.out for result in results) == 1
 
 
 async def test_the_sql_that_migrate_prints_makes_the_same_schema(empty_database_url: str) -> None:
@@ -54,7 +55,7 @@ async def test_the_sql_that_migrate_prints_makes_the_same_schema(empty_database_
     assert printed.status == 0
     async with db.connect(empty_database_url) as connection:
         await connection.execute(printed.out)
-        assert await db.require_schema(connection) >= 1
+        assert await require_schema(connection) == NEEDED
     again = await run_command("migrate", "--json", DATABASE_URL=empty_database_url)
     assert (again.status, again.document) == (0, {"applied": []})
 

@@ -22,7 +22,7 @@ SNAPSHOT = """
         select i::text as line from invoices i union all select s::text from sessions s
         union all select b::text from business_shaam_credentials b
         union all select r::text from bon_scheduler.runs r where not r.dry_run
-        union all select q::text from bon_scheduler.pgqueuer q union all select w::text from bon_scheduler.workers w
+        union all select w::text from bon_scheduler.workers w
         union all select d::text from bon_scheduler.deliveries d union all select a::text from bon_scheduler.attempts a
         union all select o::text from bon_scheduler.business_outcomes o
         union all select g::text from bon_scheduler.mail_gate g union all select j::text from bon_scheduler.jobs j

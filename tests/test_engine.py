@@ -1,4 +1,4 @@
-"""The queue's connection is lost in every way, and runs are brought again."""
+"""The engine's connection is lost in every way, and runs are claimed again; what it claims it begins or gives back."""
 
 import asyncio
 import time
@@ -7,7 +7,7 @@ from uuid import UUID
 import pytest
 
 from bon_scheduler import Counts, JobContext, NoPayload, db, job, service
-from bon_scheduler.engine import LONGEST_REBUILD_WAIT_SECONDS, LOOK_SECONDS, QUERY_LIMIT_SECONDS
+from bon_scheduler.engine import CLAIM_SECONDS, LONGEST_RECONNECT_WAIT_SECONDS, POLL_SECONDS
 from bon_scheduler.service import Serving
 from tests.chaos.proxy import in_front_of
 from tests.conftest import Connection, MakeSettings
@@ -31,11 +31,16 @@ async def until_connected(serving: Serving) -> None:
     await until(look, seconds=20)
 
 
-async def queue_backend(serving: Serving) -> list[int]:
-    """The server's process that serves the queue's connection."""
-    driver = serving.engine._driver
-    assert driver is not None
-    return [int(str(row["pid"])) for row in await driver.fetch("select pg_backend_pid() as pid")]
+def engines_connection(serving: Serving) -> Connection:
+    """The connection that listens and claims."""
+    connection = serving.engine._connection
+    assert connection is not None
+    return connection
+
+
+def engines_backend(serving: Serving) -> int:
+    """The server's process that serves it."""
+    return int(engines_connection(serving).get_server_pid())
 
 
 async def brought(connection: Connection) -> float:
@@ -57,32 +62,32 @@ async def test_a_listen_that_was_taken_away_is_noticed_and_renewed(
 ) -> None:
     async with service.serving(make_settings(), jobs=[quick]) as serving:
         await until_connected(serving)
-        driver = serving.engine._driver
-        assert driver is not None
-        await driver.execute("unlisten *")
+        old = engines_connection(serving)
+        async with serving.machinery.runner.claiming:  # no claim is under way on it
+            await old.execute("unlisten *")
         before = time.monotonic()
 
         async def renewed() -> bool:
-            return serving.engine._driver is not driver and serving.engine.connected
+            return serving.engine._connection is not old and serving.engine.connected
 
         await until(renewed, seconds=20)
         assert time.monotonic() - before < NOTICED_SECONDS
         assert await brought(connection) < 2
 
 
-async def test_a_queue_connection_that_hangs_is_noticed_and_replaced(
+async def test_a_connection_that_hangs_is_noticed_and_replaced(
     make_settings: MakeSettings, connection: Connection
 ) -> None:
     """Its backend stands still: nothing fails, and nothing answers."""
     async with service.serving(make_settings(), jobs=[quick]) as serving:
         await until_connected(serving)
-        [pid] = await queue_backend(serving)
+        pid = engines_backend(serving)
         async with frozen([backend for backend in await backends(connection) if backend == pid]):
             assert await brought(connection) < NOTICED_SECONDS + 2
-    assert LOOK_SECONDS + QUERY_LIMIT_SECONDS < NOTICED_SECONDS
+    assert POLL_SECONDS + CLAIM_SECONDS < NOTICED_SECONDS
 
 
-async def test_attempts_that_outlive_the_queues_connection_take_their_room_and_give_it_back(
+async def test_attempts_that_outlive_the_engines_connection_take_their_room_and_give_it_back(
     make_settings: MakeSettings, connection: Connection
 ) -> None:
     under_way, over = 0, asyncio.Event()
@@ -102,12 +107,11 @@ async def test_attempts_that_outlive_the_queues_connection_take_their_room_and_g
         await connection.execute("select bon_scheduler.enqueue('a-test') from generate_series(1, 30)")
         await until(full)
         for _ in range(3):
-            driver = serving.engine._driver
-            assert driver is not None
-            await connection.execute(SILENT, await queue_backend(serving))
+            old = engines_connection(serving)
+            await connection.execute(SILENT, [engines_backend(serving)])
 
-            async def renewed(old: object = driver) -> bool:
-                return serving.engine._driver is not old and serving.engine.connected
+            async def renewed(old: Connection = old) -> bool:
+                return serving.engine._connection is not old and serving.engine.connected
 
             await until(renewed)
             await asyncio.sleep(0.3)  # what could be brought too much would be now
@@ -141,7 +145,7 @@ async def test_a_network_that_swallowed_a_connection_attempt_delays_the_queue_li
             proxy.reset()
 
             async def rebuilding() -> bool:
-                return serving.engine._driver is None
+                return not serving.engine.connected
 
             await until(rebuilding)
             before = proxy.swallowed
@@ -150,4 +154,4 @@ async def test_a_network_that_swallowed_a_connection_attempt_delays_the_queue_li
                 return proxy.swallowed > before + 1  # the heartbeat's is one
 
             await until(tried)
-        assert await brought(connection) < 0.5 + LONGEST_REBUILD_WAIT_SECONDS + 1
+        assert await brought(connection) < 0.5 + LONGEST_RECONNECT_WAIT_SECONDS + 1

@@ -9,13 +9,14 @@ import asyncpg
 import pytest
 
 from bon_scheduler import attempts, db, ledger, operate, revise
-from bon_scheduler.attempts import Claim, RunRef, Verdict
+from bon_scheduler.claims import Verdict
 from bon_scheduler.db import Pool
 from bon_scheduler.jobs import BusinessOutcome, LostRunError
 from bon_scheduler.jobs import Connection as AnyConnection
 from bon_scheduler.ledger import Request, TickVerdict, UnknownJobError
 from bon_scheduler.revise import Action
-from bon_scheduler.workers import Worker, beat, bury, register_worker, retire_worker, signs_of_life
+from bon_scheduler.workers import Worker, beat, declare_dead, register_worker, retire_worker, signs_of_life
+from tests.attempting import claim, claim_one, hold, take_any
 from tests.conftest import Connection
 
 LEASE = timedelta(seconds=15)
@@ -34,33 +35,22 @@ async def be_worker(connection: Connection) -> Worker:
     return worker
 
 
-async def take(
-    connection: AnyConnection, run_id: UUID, worker: Worker, *, allowed: int = 3, exclusive: bool = False
-) -> Claim:
-    return await attempts.claim(
-        connection,
-        run_id,
-        worker=worker.id,
-        host=worker.host,
-        allowed=allowed,
-        exclusive=exclusive,
-    )
-
-
-async def take_hold(connection: Connection, run_id: UUID, worker: Worker) -> RunRef:
-    ref = (await take(connection, run_id, worker)).ref
-    assert ref is not None
-    return ref
-
-
 async def state_of(connection: Connection, run_id: UUID) -> str:
     state: str = await connection.fetchval("select state::text from bon_scheduler.runs where id = $1", run_id)
     return state
 
 
-async def queued(connection: Connection) -> int:
-    count: int = await connection.fetchval("select count(*) from bon_scheduler.pgqueuer where status = 'queued'")
+async def waiting(connection: Connection) -> int:
+    count: int = await connection.fetchval(
+        "select count(*) from bon_scheduler.runs where ready and state in ('queued', 'retrying')"
+    )
     return count
+
+
+@pytest.fixture(autouse=True)
+async def free(connection: Connection) -> None:
+    """Runs of a job may work beside each other, unless the test says otherwise; they are tried three times."""
+    await connection.execute("update bon_scheduler.jobs set exclusive = 'no', attempts = 3")
 
 
 async def test_a_request_that_is_rolled_back_never_existed(connection: Connection) -> None:
@@ -69,18 +59,17 @@ async def test_a_request_that_is_rolled_back_never_existed(connection: Connectio
     await ask(connection)
     await transaction.rollback()
     assert await connection.fetchval("select count(*) from bon_scheduler.runs") == 0
-    assert await queued(connection) == 0
 
 
-async def test_a_request_is_one_ledger_row_and_one_queue_row(connection: Connection) -> None:
-    await ask(connection)
+async def test_a_request_is_one_row_and_may_be_taken_at_once(connection: Connection) -> None:
+    run_id = await ask(connection)
     assert await connection.fetchval("select count(*) from bon_scheduler.runs") == 1
-    assert await queued(connection) == 1
+    assert await take_any(connection, await be_worker(connection), "draft-cleanup") == [run_id]
 
 
 async def test_a_dedupe_key_is_refused_as_long_as_its_run_is_retained(connection: Connection) -> None:
     run_id = await ask(connection, dedupe_key="once")
-    ref = await take_hold(connection, run_id, await be_worker(connection))
+    ref = await hold(connection, run_id, await be_worker(connection))
     await attempts.finish(connection, ref, {})
     assert await ledger.enqueue(connection, Request("draft-cleanup", {}, dedupe_key="once")) is None
 
@@ -131,7 +120,7 @@ async def test_a_tick_is_recorded_once_however_many_replicas_notice_it(pool: Poo
     verdicts = await asyncio.gather(*(notice() for _ in range(8)))
     assert sorted(verdicts) == [TickVerdict.RECORDED, *[TickVerdict.STALE] * 7]
     assert await connection.fetchval("select count(*) from bon_scheduler.runs where fire_time = $1", TICK) == 1
-    assert await queued(connection) == 1
+    assert await waiting(connection) == 1
 
 
 async def test_the_last_tick_only_moves_forwards(connection: Connection) -> None:
@@ -161,13 +150,13 @@ async def test_a_missed_tick_is_a_row_with_its_reason_and_is_not_queued(connecti
     row = await connection.fetchrow("select state::text, reason from bon_scheduler.runs")
     assert row is not None
     assert tuple(row) == ("missed", "beyond grace")
-    assert await queued(connection) == 0
+    assert await waiting(connection) == 0
 
 
 async def test_a_tick_whose_request_fails_stays_owed(connection: Connection) -> None:
     await owe_since(connection, BEFORE)
-    await connection.execute("drop table bon_scheduler.pgqueuer cascade")
-    with pytest.raises(asyncpg.UndefinedTableError):
+    await connection.execute("alter table bon_scheduler.runs add constraint full_up check (origin <> 'schedule')")
+    with pytest.raises(asyncpg.CheckViolationError):
         await account(connection)
     assert (await ledger.last_ticks(connection, ["draft-cleanup"]))["draft-cleanup"] < TICK
 
@@ -202,53 +191,50 @@ async def test_a_tick_of_a_paused_job_is_a_row_that_says_so(connection: Connecti
     row = await connection.fetchrow("select state::text, reason from bon_scheduler.runs")
     assert row is not None
     assert tuple(row) == ("paused", "paused by dana: migration")
-    assert await queued(connection) == 0
+    assert await waiting(connection) == 0
 
 
-async def test_a_run_is_claimed_by_one_of_many_workers(pool: Pool, connection: Connection) -> None:
-    run_id = await ask(connection)
-    workers = [await be_worker(connection) for _ in range(6)]
-
-    async def claim(worker: Worker) -> Verdict:
-        async with pool.acquire() as mine:
-            return (await take(mine, run_id, worker)).verdict
-
-    verdicts = await asyncio.gather(*(claim(worker) for worker in workers))
-    assert sorted(verdicts) == [Verdict.CLAIMED, *[Verdict.HELD] * 5]
+# Attempts and their hold on a run
 
 
-async def test_a_run_whose_worker_is_silent_is_taken_over_with_the_next_attempt(connection: Connection) -> None:
+async def test_a_run_of_a_worker_that_left_waits_again_and_its_next_attempt_has_the_next_number(
+    connection: Connection,
+) -> None:
     run_id = await ask(connection)
     gone = await be_worker(connection)
-    await take(connection, run_id, gone)
+    await hold(connection, run_id, gone)
     await retire_worker(connection, gone.id)
-    second = await take(connection, run_id, await be_worker(connection))
-    assert second.ref is not None
-    assert second.ref.attempt == 2
+    assert (await claim_one(connection, run_id, await be_worker(connection))).verdict is Verdict.HELD
+    (released,) = await attempts.release_lost(connection)
+    assert (released.run_id, released.state) == (run_id, "retrying")
+    second = await hold(connection, run_id, await be_worker(connection))
+    assert second.attempt == 2
     outcomes = await connection.fetch("select outcome from bon_scheduler.attempts order by attempt")
     assert [row["outcome"] for row in outcomes] == ["lost", None]
 
 
 @pytest.mark.parametrize("seen", ["-infinity", "infinity"])
-async def test_a_workers_run_is_its_own_until_it_is_taken_for_dead_whatever_the_databases_clock_says(
+async def test_a_workers_run_is_its_own_until_it_is_declared_dead_whatever_the_databases_clock_says(
     connection: Connection, seen: str
 ) -> None:
     run_id = await ask(connection)
-    await take(connection, run_id, await be_worker(connection))
+    await hold(connection, run_id, await be_worker(connection))
     [sign] = await signs_of_life(connection)
     await connection.execute(f"update bon_scheduler.workers set seen_at = '{seen}'")
-    assert (await take(connection, run_id, await be_worker(connection))).verdict is Verdict.HELD
-    assert [dead.id for dead in await bury(connection, [sign.word])] == [sign.worker]
-    assert (await take(connection, run_id, await be_worker(connection))).verdict is Verdict.CLAIMED
+    assert await attempts.release_lost(connection) == []
+    assert (await claim_one(connection, run_id, await be_worker(connection))).verdict is Verdict.HELD
+    assert [dead.id for dead in await declare_dead(connection, [sign.word])] == [sign.worker]
+    await attempts.release_lost(connection)
+    assert (await claim_one(connection, run_id, await be_worker(connection))).verdict is Verdict.CLAIMED
 
 
-async def test_a_worker_that_has_spoken_since_is_not_taken_for_dead(connection: Connection) -> None:
+async def test_a_worker_that_was_heard_since_is_not_declared_dead(connection: Connection) -> None:
     worker = await be_worker(connection)
     [sign] = await signs_of_life(connection)
     await beat(connection, worker.id)
-    assert not await bury(connection, [sign.word])
+    assert not await declare_dead(connection, [sign.word])
     [sign] = await signs_of_life(connection)
-    assert await bury(connection, [sign.word])
+    assert await declare_dead(connection, [sign.word])
     assert not await signs_of_life(connection)
     await beat(connection, worker.id)
     assert await signs_of_life(connection)
@@ -256,155 +242,159 @@ async def test_a_worker_that_has_spoken_since_is_not_taken_for_dead(connection: 
 
 async def test_a_run_that_kills_every_worker_ends_dead(connection: Connection) -> None:
     run_id = await ask(connection)
+    states = []
     for _ in range(3):
         worker = await be_worker(connection)
-        assert (await take(connection, run_id, worker)).verdict is Verdict.CLAIMED
+        await hold(connection, run_id, worker)
         await retire_worker(connection, worker.id)
-    last = await take(connection, run_id, await be_worker(connection))
-    assert last.verdict is Verdict.EXHAUSTED
-    assert await state_of(connection, run_id) == "dead"
+        states += [released.state for released in await attempts.release_lost(connection)]
+    assert states == ["retrying", "retrying", "dead"]
+    error = await connection.fetchval("select error from bon_scheduler.runs")
+    assert error.startswith("its worker stopped without a word in each of 3 attempts, the last on ")
+    assert (await claim_one(connection, run_id, await be_worker(connection))).verdict is Verdict.ENDED
 
 
 async def test_a_run_given_back_costs_no_attempt(connection: Connection) -> None:
     run_id = await ask(connection)
     worker = await be_worker(connection)
     for _ in range(5):
-        assert await attempts.give_back(connection, await take_hold(connection, run_id, worker))
-    assert (await take(connection, run_id, worker, allowed=1)).verdict is Verdict.CLAIMED
+        assert await attempts.give_back(connection, await hold(connection, run_id, worker))
+    await hold(connection, run_id, worker)
+    await retire_worker(connection, worker.id)
+    (released,) = await attempts.release_lost(connection)
+    assert released.state == "retrying"
 
 
-async def test_an_exclusive_job_has_no_two_runs_at_once(connection: Connection) -> None:
-    worker = await be_worker(connection)
-    first, second = await ask(connection), await ask(connection)
-    assert (await take(connection, first, worker, exclusive=True)).verdict is Verdict.CLAIMED
-    assert (await take(connection, second, worker, exclusive=True)).verdict is Verdict.BUSY
-
-
-async def test_a_claim_of_an_exclusive_job_waits_for_another_that_is_about_to_commit(
+async def test_a_run_whose_row_somebody_has_locked_is_released_the_next_time(
     database_url: str, connection: Connection
 ) -> None:
+    """And keeps no other from being released."""
+    locked, other = await ask(connection), await ask(connection)
     worker = await be_worker(connection)
-    first, second = await ask(connection), await ask(connection)
-    async with db.connect(database_url) as committing:
-        transaction = committing.transaction()
+    for run_id in (locked, other):
+        await hold(connection, run_id, worker)
+    await retire_worker(connection, worker.id)
+    async with db.connect(database_url) as elsewhere:
+        transaction = elsewhere.transaction()
         await transaction.start()
-        assert (await take(committing, first, worker, exclusive=True)).verdict is Verdict.CLAIMED
-        claiming = asyncio.create_task(take(connection, second, worker, exclusive=True))
-        done, _ = await asyncio.wait([claiming], timeout=0.3)
-        assert not done
-        await transaction.commit()
-    assert (await claiming).verdict is Verdict.BUSY
+        await elsewhere.execute("select from bon_scheduler.runs where id = $1 for update", locked)
+        assert [released.run_id for released in await attempts.release_lost(connection)] == [other]
+        await transaction.rollback()
+    assert [released.run_id for released in await attempts.release_lost(connection)] == [locked]
 
 
-async def test_two_claims_of_an_exclusive_job_at_once_have_one_winner(pool: Pool, connection: Connection) -> None:
-    worker = await be_worker(connection)
-    runs = [await ask(connection) for _ in range(6)]
-
-    async def claim(run_id: UUID) -> Verdict:
-        async with pool.acquire() as mine:
-            return (await take(mine, run_id, worker, exclusive=True)).verdict
-
-    verdicts = await asyncio.gather(*(claim(run_id) for run_id in runs))
-    assert sorted(verdicts) == [*[Verdict.BUSY] * 5, Verdict.CLAIMED]
-
-
-async def test_a_run_with_arguments_stands_beside_those_of_its_exclusive_job(connection: Connection) -> None:
-    """One business's refresh neither waits for the schedule's run nor keeps it waiting; null is no argument."""
-    worker = await be_worker(connection)
-
-    async def claim(payload: dict[str, object]) -> Verdict:
-        run_id = await ledger.enqueue(connection, Request("shaam-token-refresh", payload))
-        assert run_id is not None
-        return (await take(connection, run_id, worker, exclusive=True)).verdict
-
-    for business in ("a", "a", "b"):
-        assert await claim({"business_id": business}) is Verdict.CLAIMED
-    assert await claim({"business_id": None}) is Verdict.CLAIMED
-    assert await claim({}) is Verdict.BUSY
-    assert await claim({"business_id": "c"}) is Verdict.CLAIMED
+async def test_a_worker_that_is_declared_dead_and_what_it_had_go_together_or_not_at_all(
+    database_url: str, connection: Connection
+) -> None:
+    run_id = await ask(connection)
+    await hold(connection, run_id, await be_worker(connection))
+    [sign] = await signs_of_life(connection)
+    async with db.connect(database_url) as other:
+        transaction = other.transaction()
+        await transaction.start()
+        await declare_dead(other, [sign.word])
+        await attempts.release_lost(other)
+        await transaction.rollback()
+    assert (await signs_of_life(connection), await state_of(connection, run_id)) == ([sign], "running")
 
 
 async def test_an_attempt_that_lost_its_run_can_neither_commit_nor_end_it(connection: Connection) -> None:
     run_id = await ask(connection)
     gone = await be_worker(connection)
-    old = await take_hold(connection, run_id, gone)
+    old = await hold(connection, run_id, gone)
     await retire_worker(connection, gone.id)
-    await take_hold(connection, run_id, await be_worker(connection))
-    writes: list[Callable[[], Awaitable[object]]] = [
-        lambda: attempts.fence(connection, old),
-        lambda: attempts.finish(connection, old, {}),
-        lambda: attempts.fail(connection, old, outcome="failed", error="", wait=None),
-    ]
-    for write in writes:
-        with pytest.raises(LostRunError):
-            await write()
-    assert not await attempts.give_back(connection, old)
-    assert await state_of(connection, run_id) == "running"
+    await attempts.release_lost(connection)
+    for owned in (False, True):
+        if owned:
+            await hold(connection, run_id, await be_worker(connection))
+        writes: list[Callable[[], Awaitable[object]]] = [
+            lambda: attempts.fence(connection, old),
+            lambda: attempts.finish(connection, old, {}),
+            lambda: attempts.fail(connection, old, outcome="failed", error="", wait=None),
+        ]
+        for write in writes:
+            with pytest.raises(LostRunError):
+                await write()
+        assert not await attempts.give_back(connection, old)
+        assert await attempts.finish_many(connection, [(old, {})]) == {}
+        assert await state_of(connection, run_id) == ("running" if owned else "retrying")
 
 
-async def test_a_claim_waits_for_a_fence_that_is_about_to_commit(database_url: str, connection: Connection) -> None:
-    """Otherwise the successor could start between the check and the commit."""
+async def test_of_many_that_finish_at_once_the_one_that_lost_its_run_keeps_no_other(connection: Connection) -> None:
+    worker = await be_worker(connection)
+    refs = [await hold(connection, await ask(connection), worker) for _ in range(5)]
+    await connection.execute("update bon_scheduler.runs set attempt = 2 where id = $1", refs[2].run_id)
+    ended = await attempts.finish_many(connection, [(ref, {"n": n}) for n, ref in enumerate(refs)])
+    assert ended == {ref.run_id: "succeeded" for n, ref in enumerate(refs) if n != 2}
+    rows = await connection.fetch(
+        "select counts from bon_scheduler.runs where state = 'succeeded' order by enqueued_at"
+    )
+    assert [row["counts"] for row in rows] == [{"n": n} for n in (0, 1, 3, 4)]
+
+
+async def test_a_finish_says_whether_a_savepoint_may_undo_it(connection: Connection) -> None:
+    worker = await be_worker(connection)
+    first, second = [await hold(connection, await ask(connection), worker) for _ in range(2)]
+    async with connection.transaction():
+        assert not (await attempts.finish(connection, first, {})).may_be_undone
+        async with connection.transaction():
+            assert (await attempts.finish(connection, second, {})).may_be_undone
+
+
+async def test_a_cancel_waits_for_a_fence_that_is_about_to_commit(database_url: str, connection: Connection) -> None:
+    """Otherwise a run could end between the check and the commit."""
     run_id = await ask(connection)
-    gone = await be_worker(connection)
-    ref = await take_hold(connection, run_id, gone)
-    await retire_worker(connection, gone.id)
-    successor = await be_worker(connection)
+    ref = await hold(connection, run_id, await be_worker(connection))
     async with db.connect(database_url) as committing:
         transaction = committing.transaction()
         await transaction.start()
         await attempts.fence(committing, ref)
-        claiming = asyncio.create_task(take(connection, run_id, successor))
-        done, _ = await asyncio.wait([claiming], timeout=0.3)
+        cancelling = asyncio.create_task(
+            revise.revise_all(connection, Action.CANCEL, [run_id], by="dana", reason="wrong")
+        )
+        done, _ = await asyncio.wait([cancelling], timeout=0.3)
         assert not done
         await transaction.commit()
-    assert (await claiming).verdict is Verdict.CLAIMED
+    await cancelling
+    assert await state_of(connection, run_id) == "cancelled"
 
 
-async def test_a_claim_does_not_wait_for_ever_for_a_row_that_somebody_has_locked(
-    database_url: str, connection: Connection
-) -> None:
-    run_id = await ask(connection)
+async def test_a_claim_waits_for_no_row(database_url: str, connection: Connection) -> None:
+    locked, other = await ask(connection), await ask(connection)
     worker = await be_worker(connection)
-    async with db.connect(database_url) as other:
-        locking = other.transaction()
+    async with db.connect(database_url) as elsewhere:
+        locking = elsewhere.transaction()
         await locking.start()
-        await other.execute("select from bon_scheduler.runs for share")
-        assert (await take(connection, run_id, worker)).verdict is Verdict.LOCKED
+        await elsewhere.execute("select from bon_scheduler.runs where id = $1 for share", locked)
+        async with asyncio.timeout(0.5):
+            assert (await claim_one(connection, locked, worker)).verdict is Verdict.WAITS
+            assert await take_any(connection, worker, "draft-cleanup") == [other]
         await locking.rollback()
-    assert (await take(connection, run_id, worker)).verdict is Verdict.CLAIMED
+    assert await take_any(connection, worker, "draft-cleanup") == [locked]
 
 
-async def test_a_claim_that_waited_for_a_persons_retry_knows_its_fresh_budget(
-    database_url: str, connection: Connection
-) -> None:
+async def test_a_retried_run_has_its_fresh_budget(connection: Connection) -> None:
     run_id = await ask(connection)
     await connection.execute("update bon_scheduler.runs set state = 'cancelled', attempt = 4, finished_at = now()")
-    worker = await be_worker(connection)
-    async with db.connect(database_url) as retrying:
-        transaction = retrying.transaction()
-        await transaction.start()
-        await revise.revise_all(retrying, Action.RETRY, [run_id], by="dana", reason="mended")
-        claiming = asyncio.create_task(take(connection, run_id, worker))
-        done, _ = await asyncio.wait([claiming], timeout=0.3)
-        assert not done
-        await transaction.commit()
-    claim = await claiming
-    assert (claim.verdict, claim.given_back) == (Verdict.CLAIMED, 4)
+    await revise.revise_all(connection, Action.RETRY, [run_id], by="dana", reason="mended")
+    answer = await claim_one(connection, run_id, await be_worker(connection))
+    assert answer.claim is not None
+    assert (answer.claim.given_back, answer.claim.retried, answer.claim.ref.attempt) == (4, True, 5)
 
 
 async def test_a_failed_business_makes_the_run_partial(connection: Connection) -> None:
     run_id = await ask(connection)
-    ref = await take_hold(connection, run_id, await be_worker(connection))
+    ref = await hold(connection, run_id, await be_worker(connection))
     outcomes = [BusinessOutcome(uuid4()), BusinessOutcome(uuid4(), "failed", error="refused")]
     await attempts.record_outcomes(connection, run_id, outcomes)
-    assert await attempts.finish(connection, ref, {}) == "partial"
+    assert (await attempts.finish(connection, ref, {})).state == "partial"
 
 
 async def test_a_kept_business_leaves_the_run_succeeded(connection: Connection) -> None:
     run_id = await ask(connection)
-    ref = await take_hold(connection, run_id, await be_worker(connection))
+    ref = await hold(connection, run_id, await be_worker(connection))
     await attempts.record_outcomes(connection, run_id, [BusinessOutcome(uuid4(), "kept")])
-    assert await attempts.finish(connection, ref, {}) == "succeeded"
+    assert (await attempts.finish(connection, ref, {})).state == "succeeded"
 
 
 async def test_counts_of_a_business_reported_twice_add_up(connection: Connection) -> None:
@@ -429,44 +419,58 @@ async def test_a_business_that_failed_and_then_went_well_is_done(connection: Con
     assert await connection.fetchval("select outcome from bon_scheduler.business_outcomes") == "done"
 
 
-async def test_a_retry_is_queued_for_later(connection: Connection) -> None:
+async def test_a_retry_waits_for_its_time(connection: Connection) -> None:
     run_id = await ask(connection)
-    ref = await take_hold(connection, run_id, await be_worker(connection))
+    worker = await be_worker(connection)
+    ref = await hold(connection, run_id, worker)
     await attempts.fail(connection, ref, outcome="failed", error="away", wait=timedelta(minutes=5))
-    wait = await connection.fetchval(
-        "select max(execute_after) - now() from bon_scheduler.pgqueuer where dedupe_key = $1", f"{run_id}/1"
-    )
+    assert await take_any(connection, worker, "draft-cleanup") == []
+    wait = await connection.fetchval("select run_at - now() from bon_scheduler.runs")
     assert timedelta(minutes=4) < wait <= timedelta(minutes=5)
-
-
-async def test_a_run_whose_queue_row_vanished_is_found_and_delivered_again(connection: Connection) -> None:
-    run_id = await ask(connection)
-    await connection.execute("delete from bon_scheduler.pgqueuer")
-    assert await ledger.orphans(connection, ["draft-cleanup"]) == [(run_id, "draft-cleanup")]
-    assert await ledger.redeliver(connection, run_id, LEASE)
-    assert await ledger.orphans(connection, ["draft-cleanup"]) == []
+    await connection.execute("update bon_scheduler.runs set run_at = now() - interval '1 second'")
+    assert await take_any(connection, worker, "draft-cleanup") == [run_id]
 
 
 async def test_a_run_that_was_put_off_keeps_its_time_when_the_clock_is_set_back(connection: Connection) -> None:
-    await ask(connection, run_at=datetime.now(UTC) + timedelta(hours=1))
+    run_id = await ask(connection, run_at=datetime.now(UTC) + timedelta(hours=1))
     await connection.execute(
-        "truncate bon_scheduler.pgqueuer;"
-        "update bon_scheduler.runs set timed_at = timed_at + interval '2 hours', run_at = run_at + interval '2 hours'"
+        "update bon_scheduler.runs"
+        " set enqueued_at = enqueued_at + interval '2 hours', run_at = run_at + interval '2 hours'"
     )
-    assert await ledger.orphans(connection, ["draft-cleanup"]) == []
+    assert await ledger.make_overtaken_ready(connection) == 0
+    assert (await claim_one(connection, run_id, await be_worker(connection))).verdict is Verdict.WAITS
 
 
-async def test_a_run_that_a_living_worker_holds_is_no_orphan(connection: Connection) -> None:
+async def test_a_run_that_was_due_before_the_clock_was_set_back_stays_due(connection: Connection) -> None:
     run_id = await ask(connection)
-    await take_hold(connection, run_id, await be_worker(connection))
-    await connection.execute("delete from bon_scheduler.pgqueuer")
-    assert await ledger.orphans(connection, ["draft-cleanup"]) == []
+    await connection.execute("update bon_scheduler.runs set enqueued_at = enqueued_at + interval '2 hours'")
+    assert await take_any(connection, await be_worker(connection), "draft-cleanup") == [run_id]
 
 
-async def test_delivering_again_makes_no_second_queue_row(connection: Connection) -> None:
+async def test_a_wait_since_an_attempt_ends_when_the_clock_was_set_back(connection: Connection) -> None:
     run_id = await ask(connection)
-    assert not await ledger.redeliver(connection, run_id, LEASE)
-    assert await queued(connection) == 1
+    worker = await be_worker(connection)
+    ref = await hold(connection, run_id, worker)
+    await attempts.fail(connection, ref, outcome="failed", error="away", wait=timedelta(minutes=5))
+    assert await ledger.make_overtaken_ready(connection) == 0
+    await connection.execute(
+        "update bon_scheduler.runs set run_at = run_at + interval '2 hours';"
+        "update bon_scheduler.attempts set ended_at = ended_at + interval '2 hours'"
+    )
+    assert await ledger.make_overtaken_ready(connection) == 1
+    assert await take_any(connection, worker, "draft-cleanup") == [run_id]
+
+
+async def test_what_waits_for_its_time_says_in_how_long_the_next_is_due(connection: Connection) -> None:
+    await ask(connection, run_at=datetime.now(UTC) + timedelta(minutes=3))
+    answer = await claim(connection, await be_worker(connection), "draft-cleanup")
+    assert answer.wait_seconds == pytest.approx(180, abs=5)
+
+
+@pytest.mark.parametrize("priority", ["101", "-101", "2147483647", "null"])
+async def test_a_priority_out_of_bounds_is_refused_at_the_door(connection: Connection, priority: str) -> None:
+    with pytest.raises(asyncpg.InvalidParameterValueError, match="must be between -100 and 100"):
+        await connection.fetchval(f"select bon_scheduler.enqueue('generate-pdf', priority => {priority})")
 
 
 async def test_another_program_may_ask_in_sql_inside_its_own_transaction(connection: Connection) -> None:
@@ -497,21 +501,17 @@ async def cause(connection: Connection) -> UUID:
     return run_id
 
 
-async def test_many_runs_are_asked_for_each_once_and_queued_with_their_priority(
-    connection: Connection, cause: UUID
-) -> None:
+async def test_many_runs_are_asked_for_each_once_with_their_priority(connection: Connection, cause: UUID) -> None:
     assert await ask_for_many(connection, [*range(2500), 7, 7], cause) == 2500
     assert await ask_for_many(connection, range(2501), cause) == 1
     row = await connection.fetchrow(
-        "select count(*), count(distinct r.payload ->> 'n'), count(distinct q.id), max(q.priority), max(r.priority), "
-        "count(*) filter (where r.caused_by = $1 and r.origin = 'run' and r.asked_by = 'a test') "
-        "from bon_scheduler.runs r left join bon_scheduler.pgqueuer q "
-        "on q.dedupe_key = r.id || '/0' and convert_from(q.payload, 'UTF8') = r.id::text and q.entrypoint = r.job "
-        "where r.job = 'draft-cleanup'",
+        "select count(*), count(distinct payload ->> 'n'), max(priority), "
+        "count(*) filter (where caused_by = $1 and origin = 'run' and asked_by = 'a test' and ready) "
+        "from bon_scheduler.runs where job = 'draft-cleanup'",
         cause,
     )
     assert row is not None
-    assert tuple(row) == (2501, 2501, 2501, -10, -10, 2501)
+    assert tuple(row) == (2501, 2501, -10, 2501)
 
 
 async def test_many_runs_that_are_rolled_back_never_existed(connection: Connection, cause: UUID) -> None:
@@ -520,7 +520,6 @@ async def test_many_runs_that_are_rolled_back_never_existed(connection: Connecti
     assert await ask_for_many(connection, range(10), cause) == 10
     await transaction.rollback()
     assert await connection.fetchval("select count(*) from bon_scheduler.runs") == 1
-    assert await connection.fetchval("select count(*) from bon_scheduler.pgqueuer") == 1
 
 
 async def test_of_many_runs_no_more_than_a_thousand_are_held_at_a_time(connection: Connection, cause: UUID) -> None:

@@ -94,11 +94,11 @@ async def nightly(_: JobContext, __: NoPayload) -> Counts:
 async def hold_nightly(connection: Connection, seen_at: str, *, lease_seconds: int = 2) -> None:
     """Have a worker that was last seen then be at a run of it."""
     await connection.execute(f"""
-        insert into bon_scheduler.jobs (name) values ('nightly');
+        insert into bon_scheduler.jobs (name, exclusive) values ('nightly', 'job');
         insert into bon_scheduler.workers (id, host, pid, version, lease, seen_at)
         values (gen_random_uuid(), 'elsewhere', 1, '0', '{lease_seconds} s', {seen_at});
-        insert into bon_scheduler.runs (job, origin, state, attempt, worker)
-        select 'nightly', 'person', 'running', 1, id from bon_scheduler.workers;
+        insert into bon_scheduler.runs (job, concurrency_key, origin, state, attempt, worker)
+        select 'nightly', 'nightly', 'person', 'running', 1, id from bon_scheduler.workers;
         insert into bon_scheduler.attempts (run_id, attempt, worker, host, started_at)
         select id, attempt, worker, 'elsewhere', now() from bon_scheduler.runs;
     """)

@@ -8,10 +8,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from bon_scheduler import Counts, JobContext, NoPayload, Retry, attempts, db, job, runner, service
-from bon_scheduler.attempts import RunRef
+from bon_scheduler import Counts, JobContext, NoPayload, Retry, attempts, claims, db, job, runner, service
 from bon_scheduler.jobs import AnyJob
-from bon_scheduler.jobs import Connection as AnyConnection
 from bon_scheduler.workers import Worker
 from tests.conftest import Connection, MakeSettings
 from tests.waiting import until
@@ -30,11 +28,9 @@ DEAD_WORKER = """
 # The database's clock was two hours ahead when these were written.
 SET_BACK = """
     update bon_scheduler.runs
-       set run_at = run_at + interval '2 hours', timed_at = timed_at + interval '2 hours',
-           enqueued_at = enqueued_at + interval '2 hours';
-    update bon_scheduler.pgqueuer
-       set heartbeat = heartbeat + interval '2 hours',
-           execute_after = case when execute_after = 'epoch' then 'epoch' else execute_after + interval '2 hours' end;
+       set run_at = run_at + interval '2 hours', enqueued_at = enqueued_at + interval '2 hours';
+    update bon_scheduler.attempts
+       set started_at = started_at + interval '2 hours', ended_at = ended_at + interval '2 hours';
 """
 STATE = "select state::text from bon_scheduler.runs"
 OUTCOMES = "select outcome from bon_scheduler.attempts order by attempt"
@@ -111,66 +107,114 @@ async def test_a_run_that_a_person_cancelled_is_stopped_and_not_counted_as_fence
     assert (await connection.fetchval(STATE), await outcomes(connection)) == ("cancelled", ["cancelled"])
 
 
-async def test_a_run_whose_claim_was_never_answered_is_let_go_of_and_run(
+async def test_a_run_whose_claim_was_never_answered_is_given_back_and_run(
     make_settings: MakeSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The claim committed and its answer was lost: the ledger says it is ours, and we know nothing of it."""
-    claim = attempts.claim
-    cut = iter([True])
+    real, cut = claims.claim, list[bool]()
 
     async def claim_without_answer(*arguments: Any, **options: Any) -> Any:
-        answer = await claim(*arguments, **options)
-        if next(cut, False):
+        answer = await real(*arguments, **options)
+        if answer.taken and not cut:
+            cut.append(True)
             raise ConnectionResetError("cut after the commit")
         return answer
 
-    monkeypatch.setattr(attempts, "claim", claim_without_answer)
+    monkeypatch.setattr(claims, "claim", claim_without_answer)
 
-    @job("a-test", retry=QUICK)
+    @job("a-test", retry=Retry(attempts=1))
     async def quick(_: JobContext, __: NoPayload) -> Counts:
         return {}
 
     async with service.serving(make_settings(LEASE_SECONDS="2"), jobs=[quick]):
         await connection.execute(ASK)
         assert await until_state(connection, "succeeded", "dead") == "succeeded"
-    assert await outcomes(connection) == ["lost", "succeeded"]
+    # At no cost: it had one attempt only.
+    assert await outcomes(connection) == ["given_back", "succeeded"]
 
 
-async def test_a_run_whose_claims_connection_is_lost_after_the_answer_is_run_all_the_same(
+async def test_what_a_claim_that_was_cut_short_took_is_given_back_when_the_process_stops(
     make_settings: MakeSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pool finds the connection dead when it is given back: the run must not stay claimed and untouched."""
-    claim, release = attempts.claim, asyncpg.Pool.release
-    claimed = asyncio.Event()
+    real, taken = claims.claim, asyncio.Event()
 
-    async def note_claim(*arguments: Any, **options: Any) -> Any:
-        answer = await claim(*arguments, **options)
-        claimed.set()
+    async def claim_without_answer(*arguments: Any, **options: Any) -> Any:
+        answer = await real(*arguments, **options)
+        if answer.taken:
+            taken.set()
+            raise ConnectionResetError("cut after the commit")
         return answer
 
-    async def release_of_a_dead_connection(pool: Any, *arguments: Any, **options: Any) -> None:
-        await release(pool, *arguments, **options)
-        if claimed.is_set():
-            monkeypatch.setattr(asyncpg.Pool, "release", release)
-            raise asyncpg.ConnectionDoesNotExistError("terminated before it was given back")
-
-    monkeypatch.setattr(attempts, "claim", note_claim)
-    monkeypatch.setattr(asyncpg.Pool, "release", release_of_a_dead_connection)
+    monkeypatch.setattr(claims, "claim", claim_without_answer)
 
     @job("a-test", retry=QUICK)
     async def quick(_: JobContext, __: NoPayload) -> Counts:
         return {}
 
-    async with service.serving(make_settings(LEASE_SECONDS="2"), jobs=[quick]):
+    async with service.serving(make_settings(LEASE_SECONDS="600"), jobs=[quick]):
         await connection.execute(ASK)
-        assert await until_state(connection, "succeeded", "dead") == "succeeded"
-    assert await outcomes(connection) == ["succeeded"]
+        await taken.wait()
+    row = await connection.fetchrow("select state::text, given_back, attempt from bon_scheduler.runs")
+    assert row is not None
+    assert (row["state"], row["given_back"] == row["attempt"]) == ("queued", True)
+
+
+async def test_a_claim_whose_answer_comes_while_the_process_stops_is_given_back_at_once(
+    make_settings: MakeSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked, go_on = claims.claim, asyncio.Event(), asyncio.Event()
+
+    async def slow_claim(*arguments: Any, **options: Any) -> Any:
+        answer = await real(*arguments, **options)
+        if answer.taken:
+            asked.set()
+            await go_on.wait()
+        return answer
+
+    monkeypatch.setattr(claims, "claim", slow_claim)
+    begun: list[int] = []
+
+    @job("a-test", retry=QUICK)
+    async def count(ctx: JobContext, __: NoPayload) -> Counts:
+        begun.append(ctx.attempt)
+        return {}
+
+    async with service.serving(make_settings(LEASE_SECONDS="600"), jobs=[count]) as serving:
+        await connection.execute(ASK)
+        await asked.wait()
+        serving.engine._stopping.set()
+        go_on.set()
+        assert await until_state(connection, "queued") == "queued"
+    assert (begun, await outcomes(connection)) == ([], ["given_back"])
+
+
+async def test_an_attempt_whose_end_cannot_be_recorded_counts(
+    make_settings: MakeSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise its handler would be called for ever."""
+
+    async def refuse(*_: Any, **__: Any) -> Any:
+        raise asyncpg.CheckViolationError("no")
+
+    monkeypatch.setattr(attempts, "finish_many", refuse)
+    monkeypatch.setattr(attempts, "fail", refuse)
+    begun: list[int] = []
+
+    @job("a-test", retry=QUICK)
+    async def count(ctx: JobContext, __: NoPayload) -> Counts:
+        begun.append(ctx.attempt)
+        return {}
+
+    async with service.serving(make_settings(LEASE_SECONDS="2"), jobs=[count]):
+        await connection.execute(ASK)
+        assert await until_state(connection, "dead") == "dead"
+    assert (begun, await outcomes(connection)) == ([1, 2, 3], ["lost"] * 3)
 
 
 @pytest.mark.parametrize(
     ("write", "fails", "states", "expected"),
     [
-        ("finish", False, {"succeeded": 1}, ["succeeded"]),
+        ("finish_many", False, {"succeeded": 1}, ["succeeded"]),
         ("fail", True, {"retrying": 2, "dead": 1}, ["failed", "failed", "failed"]),
     ],
 )
@@ -183,13 +227,14 @@ async def test_a_recording_whose_answer_was_lost_took_effect_once(
     states: dict[str, int],
     expected: list[str],
 ) -> None:
-    real: Callable[..., Awaitable[str]] = getattr(attempts, write)
-    answered: set[RunRef] = set()
+    real: Callable[..., Awaitable[Any]] = getattr(attempts, write)
+    answered: set[str] = set()
 
-    async def without_answer(on: AnyConnection, ref: RunRef, *arguments: Any, **options: Any) -> str:
-        answer = await real(on, ref, *arguments, **options)
-        if ref not in answered:
-            answered.add(ref)
+    async def without_answer(*arguments: Any, **options: Any) -> Any:
+        answer = await real(*arguments, **options)
+        attempt = str(options.get("ref") or arguments[1])
+        if attempt not in answered:
+            answered.add(attempt)
             raise ConnectionResetError("cut after the commit")
         return answer
 
@@ -240,21 +285,6 @@ async def test_a_read_only_database_delays_a_recording_and_loses_nothing(
         await connection.execute("drop trigger refuse on bon_scheduler.runs")
         assert await until_state(connection, "succeeded", "dead") == "succeeded"
     assert await outcomes(connection) == ["succeeded"]
-
-
-async def test_a_queue_row_in_a_dead_hand_makes_room(make_settings: MakeSettings, connection: Connection) -> None:
-    @job("a-test", retry=QUICK)
-    async def quick(_: JobContext, __: NoPayload) -> Counts:
-        return {}
-
-    await service.prepare(make_settings(), jobs=[quick])
-    await connection.execute(ASK)
-    await connection.execute(
-        "update bon_scheduler.pgqueuer set status = 'picked', queue_manager_id = gen_random_uuid(),"
-        " heartbeat = clock_timestamp() - interval '1 minute', execute_after = clock_timestamp() + interval '1 hour'"
-    )
-    async with service.serving(make_settings(LEASE_SECONDS="2"), jobs=[quick]):
-        assert await until_state(connection, "succeeded") == "succeeded"
 
 
 async def test_a_handler_that_swallows_its_cancellation_is_abandoned_and_its_transaction_cut(
@@ -344,11 +374,11 @@ async def test_whoever_takes_a_run_over_ends_the_connections_of_the_worker_that_
     "left",
     [
         "select 1",  # it waits, due at once
-        "truncate bon_scheduler.pgqueuer",
-        "update bon_scheduler.pgqueuer set status = 'picked', queue_manager_id = gen_random_uuid()",
-        "update bon_scheduler.pgqueuer set execute_after = now() + interval '1 second'",  # as a busy job's is
-        "truncate bon_scheduler.pgqueuer; update bon_scheduler.runs set attempt = 1, state = 'retrying',"
-        " run_at = now() + interval '5 minutes'",
+        "update bon_scheduler.runs set run_at = now() - interval '1 minute'",  # it was put off, and its time has come
+        "update bon_scheduler.runs set attempt = 1, state = 'retrying', ready = false,"
+        " run_at = now() + interval '5 minutes'; insert into bon_scheduler.attempts (run_id, attempt, worker, host,"
+        " started_at, ended_at, outcome) select id, 1, gen_random_uuid(), 'here', now(), now(), 'failed'"
+        " from bon_scheduler.runs",
         "update bon_scheduler.runs set attempt = 1, state = 'running', worker = (select id from bon_scheduler.workers)",
     ],
 )
@@ -370,17 +400,16 @@ async def test_a_clock_that_was_set_back_neither_delays_a_run_that_is_due_nor_ke
         async def ended() -> bool:
             return bool(await connection.fetchval(STATE) == "succeeded")
 
-        await until(ended, seconds=2 + 5)
+        await until(ended, seconds=2 + 8)
 
 
-async def test_runs_whose_rows_somebody_has_locked_keep_neither_ticks_nor_probes_waiting(
+async def test_runs_whose_rows_somebody_has_locked_keep_no_other_run_waiting(
     make_settings: MakeSettings, connection: Connection, database_url: str
 ) -> None:
     @job("a-test", retry=QUICK)
     async def quick(_: JobContext, __: NoPayload) -> Counts:
         return {}
 
-    waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%claim%'"
     settings = make_settings()
     await service.prepare(settings, jobs=[quick])
     await connection.execute(f"{ASK} from generate_series(1, 6)")
@@ -388,20 +417,45 @@ async def test_runs_whose_rows_somebody_has_locked_keep_neither_ticks_nor_probes
         locking = other.transaction()
         await locking.start()
         await other.execute("select from bon_scheduler.runs for update")
-        async with service.serving(settings, jobs=[quick]) as serving:
+        async with service.serving(settings, jobs=[quick]):
+            free = await connection.fetchval(ASK)
 
-            async def claims_wait() -> bool:
-                return bool(await connection.fetchval(waiting) > 1)
+            async def free_ended() -> bool:
+                state = await connection.fetchval("select state::text from bon_scheduler.runs where id = $1", free)
+                return bool(state == "succeeded")
 
-            await until(claims_wait)
-            for _ in range(20):
-                async with asyncio.timeout(0.4), serving.machinery.control.acquire() as control:
-                    await control.execute("select pg_sleep(0.05)")
+            await until(free_ended)
             await locking.rollback()
+            await until(lambda: all_succeeded(connection))
 
-            async def ended() -> bool:
-                return not await connection.fetchval(
-                    "select count(*) from bon_scheduler.runs where state <> 'succeeded'"
-                )
 
-            await until(ended)
+async def all_succeeded(connection: Connection) -> bool:
+    return not await connection.fetchval("select count(*) from bon_scheduler.runs where state <> 'succeeded'")
+
+
+async def test_released_runs_are_counted_as_rescued_and_nothing_else_is(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    begun = 0
+
+    @job("a-test", retry=QUICK)
+    async def flaky(ctx: JobContext, __: NoPayload) -> Counts:
+        nonlocal begun
+        begun += 1
+        if ctx.attempt == 1:
+            raise ConnectionError("once")
+        return {}
+
+    settings = make_settings(LEASE_SECONDS="2")
+    await service.prepare(settings, jobs=[flaky])
+    worker = await connection.fetchval(DEAD_WORKER)
+    await connection.execute(f"{ASK} from generate_series(1, 12)")
+    await connection.execute(
+        "update bon_scheduler.runs set state = 'running', attempt = 1, worker = $1"
+        " where id in (select id from bon_scheduler.runs limit 5)",
+        worker,
+    )
+    async with service.serving(settings, jobs=[flaky]) as serving:
+        await until(lambda: all_succeeded(connection))
+        assert serving.machinery.metrics.rescued.labels("a-test")._value.get() == 5
+    assert begun == 7 * 2 + 5

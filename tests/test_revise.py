@@ -11,12 +11,15 @@ import asyncpg
 import pytest
 
 from bon_scheduler import Counts, JobContext, NoPayload, Retry, attempts, db, history, job, ledger, operate, service
-from bon_scheduler.attempts import RunRef, Verdict
+from bon_scheduler.attempts import RunRef
+from bon_scheduler.claims import Verdict
 from bon_scheduler.db import Pool
 from bon_scheduler.jobs import BusinessOutcome, LostRunError
+from bon_scheduler.jobs import Connection as AnyConnection
 from bon_scheduler.ledger import Request
 from bon_scheduler.revise import RefusedError
 from bon_scheduler.workers import Worker, register_worker
+from tests.attempting import claim_one, take_any
 from tests.conftest import Connection, MakeSettings
 from tests.waiting import until
 
@@ -28,6 +31,12 @@ MAKE_DEAD = """
     select $1, 'program', 'dead', 3, 'away', now() from generate_series(1, $2)
     returning id
 """
+
+
+@pytest.fixture(autouse=True)
+async def free(connection: Connection) -> None:
+    """Runs of the job may work beside each other, and be tried for ever."""
+    await connection.execute("update bon_scheduler.jobs set exclusive = 'no', attempts = 100000")
 
 
 async def ask(connection: Connection, **fields: object) -> UUID:
@@ -42,9 +51,9 @@ async def be_worker(connection: Connection) -> Worker:
     return worker
 
 
-async def take(connection: Connection, run_id: UUID, worker: Worker, *, allowed: int = 3) -> RunRef | None:
-    claim = await attempts.claim(connection, run_id, worker=worker.id, host="here", allowed=allowed, exclusive=False)
-    return claim.ref
+async def take(connection: AnyConnection, run_id: UUID, worker: Worker) -> RunRef | None:
+    answer = await claim_one(connection, run_id, worker)
+    return answer.claim.ref if answer.claim else None
 
 
 async def start(connection: Connection) -> tuple[UUID, RunRef]:
@@ -106,36 +115,34 @@ async def test_a_retried_run_goes_on_with_the_next_attempt_and_keeps_what_went_w
 async def test_a_retried_run_has_as_many_attempts_as_a_new_one(connection: Connection) -> None:
     run_id = await die(connection)
     await retry(connection, run_id)
+    await connection.execute("update bon_scheduler.jobs set attempts = 3 where name = $1", JOB)
     for _ in range(3):
         worker = await be_worker(connection)
         assert await take(connection, run_id, worker) is not None
         await connection.execute("delete from bon_scheduler.workers")
+        await attempts.release_lost(connection)
     assert await take(connection, run_id, await be_worker(connection)) is None
     assert await state_of(connection, run_id) == "dead"
 
 
-async def test_a_retried_run_is_brought_to_a_worker_at_once_though_it_was_meant_for_later(
+async def test_a_retried_run_may_be_taken_at_once_though_it_was_meant_for_later(
     connection: Connection,
 ) -> None:
     run_id = await ask(connection, run_at=await connection.fetchval("select now() + interval '30 days'"))
     await cancel(connection, run_id)
     await retry(connection, run_id)
-    due = await connection.fetch(
-        "select execute_after <= clock_timestamp() as due from bon_scheduler.pgqueuer where dedupe_key = $1",
-        f"{run_id}/0",
-    )
-    assert [row["due"] for row in due] == [True]
+    assert await take(connection, run_id, await be_worker(connection)) is not None
 
 
 async def test_a_failure_from_before_a_retry_is_shown_and_decides_nothing(connection: Connection) -> None:
     run_id, ref = await start(connection)
     business = uuid4()
     await attempts.record_outcomes(connection, run_id, [BusinessOutcome(business, "failed", error="refused")])
-    assert await attempts.finish(connection, ref, {}) == "partial"
+    assert (await attempts.finish(connection, ref, {})).state == "partial"
     await retry(connection, run_id)
     again = await take(connection, run_id, await be_worker(connection))
     assert again is not None
-    assert await attempts.finish(connection, again, {}) == "succeeded"
+    assert (await attempts.finish(connection, again, {})).state == "succeeded"
     (shown,) = await history.businesses_of(connection, run_id)
     assert (shown["business_id"], shown["outcome"], shown["error"]) == (business, "failed_before", "refused")
 
@@ -152,7 +159,7 @@ async def test_a_business_that_a_retried_run_touches_again_decides_anew(
     again = await take(connection, run_id, await be_worker(connection))
     assert again is not None
     await attempts.record_outcomes(connection, run_id, [BusinessOutcome(business, outcome)])  # type: ignore[arg-type]
-    assert await attempts.finish(connection, again, {}) == state
+    assert (await attempts.finish(connection, again, {})).state == state
     assert [row["outcome"] for row in await history.businesses_of(connection, run_id)] == [outcome]
 
 
@@ -196,11 +203,10 @@ async def test_a_dead_run_that_is_let_go_keeps_when_and_why_it_died(connection: 
     assert (after["finished_at"], after["error"]) == (before["finished_at"], "away")
 
 
-async def test_a_cancelled_run_leaves_nothing_in_the_queue(connection: Connection) -> None:
+async def test_a_cancelled_run_is_taken_by_nobody(connection: Connection) -> None:
     kept, gone = await ask(connection), await ask(connection)
     await cancel(connection, gone)
-    keys = await connection.fetch("select dedupe_key from bon_scheduler.pgqueuer")
-    assert [row["dedupe_key"] for row in keys] == [f"{kept}/0"]
+    assert await take_any(connection, await be_worker(connection), JOB) == [kept]
 
 
 async def test_each_changed_run_is_audited(connection: Connection) -> None:
@@ -245,7 +251,7 @@ async def test_all_named_runs_are_changed_or_none_and_each_fault_is_named(connec
         (retry, "paused", "run-once draft-cleanup --fire-time 2026-11-23T01:00:00+00:00"),
         (retry, "queued", "is queued"),
         (retry, "running", "stop it first with: python -m bon_scheduler cancel"),
-        (retry, "retrying", "runs again by itself at 20"),
+        (retry, "retrying", "runs again by itself at once"),
         (retry, "succeeded", "do it anew with: python -m bon_scheduler run-once draft-cleanup"),
         (retry, "held", "let it go with: python -m bon_scheduler cancel"),
         (cancel, "succeeded", "what it did stays"),
@@ -294,7 +300,7 @@ async def test_2500_dead_runs_are_retried_in_seconds_and_audited_one_by_one(conn
     seconds = time.perf_counter() - started
     assert len({run.run_id for run in revised}) == 2500
     assert await connection.fetchval("select count(*) from bon_scheduler.runs where state = 'queued'") == 2500
-    assert await connection.fetchval("select count(*) from bon_scheduler.pgqueuer where status = 'queued'") == 2500
+    assert await connection.fetchval("select count(*) from bon_scheduler.runs where ready") == 2501
     assert await connection.fetchval("select count(distinct target) from bon_scheduler.operator_actions") == 2500
     assert await connection.fetchval("select count(*) from bon_scheduler.operator_actions") == 2500
     assert await state_of(connection, other["id"]) == "dead"
@@ -412,7 +418,7 @@ async def test_retries_cancels_claims_and_ends_of_the_same_runs_never_deadlock(
     async def work() -> None:
         for _ in range(300):
             async with pool.acquire() as mine:
-                ref = await take(mine, chance.choice(runs), worker, allowed=10_000)  # type: ignore[arg-type]
+                ref = await take(mine, chance.choice(runs), worker)
                 if ref is None:
                     continue
                 try:
@@ -457,30 +463,8 @@ async def test_a_dead_run_that_is_retried_under_a_living_service_succeeds_in_its
     assert started == [1, 2, 3, 4]
 
 
-async def test_a_cancelled_run_is_never_run_though_its_queue_row_comes(
-    make_settings: MakeSettings, connection: Connection
-) -> None:
-    started: list[int] = []
-    jobs = failing(0, started)
-    await service.prepare(make_settings(), jobs=jobs)  # type: ignore[arg-type] # one job
-    run_id = await connection.fetchval("select bon_scheduler.enqueue('a-test')")
-    await connection.execute("create table kept as select * from bon_scheduler.pgqueuer")
-    await cancel(connection, run_id)
-    await connection.execute("insert into bon_scheduler.pgqueuer select * from kept")
-    async with service.serving(make_settings(), jobs=jobs):  # type: ignore[arg-type] # one job
-
-        async def brought() -> bool:
-            return not await connection.fetchval("select exists (select from bon_scheduler.pgqueuer)")
-
-        await until(brought)
-    assert started == []
-    assert await state_of(connection, run_id) == "cancelled"
-    assert await take(connection, run_id, await be_worker(connection)) is None
-
-
 async def test_a_claim_of_a_cancelled_run_says_that_it_has_ended(connection: Connection) -> None:
     run_id = await ask(connection)
     await cancel(connection, run_id)
     worker = await be_worker(connection)
-    claim = await attempts.claim(connection, run_id, worker=worker.id, host="here", allowed=3, exclusive=True)
-    assert claim.verdict is Verdict.ENDED
+    assert (await claim_one(connection, run_id, worker)).verdict is Verdict.ENDED

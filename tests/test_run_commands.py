@@ -67,7 +67,6 @@ async def test_a_runaway_queue_is_cancelled(connection: Connection, database_url
     )
     assert (cancelled.status, cancelled.out) == (0, "generate-pdf: 1,200 runs that were queued → cancelled.\n")
     assert await connection.fetchval("select count(*) from bon_scheduler.runs where state <> 'cancelled'") == 0
-    assert await connection.fetchval("select count(*) from bon_scheduler.pgqueuer") == 0
 
 
 async def test_the_answer_says_when_what_is_running_will_stop(connection: Connection, database_url: str) -> None:

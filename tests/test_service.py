@@ -17,6 +17,7 @@ from bon_scheduler import Counts, Cron, JobContext, NoPayload, Retry, db, job, s
 from bon_scheduler.commands.work import LEAVING
 from bon_scheduler.db import Pool
 from bon_scheduler.jobs import AnyJob
+from bon_scheduler.migrations import SchemaBehindError
 from bon_scheduler.service import Serving
 from tests.conftest import Connection, MakeSettings
 from tests.waiting import until
@@ -242,17 +243,6 @@ async def test_new_runs_need_not_wait_for_an_old_handler_after_the_connections_w
         assert await state_of(connection, long) == "running"
 
 
-async def test_a_run_whose_queue_row_was_deleted_is_rescued(
-    make_settings: MakeSettings, connection: Connection
-) -> None:
-    await connection.execute(MAKE_WITNESS)
-    await service.prepare(make_settings(), jobs=[witness])
-    run_id = await connection.fetchval(ASK)
-    await connection.execute("delete from bon_scheduler.pgqueuer")
-    async with service.serving(make_settings(LEASE_SECONDS="2"), jobs=[witness]):
-        await until_state(connection, run_id, "succeeded")
-
-
 async def test_probes_say_what_they_mean(make_settings: MakeSettings) -> None:
     async with service.serving(make_settings(), jobs=[witness]) as serving:
         await until_ready(serving)
@@ -357,7 +347,7 @@ async def test_where_nothing_can_listen_is_said_with_the_settings_that_mend_it(
 
 async def test_a_schema_that_is_behind_is_refused_at_start(empty_database_url: str) -> None:
     settings = service.read_settings({"DATABASE_URL": empty_database_url, "HEALTH_PORT": "0"})
-    with pytest.raises(db.SchemaBehindError, match="python -m bon_scheduler migrate"):
+    with pytest.raises(SchemaBehindError, match="python -m bon_scheduler migrate"):
         async with service.serving(settings):
             pass
 

@@ -132,7 +132,7 @@ async def check(connection: Connection, until: datetime) -> Counter[str]:
 
 async def live_and_check(pool: Pool, connection: Connection, seed: int) -> Counter[str]:
     await connection.execute(
-        "truncate bon_scheduler.runs, bon_scheduler.pgqueuer, bon_scheduler.schedules, bon_scheduler.workers,"
+        "truncate bon_scheduler.runs, bon_scheduler.schedules, bon_scheduler.workers,"
         " bon_scheduler.pauses cascade; update bon_scheduler.jobs set last_tick = null"
     )
     life = Life(pool, connection, seed)

@@ -1,5 +1,6 @@
 -- Releases the runs that no living worker holds: they wait again, or are dead when their attempts are used up, and their
--- attempts have ended. A row that somebody has locked is left for the next time. Indexes: runs_held, attempts_pkey.
+-- attempts have ended. Their worker's connections are ended BEFORE anybody locks what those have locked. A row that
+-- somebody else has locked is left for the next time. Indexes: runs_held, attempts_pkey.
 create or replace function release_lost()
 returns table (run_id uuid, job text, attempt integer, state run_state)
 language plpgsql
@@ -7,6 +8,8 @@ set search_path = bon_scheduler, pg_temp
 as $$
 #variable_conflict use_column
 begin
+    perform cut_off(gone.worker)
+       from (select distinct r.worker from runs r where r.state = 'running' and not is_alive(r.worker)) gone;
     return query
     with lost as (
         select r.id, r.attempt, a.host, j.attempts as allowed, r.attempt - r.given_back >= j.attempts as used_up
