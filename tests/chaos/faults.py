@@ -67,11 +67,13 @@ FAMILIES = MappingProxyType(
             "stop_blocked": Fault(processes.stop_blocked, GIVE_BACK),
             "stop_cut_off": Fault(processes.stop_cut_off, RESCUE + SHUTDOWN_SECONDS + LEAVING_SECONDS),
         },
-        "queue": {
-            "delete_queue": Fault(database.delete_queue, RESCUE),
-            "truncate_queue": Fault(database.truncate_queue, RESCUE),
-            "double_queue": Fault(database.double_queue, RESCUE),
-            "stale_queue": Fault(database.stale_queue, RESCUE),
+        "claims": {
+            "wake_up_lost": Fault(database.wake_up_lost, RESUME),
+            "listen_lost": Fault(database.listen_lost, RESUME),
+            "claim_unanswered": Fault(database.claim_unanswered, RESUME),
+            "batch_half_done": Fault(database.batch_half_done, RESCUE),
+            "exclusive_contended": Fault(database.exclusive_contended, RESCUE),
+            "pinned_horizon": Fault(database.pinned_horizon, RESUME),
         },
     }
 )

@@ -1,5 +1,5 @@
 """
-What is done to the database, to the way there, and to the queue in it.
+What is done to the database, to the way there, and to claims.
 
 Each function hurts the world once, with random timing, and returns for how many seconds the service was hindered: from
 the fault (a process that died), or from its end (a database that answers again), until work went on. None when work
@@ -14,27 +14,25 @@ from uuid import UUID
 
 import asyncpg
 
+from bon_scheduler.migrations import SCHEMA
 from tests.chaos.world import LEASE_SECONDS, Replica, World
 from tests.waiting import until
 
 STAYS_OPEN_MS = 1500
 """Less than what ends an idle transaction: two thirds of the lease."""
 BACKENDS = "select pid from pg_stat_activity where datname = 'bon' and application_name like 'bon_scheduler%'"
-# PgQueuer's connection is the one that has said LISTEN.
+# The engines' connections look whether they still listen.
 LISTENERS = f"{BACKENDS} and query ilike '%listen%'"
 PATIENCE_SECONDS = 20.0
 RELOAD = "select pg_reload_conf()"
 TERMINATE = "select count(pg_terminate_backend(pid)) from unnest($1::int[]) as t (pid)"
-DOUBLE = """
-    insert into bon_scheduler.pgqueuer (priority, entrypoint, payload, execute_after, dedupe_key, status)
-    select priority, entrypoint, payload, execute_after, null, 'queued'
-      from bon_scheduler.pgqueuer cross join generate_series(1, 2)
-"""
-MAKE_STALE = """
-    update bon_scheduler.pgqueuer
-       set status = 'picked', queue_manager_id = gen_random_uuid(), heartbeat = now() - interval '1 hour',
-           execute_after = now() + interval '1 hour'
-     where status = 'queued'
+WAKE_WORKERS = (
+    (SCHEMA / "functions" / "wake_workers.sql").read_text().replace("wake_workers()", "bon_scheduler.wake_workers()", 1)
+)
+# Nobody is woken: runs are found by looking.
+MUTE = """
+    create or replace function bon_scheduler.wake_workers() returns void
+    language sql set search_path = bon_scheduler, pg_temp as 'select null::void'
 """
 
 
@@ -124,7 +122,7 @@ async def terminate_all(world: World) -> float | None:
 
 
 async def terminate_listener(world: World) -> float | None:
-    """End the connections that listen: PgQueuer's looks whether it still does, which names it."""
+    """End the connections that listen and claim."""
 
     async def found() -> list[int]:
         return [row["pid"] for row in await world.fetch(LISTENERS)]
@@ -175,35 +173,79 @@ async def black_hole_for_a_minute(world: World) -> float | None:
     return await _black_hole(world, world.replicas, 60)
 
 
-async def delete_queue(world: World) -> float | None:
-    """Delete every queue row by hand, while runs wait for a worker and while they run."""
+# Claims
+
+
+async def wake_up_lost(world: World) -> float | None:
+    """Lose every notification: what is asked for is found by looking."""
+    await world.execute(MUTE)
+    try:
+        runs = [await world.ask("pay", before=200) for _ in range(20)]
+        return await _succeeded(world, runs)
+    finally:
+        await world.execute(WAKE_WORKERS)
+
+
+async def listen_lost(world: World) -> float | None:
+    """End the engines' connections while they sleep, so that nobody hears what is asked for at that moment."""
+    found = [row["pid"] for row in await world.fetch(LISTENERS)]
+    await world.value(TERMINATE, found)
     runs = [await world.ask("pay", before=200) for _ in range(20)]
-    await asyncio.sleep(world.rng.uniform(0, 0.2))
-    await world.execute("delete from bon_scheduler.pgqueuer")
-    return await _delivered(world, runs)
+    return await _succeeded(world, runs)
 
 
-async def truncate_queue(world: World) -> float | None:
-    runs = [await world.ask("pay", before=200) for _ in range(20)]
-    await world.execute("truncate bon_scheduler.pgqueuer")
-    return await _delivered(world, runs)
+async def claim_unanswered(world: World) -> float | None:
+    """Lose the answers to claims that have committed: the runs are a worker's that knows nothing of them."""
+    for replica in world.replicas:
+        replica.proxy.lose_claims(world.rng.randint(1, 2))
+    runs = [await world.ask("pay", before=20) for _ in range(20)]
+
+    async def all_lost() -> bool:
+        if any(replica.proxy.claims_to_lose for replica in world.replicas):
+            runs.append(await world.ask("pay", before=20))
+        return not any(replica.proxy.claims_to_lose for replica in world.replicas)
+
+    await until(all_lost)
+    return await _succeeded(world, runs)
 
 
-async def double_queue(world: World) -> float | None:
-    """Have every queue row twice: only one attempt of each run may come of it."""
-    runs = [await world.ask("pay", before=200) for _ in range(20)]
-    await world.execute(DOUBLE)
-    return await _delivered(world, runs)
+async def batch_half_done(world: World) -> float | None:
+    """Kill a replica while it begins and records many runs at once."""
+    runs = [await world.ask("nothing", steps=0) for _ in range(60)]
+    await asyncio.sleep(world.rng.uniform(0, 0.1))
+    victim = world.rng.choice(world.replicas)
+    killed = time.monotonic()
+    victim.running.process.kill()
+    await victim.running.process.wait()
+    await world.succeeded(*runs)
+    return time.monotonic() - killed
 
 
-async def stale_queue(world: World) -> float | None:
-    """Have queue rows look picked by a worker that has gone."""
-    runs = [await world.ask("pay", before=200) for _ in range(20)]
-    await world.execute(MAKE_STALE)
-    return await _delivered(world, runs)
+async def exclusive_contended(world: World) -> float | None:
+    """Have both replicas at one exclusive job, and kill one in the middle: never do two runs of it work at once."""
+    runs = [await world.ask("alone", before=30) for _ in range(10)]
+    await asyncio.sleep(world.rng.uniform(0.1, 0.5))
+    victim = world.rng.choice(world.replicas)
+    killed = time.monotonic()
+    victim.running.process.kill()
+    await victim.running.process.wait()
+    await world.succeeded(*runs)
+    assert await world.value("select count(*) from not_alone") == 0
+    return time.monotonic() - killed
 
 
-async def _delivered(world: World, runs: list[UUID]) -> float | None:
+async def pinned_horizon(world: World) -> float | None:
+    """Ask for a burst of runs beside a transaction that keeps every dead row, as a backup does."""
+    connection = await asyncpg.connect(world.cluster.url(database="bon"), timeout=5)
+    try:
+        await connection.execute("begin isolation level repeatable read; select count(*) from bon_scheduler.runs")
+        runs = [await world.ask("pay") for _ in range(60)]
+        return await _succeeded(world, runs)
+    finally:
+        await connection.close()
+
+
+async def _succeeded(world: World, runs: list[UUID]) -> float | None:
     before = time.monotonic()
     await world.succeeded(*runs)
     return time.monotonic() - before

@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import structlog
 
-from bon_scheduler import Counts, JobContext, Payload, Retry, commands, job, service
+from bon_scheduler import Counts, Exclusive, JobContext, Payload, Retry, commands, job, service
 from bon_scheduler.config import Settings
 from bon_scheduler.log import configure_logging, where_now
 
@@ -22,6 +22,10 @@ from bon_scheduler.log import configure_logging, where_now
 PAY = "update account set paid = paid + 1 where id = $1"
 # $1 run, $2 attempt, $3 step: int.
 WITNESS = "insert into witness (run_id, attempt, step) values ($1, $2, $3)"
+# Held by the session until it ends, as it does when its worker is taken for dead.
+TAKE_SEAT = "select pg_try_advisory_lock(1234)"
+# $1 run.
+NOT_ALONE = "insert into not_alone (run_id) values ($1)"
 # $1 run.
 STEPS_DONE = "select count(*) from witness where run_id = $1"
 
@@ -99,7 +103,23 @@ async def poison(ctx: JobContext, payload: Pay) -> Counts:
     return {}
 
 
-JOBS = (pay, pay_in_steps, block, poison)
+@job("nothing", retry=MANY, timeout=timedelta(seconds=60))
+async def nothing(_: JobContext, __: Pay) -> Counts:
+    """Have no effect: how it ends is recorded afterwards, together with others."""
+    return {}
+
+
+@job("alone", retry=MANY, timeout=timedelta(seconds=60), exclusive=Exclusive.JOB)
+async def alone(ctx: JobContext, payload: Pay) -> Counts:
+    """Be witness that no other run of the job is at work, in whichever replica."""
+    async with ctx.connection() as connection:
+        if not await connection.fetchval(TAKE_SEAT):
+            await connection.execute(NOT_ALONE, ctx.run_id)
+        await asyncio.sleep(payload.before / 1000)
+        return await pay.handler(ctx, Pay(account=payload.account))
+
+
+JOBS = (pay, pay_in_steps, block, poison, nothing, alone)
 
 
 def _say_where() -> None:

@@ -15,6 +15,9 @@ from urllib.parse import urlsplit, urlunsplit
 CHUNK_BYTES = 1 << 16
 SSL_REQUEST = 80877103
 NO_TLS = b"N"
+CLAIM = b"bon_scheduler.claim("
+TAKEN = b'"account"'
+"""What stands in the answer to a claim that took a run of the program's."""
 TRANSACTION_OPEN, TRANSACTION_FAILED = b"T", b"E"
 
 
@@ -36,6 +39,8 @@ class _Link:
         self.server = server
         self.status = b"I"
         """The transaction's, as the server last said."""
+        self.claims = False
+        """Whether runs are claimed on it."""
 
     def abort(self) -> None:
         for writer in (self.client, self.server):
@@ -50,6 +55,7 @@ class _Link:
             length = await source.readexactly(4)
             body = await source.readexactly(struct.unpack("!i", length)[0] - 4)
             batch += kind + length + body
+            self.claims = self.claims or CLAIM in body
             executes = executes or kind == b"E"
             if kind in {b"B", b"E"}:
                 continue
@@ -79,14 +85,19 @@ class _Link:
 
     async def forward_server(self, source: asyncio.StreamReader) -> None:
         """Forward what the server says, and remember how the transaction stands."""
+        lost = False
         while True:
             head = await source.readexactly(5)
             body = await source.readexactly(struct.unpack("!i", head[1:])[0] - 4)
             if head[:1] == b"Z":
                 self.status = body
             await self._proxy.passage()
-            self.client.write(head + body)
-            await self.client.drain()
+            lost = lost or (self.claims and self._proxy.loses_claim(head, body))
+            if lost and head[:1] == b"Z":
+                return  # the server has committed, and nobody is told
+            if not lost:
+                self.client.write(head + body)
+                await self.client.drain()
 
 
 class Proxy:
@@ -101,6 +112,7 @@ class Proxy:
         self._open.set()
         self._longest_delay_seconds = 0.0
         self._refused_share = 0.0
+        self._claims_to_lose = 0
         self.swallowed = 0
         """How many connections were opened that never heard a word."""
         self._swallows = False
@@ -162,6 +174,20 @@ class Proxy:
             yield
         finally:
             self._refused_share = 0.0
+
+    def lose_claims(self, claims: int) -> None:
+        """Cut the connection in the middle of the answer to each of so many claims that take a run."""
+        self._claims_to_lose = claims
+
+    def loses_claim(self, head: bytes, body: bytes) -> bool:
+        if not self._claims_to_lose or head[:1] != b"D" or TAKEN not in body:
+            return False
+        self._claims_to_lose -= 1
+        return True
+
+    @property
+    def claims_to_lose(self) -> int:
+        return self._claims_to_lose
 
     def refuses(self) -> bool:
         return self._rng.random() < self._refused_share

@@ -26,7 +26,7 @@ MOST_GROWTH_BYTES = 24 << 20
 STORM_STRIKES = 4
 """Of two faults at a time, a round."""
 ONE_OF = ("kill_open", "kill_commit", "freeze_open", "freeze_commit", "stop_open", "terminate_all", "read_only")
-OTHERS = ("terminate_one", "reset", "disk_full", "delete_queue", "stale_queue", "latency")
+OTHERS = ("terminate_one", "reset", "disk_full", "wake_up_lost", "claim_unanswered", "latency")
 """Not two that need a replica each that still works."""
 Record = Callable[[str, object], None]
 

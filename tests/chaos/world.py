@@ -45,7 +45,8 @@ CREATE = """
     create table account (id int primary key, paid bigint not null default 0);
     insert into account select generate_series(1, 1000);
     create table witness (run_id uuid not null, attempt int not null, step int not null);
-    create index on witness (run_id)
+    create index on witness (run_id);
+    create table not_alone (run_id uuid not null)
 """
 # $1 job, $2 payload, $3 priority.
 ASK = "select bon_scheduler.enqueue($1, $2, priority => $3)"
@@ -74,13 +75,11 @@ AT_ODDS = """
 STUCK = (
     """
     select r.id, r.job, r.state::text as state, r.attempt, r.run_at, r.error, w.pid,
-           clock_timestamp() - w.seen_at as silent, q.status::text as queued_as, q.execute_after,
-           clock_timestamp() - q.heartbeat as queue_silent
+           clock_timestamp() - w.seen_at as silent, r.ready, r.concurrency_key
       from bon_scheduler.runs r
       left join bon_scheduler.workers w on w.id = r.worker
-      left join bon_scheduler.pgqueuer q on q.dedupe_key = r.id || '/' || r.attempt
      where r.state in ('queued', 'running', 'retrying')
-     order by r.run_at
+     order by r.enqueued_at
      limit 8
     """,
     "select pid, clock_timestamp() - seen_at as silent from bon_scheduler.workers",
