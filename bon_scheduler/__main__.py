@@ -43,7 +43,7 @@ EXIT_STATUS: dict[type[Exception], int] = {
     SchemaBehindError: 1,
 }
 
-MAX_PRIORITY = 2**31 - 1
+MAX_PRIORITY = 100
 """PostgreSQL's integer."""
 
 app = typer.Typer(
@@ -121,7 +121,9 @@ def enqueue(
     payload: PayloadText = "{}",
     key: Annotated[str | None, typer.Option(help="At most one run for this key.")] = None,
     after: Annotated[str | None, typer.Option("--in", metavar="SPAN", help="Not before: 90s, 10m, 2h.")] = None,
-    priority: Annotated[int, typer.Option(min=-MAX_PRIORITY, max=MAX_PRIORITY, help="Higher goes first.")] = 0,
+    priority: Annotated[
+        int, typer.Option(min=-MAX_PRIORITY, max=MAX_PRIORITY, help="Higher goes before the others of its job.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Ask for a run; print its id, or which run already holds the key."""

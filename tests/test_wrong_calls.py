@@ -46,7 +46,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         (["run-once", "overdue-detection", "--fire-time", "0001-01-01"], '"0001-01-01" is out of range.'),
         (["timeline", "--from", "9999-12-31"], '"9999-12-31" is out of range. Give a year from 1900 to 2999.'),
         (["timeline", "--from", "9999-12-31T23:00:00-05:00"], "is out of range"),
-        (["enqueue", "generate-pdf", "--priority", "99999999999"], "less than or equal to 2147483647"),
+        (["enqueue", "generate-pdf", "--priority", "101"], "less than or equal to 100"),
         (["enqueue", "generate-pdf", "--payload", '{"a": ["x\\u0000"]}'], "holds the character \\u0000"),
         (["enqueue", "generate-pdf", "--payload", '{"\\\\\\u0000": 1}'], "holds the character \\u0000"),
         (["run-once", "overdue-digest", "--payload", '{"as_of": "\\u0000"}'], "holds the character \\u0000"),
@@ -73,7 +73,7 @@ def test_what_cannot_be_meant_or_kept_is_status_2_with_the_remedy(call: Call, ar
     [
         ["runs", "--since", "36500d"],
         ["audit", "--since", "1900-01-01"],
-        ["enqueue", "generate-pdf", "--in", " 5200w ", "--priority", "-2147483647"],
+        ["enqueue", "generate-pdf", "--in", " 5200w ", "--priority", "-100"],
         ["enqueue", "generate-pdf", "--payload", '{"a": "\\\\u0000"}', "--key", "ש" * 500],
     ],
 )
