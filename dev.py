@@ -1,5 +1,6 @@
 """
-One door for a fresh machine: `python3 dev.py demo`, `python3 dev.py test`, `python3 dev.py COMMAND …`.
+One door for a fresh machine: `python3 dev.py demo`, `python3 dev.py test`, `python3 dev.py lint`,
+`python3 dev.py COMMAND …`.
 
 Makes `.venv` with the hashed requirements, once, and again when they change; then runs pytest or a
 command of bon_scheduler in it. Needs Python 3.11 and nothing else. Uses uv where it is, pip where not.
@@ -43,21 +44,29 @@ def _install(requirements: Path) -> None:
     stamp.write_text(wanted)
 
 
+def _lint() -> int:
+    """Run every check of style, types and imports; return 0 when all pass."""
+    checks = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["lint-imports"])
+    return max(subprocess.run([PYTHON.with_name(tool), *rest], check=False).returncode for tool, *rest in checks)
+
+
 def main() -> None:
     """Install what the command needs, then become it."""
     if sys.version_info < OLDEST:
         _stop(f"needs Python 3.11 or newer, this is {sys.version.split()[0]}; try: python3.11 dev.py …")
     command, *rest = sys.argv[1:] or ["--help"]
-    testing = command == "test"
-    requirements = ROOT / "requirements" / ("dev.txt" if testing else "demo.txt")
+    developing = command in {"test", "lint"}
+    requirements = ROOT / "requirements" / ("dev.txt" if developing else "demo.txt")
     try:
         # The tests' packages include the demo's: whoever has them needs no second environment.
-        if testing or not (VENV / "installed-dev").exists():
+        if developing or not (VENV / "installed-dev").exists():
             _install(requirements)
     except subprocess.CalledProcessError as error:
         _stop(f"could not install {requirements.name} (exit {error.returncode}); is PyPI reachable?")
-    module = ["pytest", *rest] if testing else ["bon_scheduler", command, *rest]
     os.chdir(ROOT)
+    if command == "lint":
+        sys.exit(_lint())
+    module = ["pytest", *rest] if command == "test" else ["bon_scheduler", command, *rest]
     os.execv(PYTHON, [str(PYTHON), "-m", *module])
 
 

@@ -18,7 +18,6 @@ from uuid import UUID
 
 import structlog
 
-from bon_scheduler.cipher import TokenCipher, UnreadableTokenError
 from bon_scheduler.jobs import (
     BusinessOutcome,
     Connection,
@@ -30,9 +29,10 @@ from bon_scheduler.jobs import (
     Retry,
     job,
 )
-from bon_scheduler.refreshes import Credential
-from bon_scheduler.results import Result
-from bon_scheduler.rotation import Rotator, Tell
+from bon_scheduler.shaam.cipher import TokenCipher, UnreadableTokenError
+from bon_scheduler.shaam.refreshes import Credential
+from bon_scheduler.shaam.results import Result
+from bon_scheduler.shaam.rotation import Rotator, Tell
 from handlers.notify_reauth import NotifyReauth, notify_reauth
 
 __all__ = ["COUNTS", "RefreshBatch", "end_run", "read_due", "rotate", "shaam_refresh_batch", "teller"]

@@ -12,16 +12,20 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from bon_scheduler import audit, deliveries, history, mail_gate, refreshes
-from bon_scheduler.db import TRANSIENT_ERRORS, Pool
-from bon_scheduler.engine import Engine
-from bon_scheduler.heartbeat import Heartbeat
+from bon_scheduler.database.connections import TRANSIENT_ERRORS, Pool
+from bon_scheduler.database.migrations import SchemaBehindError, require_schema
+from bon_scheduler.engine.claiming import Engine
+from bon_scheduler.engine.heartbeat import Heartbeat
+from bon_scheduler.engine.reconcile import Reconciler
 from bon_scheduler.jobs import Connection
+from bon_scheduler.ledger import history
+from bon_scheduler.ledger.workers import Worker
+from bon_scheduler.mail import deliveries
+from bon_scheduler.mail import gate as mail_gate
 from bon_scheduler.metrics import Metrics
-from bon_scheduler.migrations import SchemaBehindError, require_schema
-from bon_scheduler.reconcile import Reconciler
-from bon_scheduler.triggers import Triggers
-from bon_scheduler.workers import Worker
+from bon_scheduler.schedule import audit
+from bon_scheduler.schedule.triggers import Triggers
+from bon_scheduler.shaam import refreshes
 
 __all__ = ["Probes"]
 

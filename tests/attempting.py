@@ -3,12 +3,12 @@
 from datetime import timedelta
 from uuid import UUID
 
-from bon_scheduler import claims
-from bon_scheduler.attempts import RunRef
-from bon_scheduler.claims import Claim, Claimant, Claims, Foreground, Wanted
 from bon_scheduler.jobs import AnyJob, Connection
+from bon_scheduler.ledger import claims
+from bon_scheduler.ledger.attempts import RunRef
+from bon_scheduler.ledger.claims import Claim, Claimant, Claims, Foreground, Wanted
+from bon_scheduler.ledger.workers import Worker
 from bon_scheduler.service import Machinery
-from bon_scheduler.workers import Worker
 
 
 async def attempt(parts: Machinery, run_id: UUID, job: AnyJob) -> None:

@@ -25,14 +25,16 @@ import asyncpg
 import pytest
 import structlog
 
-from bon_scheduler import db, once, service
+from bon_scheduler import service
 from bon_scheduler.config import LogFormat, LogLevel, Settings, load_settings
-from bon_scheduler.db import Pool
+from bon_scheduler.database import connections
+from bon_scheduler.database.connections import Pool
 from bon_scheduler.demo.postgres import PostgresUnavailableError, find_binaries, running_postgres
 from bon_scheduler.demo.sample import create_tables
+from bon_scheduler.engine import run_once as once
+from bon_scheduler.engine.run_once import RunReport
 from bon_scheduler.jobs import AnyJob, Payload
 from bon_scheduler.log import configure_logging
-from bon_scheduler.once import RunReport
 from tests.chaos.figures import pytest_terminal_summary  # noqa: F401 - a hook: only this file is read by who reports
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -105,15 +107,15 @@ def server_url() -> Iterator[str]:
 
 
 async def _make_template(url: str) -> None:
-    async with db.connect(url) as connection:
+    async with connections.connect(url) as connection:
         await connection.execute(f'create database "{TEMPLATE}"')
-    async with db.connect(_named(url, TEMPLATE)) as connection:
+    async with connections.connect(_named(url, TEMPLATE)) as connection:
         await create_tables(connection)
     await service.prepare(load_settings({"DATABASE_URL": _named(url, TEMPLATE)}))
 
 
 async def _drop(url: str, database: str) -> None:
-    async with db.connect(url) as connection:
+    async with connections.connect(url) as connection:
         await connection.execute(f'drop database if exists "{database}" with (force)')
 
 
@@ -121,7 +123,7 @@ async def _drop(url: str, database: str) -> None:
 async def empty_database_url(server_url: str) -> AsyncIterator[str]:
     """A database with nothing in it."""
     name = f"empty_{os.getpid()}_{next(numbers)}"
-    async with db.connect(server_url) as connection:
+    async with connections.connect(server_url) as connection:
         await connection.execute(f'create database "{name}"')
     yield _named(server_url, name)
     await _drop(server_url, name)
@@ -131,7 +133,7 @@ async def empty_database_url(server_url: str) -> AsyncIterator[str]:
 async def database_url(server_url: str) -> AsyncIterator[str]:
     """A database with BON's tables, empty, and our schema."""
     name = f"test_{os.getpid()}_{next(numbers)}"
-    async with db.connect(server_url) as connection:
+    async with connections.connect(server_url) as connection:
         await connection.execute(f'create database "{name}" template "{TEMPLATE}"')
     yield _named(server_url, name)
     await _drop(server_url, name)
@@ -157,14 +159,14 @@ def settings(make_settings: MakeSettings) -> Settings:
 @pytest.fixture
 async def pool(settings: Settings) -> AsyncIterator[Pool]:
     """A pool on the test's database."""
-    async with db.open_pool(settings) as opened:
+    async with connections.open_pool(settings) as opened:
         yield opened
 
 
 @pytest.fixture
 async def connection(database_url: str) -> AsyncIterator[Connection]:
     """A connection to the test's database."""
-    async with db.connect(database_url) as opened:
+    async with connections.connect(database_url) as opened:
         yield opened
 
 

@@ -17,18 +17,18 @@ from typing import Any, TypeVar, cast
 
 import orjson
 
-from bon_scheduler import ledger
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.config import Settings
-from bon_scheduler.context import AttemptContext
-from bon_scheduler.db import Pool
+from bon_scheduler.database.connections import Pool
+from bon_scheduler.engine.context import AttemptContext
 from bon_scheduler.jobs import AnyJob, Counts, Payload
-from bon_scheduler.ledger import Request
+from bon_scheduler.ledger import entries as ledger
+from bon_scheduler.ledger.entries import Request
+from bon_scheduler.ledger.workers import Worker, register_worker
 from bon_scheduler.metrics import Metrics
-from bon_scheduler.rotation import Rotator
-from bon_scheduler.shaam import Ambiguous, Answer, Refreshed, Shaam, Transient
-from bon_scheduler.spool import ENTRY, HALF, Spool
-from bon_scheduler.workers import Worker, register_worker
+from bon_scheduler.shaam.client import Ambiguous, Answer, Refreshed, Shaam, Transient
+from bon_scheduler.shaam.rotation import Rotator
+from bon_scheduler.shaam.spool import ENTRY, HALF, Spool
 from handlers.shaam_token_refresh import shaam_token_refresh
 from tests.attempting import hold
 from tests.tax import CIPHER

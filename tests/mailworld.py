@@ -10,9 +10,9 @@ from uuid import UUID, uuid4
 from pydantic import SecretStr
 
 from bon_scheduler.config import Settings
-from bon_scheduler.db import Pool
-from bon_scheduler.letters import Letter, recipient_hash
-from bon_scheduler.mail import Delivery, Mailer
+from bon_scheduler.database.connections import Pool
+from bon_scheduler.mail.mailer import Delivery, Mailer
+from bon_scheduler.mail.message import Letter, recipient_hash
 from tests.conftest import SetClock
 from tests.mailserver import PASSWORD, Server
 

@@ -5,12 +5,12 @@ from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
 from bon_scheduler import CatchUp, Cron
-from bon_scheduler.clocks import Clocks
-from bon_scheduler.db import Pool
+from bon_scheduler.database.connections import Pool
 from bon_scheduler.jobs import Connection
+from bon_scheduler.ledger.workers import Worker, register_worker, retire_worker
 from bon_scheduler.metrics import Metrics
-from bon_scheduler.triggers import Triggers
-from bon_scheduler.workers import Worker, register_worker, retire_worker
+from bon_scheduler.schedule.clocks import Clocks
+from bon_scheduler.schedule.triggers import Triggers
 from tests.conftest import SetClock
 
 ISRAEL = ZoneInfo("Asia/Jerusalem")

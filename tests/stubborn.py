@@ -9,7 +9,8 @@ import sys
 import time
 from contextlib import suppress
 
-from bon_scheduler import Counts, JobContext, NoPayload, commands, job, service
+from bon_scheduler import Counts, JobContext, NoPayload, job, service
+from bon_scheduler import cli as commands
 from bon_scheduler.log import configure_logging
 
 LONG_SECONDS = 300

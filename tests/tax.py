@@ -8,11 +8,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from bon_scheduler import history
-from bon_scheduler.cipher import TokenCipher
 from bon_scheduler.demo.shaam_simulator import ShaamSimulator
+from bon_scheduler.engine.run_once import RunReport
 from bon_scheduler.jobs import BusinessOutcome, Counts
-from bon_scheduler.once import RunReport
+from bon_scheduler.ledger import history
+from bon_scheduler.shaam.cipher import TokenCipher
 from tests import arrange
 from tests.conftest import Connection
 

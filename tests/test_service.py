@@ -13,11 +13,12 @@ import aiohttp
 import pytest
 
 import health
-from bon_scheduler import Counts, Cron, JobContext, NoPayload, Retry, db, job, service
-from bon_scheduler.commands.work import LEAVING
-from bon_scheduler.db import Pool
+from bon_scheduler import Counts, Cron, JobContext, NoPayload, Retry, job, service
+from bon_scheduler.cli.work import LEAVING
+from bon_scheduler.database import connections
+from bon_scheduler.database.connections import Pool
+from bon_scheduler.database.migrations import SchemaBehindError
 from bon_scheduler.jobs import AnyJob
-from bon_scheduler.migrations import SchemaBehindError
 from bon_scheduler.service import Serving
 from tests.conftest import Connection, MakeSettings
 from tests.waiting import until
@@ -101,7 +102,7 @@ async def test_a_run_is_not_seen_before_its_transaction_commits(
     make_settings: MakeSettings, connection: Connection, database_url: str
 ) -> None:
     await connection.execute(MAKE_WITNESS)
-    async with service.serving(make_settings(), jobs=[witness]), db.connect(database_url) as other:
+    async with service.serving(make_settings(), jobs=[witness]), connections.connect(database_url) as other:
         transaction = other.transaction()
         await transaction.start()
         hidden = await other.fetchval(ASK)

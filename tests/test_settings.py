@@ -5,9 +5,10 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from bon_scheduler import db, service
+from bon_scheduler import service
 from bon_scheduler.addresses import describe_database
 from bon_scheduler.config import Settings, SettingsError
+from bon_scheduler.database import connections
 
 USABLE = {"DATABASE_URL": "postgresql://bon@127.0.0.1/bon"}
 
@@ -81,8 +82,8 @@ async def test_whatever_asyncpg_takes_is_taken_and_named_without_its_password(re
     """Nothing answers there: asyncpg has understood an address that it tried to connect to."""
     url = f"postgresql://{rest}"
     assert describe_database(url) == f"the database {says}"
-    with pytest.raises(db.DatabaseUnavailableError, match="Is PostgreSQL running there") as caught:
-        async with db.connect(read(DATABASE_URL=url).database_url.get_secret_value()):
+    with pytest.raises(connections.DatabaseUnavailableError, match="Is PostgreSQL running there") as caught:
+        async with connections.connect(read(DATABASE_URL=url).database_url.get_secret_value()):
             pass
     assert isinstance(caught.value.__cause__, OSError), repr(caught.value.__cause__)
     assert not isinstance(caught.value.__cause__, asyncpg.InterfaceError)

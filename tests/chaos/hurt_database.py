@@ -14,7 +14,7 @@ from uuid import UUID
 
 import asyncpg
 
-from bon_scheduler.migrations import SCHEMA
+from bon_scheduler.database.migrations import SCHEMA
 from tests.chaos.world import LEASE_SECONDS, Replica, World
 from tests.waiting import until
 

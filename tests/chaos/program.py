@@ -14,7 +14,8 @@ from datetime import timedelta
 
 import structlog
 
-from bon_scheduler import Counts, Exclusive, JobContext, Payload, Retry, commands, job, service
+from bon_scheduler import Counts, Exclusive, JobContext, Payload, Retry, job, service
+from bon_scheduler import cli as commands
 from bon_scheduler.config import Settings
 from bon_scheduler.log import configure_logging, where_now
 
@@ -24,6 +25,7 @@ PAY = "update account set paid = paid + 1 where id = $1"
 WITNESS = "insert into witness (run_id, attempt, step) values ($1, $2, $3)"
 # Held by the session until it ends, as it does when its worker is taken for dead.
 TAKE_SEAT = "select pg_try_advisory_lock(1234)"
+LEAVE_SEAT = "select pg_advisory_unlock_all()"
 # $1 run.
 NOT_ALONE = "insert into not_alone (run_id) values ($1)"
 # $1 run.
@@ -116,7 +118,9 @@ async def alone(ctx: JobContext, payload: Pay) -> Counts:
         if not await connection.fetchval(TAKE_SEAT):
             await connection.execute(NOT_ALONE, ctx.run_id)
         await asyncio.sleep(payload.before / 1000)
-        return await pay.handler(ctx, Pay(account=payload.account))
+        # BEFORE the end, with whose commit another may begin.
+        await connection.execute(LEAVE_SEAT)
+    return await pay.handler(ctx, Pay(account=payload.account))
 
 
 JOBS = (pay, pay_in_steps, block, poison, nothing, alone)

@@ -19,8 +19,9 @@ import aiohttp
 import asyncpg
 import orjson
 
-from bon_scheduler import db, service
+from bon_scheduler import service
 from bon_scheduler.config import load_settings
+from bon_scheduler.database import connections
 from tests.chaos.cluster import Cluster, running_cluster
 from tests.chaos.program import JOBS
 from tests.chaos.proxy import Proxy
@@ -226,7 +227,7 @@ class World:
             if connection is None or connection.is_closed():
                 connection = await asyncpg.connect(self.cluster.url(database="bon"), timeout=2, command_timeout=5)
             self.asked.append(await connection.fetchval(ASK, job, orjson.dumps(body).decode(), 0))
-        except (*db.TRANSIENT_ERRORS, asyncpg.PostgresError):
+        except (*connections.TRANSIENT_ERRORS, asyncpg.PostgresError):
             if connection is not None:
                 connection.terminate()
             connection = None

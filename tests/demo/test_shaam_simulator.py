@@ -7,7 +7,7 @@ from pydantic import SecretStr
 
 from bon_scheduler.config import ClientAuth, Settings, ShaamMode
 from bon_scheduler.demo.shaam_simulator import WITHOUT_ROTATION, Misbehaviour, ShaamSimulator, shaam_simulator
-from bon_scheduler.shaam import Ambiguous, Answer, Misconfigured, NeedsReauth, Refreshed, Shaam, Transient
+from bon_scheduler.shaam.client import Ambiguous, Answer, Misconfigured, NeedsReauth, Refreshed, Shaam, Transient
 
 KINDS: dict[Misbehaviour, type[Answer]] = {
     Misbehaviour.INVALID_GRANT: NeedsReauth,

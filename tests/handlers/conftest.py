@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from bon_scheduler.demo.shaam_simulator import ShaamSimulator, shaam_simulator
-from bon_scheduler.once import RunReport
+from bon_scheduler.engine.run_once import RunReport
 from handlers.shaam_token_refresh import shaam_token_refresh
 from tests.conftest import Connection, RunJob
 from tests.tax import CLIENT_ID, CLIENT_SECRET, NOW, Bon, Gate, Refresh, assert_secret, environ

@@ -10,8 +10,10 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from bon_scheduler import db, ledger, service
-from bon_scheduler.ledger import Request
+from bon_scheduler import service
+from bon_scheduler.database import connections
+from bon_scheduler.ledger import entries
+from bon_scheduler.ledger.entries import Request
 from handlers.draft_cleanup import draft_cleanup
 from tests import arrange
 from tests.attempting import attempt
@@ -269,7 +271,7 @@ async def test_a_second_attempt_does_not_count_again_what_is_kept(
     await arrange.payment(connection, kept)
     await connection.execute(REFUSE_DELETE)
     async with service.machinery(make_settings(), clock=SetClock(FIRED)) as parts:
-        run_id = await ledger.enqueue(connection, Request(draft_cleanup.name, {}, fire_time=FIRED))
+        run_id = await entries.enqueue(connection, Request(draft_cleanup.name, {}, fire_time=FIRED))
         assert run_id is not None
         await attempt(parts, run_id, draft_cleanup)
         await connection.execute("drop trigger refuse on invoices")
@@ -314,7 +316,7 @@ async def test_a_payment_that_is_being_recorded_is_never_erased(
     run_job: RunJob, connection: Connection, database_url: str
 ) -> None:
     draft = await arrange.draft(connection, await arrange.business(connection))
-    async with db.connect(database_url) as other:
+    async with connections.connect(database_url) as other:
         payment = other.transaction()
         await payment.start()
         await arrange.payment(other, draft)
@@ -333,7 +335,7 @@ async def test_a_payment_that_comes_while_its_draft_is_being_deleted_is_refused_
     run_job: RunJob, connection: Connection, database_url: str
 ) -> None:
     draft = await arrange.draft(connection, await arrange.business(connection))
-    async with db.connect(database_url) as gate, db.connect(database_url) as other:
+    async with connections.connect(database_url) as gate, connections.connect(database_url) as other:
         held = gate.transaction()
         await held.start()
         # Stops the run between locking its batch and deleting it.
@@ -354,7 +356,7 @@ async def test_a_draft_that_is_being_edited_stays_and_keeps_nothing_else(
     business = await arrange.business(connection)
     edited = await arrange.draft(connection, business)
     await arrange.draft(connection, business)
-    async with db.connect(database_url) as other, other.transaction():
+    async with connections.connect(database_url) as other, other.transaction():
         await other.execute("update invoices set updated_at = $2 where id = $1", edited, FIRED)
         await asyncio.wait_for(run_job(draft_cleanup, fire_time=FIRED), timeout=20)
     assert await invoices(connection) == {edited}

@@ -6,12 +6,13 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from bon_scheduler import NoPayload, retention
-from bon_scheduler.audit import audit
+from bon_scheduler import NoPayload
 from bon_scheduler.clock import SystemClock
-from bon_scheduler.db import Pool
-from bon_scheduler.dry import Rehearsal
-from bon_scheduler.once import RunReport
+from bon_scheduler.database.connections import Pool
+from bon_scheduler.engine.dry_run import Rehearsal
+from bon_scheduler.engine.run_once import RunReport
+from bon_scheduler.ledger import retention
+from bon_scheduler.schedule.audit import audit
 from handlers import JOBS
 from handlers.ledger_pruning import ledger_pruning
 from tests.conftest import Connection, MakeSettings, RunJob

@@ -9,11 +9,11 @@ from uuid import UUID
 import pytest
 
 from bon_scheduler import service
-from bon_scheduler.deliveries import release
 from bon_scheduler.demo.shaam_simulator import Misbehaviour
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
-from bon_scheduler.letters import recipient_hash
-from bon_scheduler.operate import pause_business
+from bon_scheduler.ledger.operate import pause_business
+from bon_scheduler.mail.deliveries import release
+from bon_scheduler.mail.message import recipient_hash
 from handlers.notify_reauth import NotifyReauth, notify_reauth
 from tests import arrange
 from tests.attempting import attempt
@@ -121,7 +121,7 @@ async def test_the_flag_and_the_letters_run_commit_together(
         "create trigger refuse before insert on bon_scheduler.runs for each row when (new.job = 'notify-reauth')"
         " execute function refuse()"
     )
-    monkeypatch.setattr("bon_scheduler.rotation.SAVE_WAITS_SECONDS", ())
+    monkeypatch.setattr("bon_scheduler.shaam.rotation.SAVE_WAITS_SECONDS", ())
     report = await refresh()
     assert report.run["counts"]["failed"] == 1
     assert not (await bon.row(business))["needs_reauth"]

@@ -6,8 +6,10 @@ from uuid import UUID
 
 import pytest
 
-from bon_scheduler import db, ledger, service
-from bon_scheduler.ledger import Origin, Request
+from bon_scheduler import service
+from bon_scheduler.database import connections
+from bon_scheduler.ledger import entries
+from bon_scheduler.ledger.entries import Origin, Request
 from handlers.overdue_detection import OverdueDetection, overdue_detection
 from tests import arrange
 from tests.attempting import attempt
@@ -48,7 +50,7 @@ async def run_scheduled(settings: MakeSettings, *, fire_time: datetime, now: dat
     async with service.machinery(settings(), clock=SetClock(now)) as parts:
         request = Request(overdue_detection.name, {}, fire_time=fire_time, origin=Origin.SCHEDULE)
         async with parts.pool.acquire() as connection:
-            run_id = await ledger.enqueue(connection, request)
+            run_id = await entries.enqueue(connection, request)
         assert run_id is not None
         await attempt(parts, run_id, overdue_detection)
 
@@ -114,7 +116,7 @@ async def test_today_is_the_date_in_israel_whatever_the_date_in_utc(
 async def test_today_does_not_depend_on_the_time_zone_of_the_database_session(
     run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch, zone: str, hour: int
 ) -> None:
-    options = db._options
+    options = connections._options
 
     def in_zone(**given: Any) -> dict[str, Any]:
         whole = options(**given)
@@ -123,7 +125,7 @@ async def test_today_does_not_depend_on_the_time_zone_of_the_database_session(
     business = await arrange.business(connection)
     late = await arrange.invoice(connection, business, due_date=YESTERDAY)
     await arrange.invoice(connection, business, due_date=TODAY)
-    monkeypatch.setattr(db, "_options", in_zone)
+    monkeypatch.setattr(connections, "_options", in_zone)
     await run_job(overdue_detection, fire_time=datetime(2026, 11, 23, hour, tzinfo=UTC))
     assert (await marked(connection), await touched(connection)) == ({late}, {late})
 

@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
-from bon_scheduler.once import RunReport
+from bon_scheduler.engine.run_once import RunReport
 from handlers.overdue_detection import overdue_detection
 from handlers.overdue_digest import OverdueDigest, overdue_digest
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest

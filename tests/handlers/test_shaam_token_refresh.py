@@ -15,22 +15,23 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from bon_scheduler import history, ledger, rotation
-from bon_scheduler.breaker import HANDFUL
-from bon_scheduler.cipher import TokenCipher
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.config import Settings
-from bon_scheduler.context import AttemptContext
-from bon_scheduler.db import Pool
+from bon_scheduler.database.connections import Pool
 from bon_scheduler.demo.shaam_simulator import Misbehaviour
+from bon_scheduler.engine.context import AttemptContext
+from bon_scheduler.engine.run_once import RunReport
 from bon_scheduler.jobs import BusinessOutcome, Counts
-from bon_scheduler.keeper import Keeper
-from bon_scheduler.ledger import Request
+from bon_scheduler.ledger import entries, history
+from bon_scheduler.ledger.entries import Request
+from bon_scheduler.ledger.workers import Worker, register_worker
 from bon_scheduler.metrics import Metrics
-from bon_scheduler.once import RunReport
-from bon_scheduler.rotation import Rotator
-from bon_scheduler.shaam import Answer, Shaam
-from bon_scheduler.workers import Worker, register_worker
+from bon_scheduler.shaam import rotation
+from bon_scheduler.shaam.breaker import HANDFUL
+from bon_scheduler.shaam.cipher import TokenCipher
+from bon_scheduler.shaam.client import Answer, Shaam
+from bon_scheduler.shaam.rotation import Rotator
+from bon_scheduler.shaam.unsaved import Keeper
 from handlers.shaam_token_refresh import RefreshTokens, shaam_token_refresh
 from tests.attempting import hold
 from tests.conftest import Connection, MakeSettings
@@ -441,7 +442,7 @@ async def ctx(
     """An attempt at a run, claimed by a living worker; the authority's answers wait at the gate."""
     settings, worker = make_settings(**environ(gate.url)), Worker()
     await register_worker(connection, worker)
-    run_id = await ledger.enqueue(connection, Request(shaam_token_refresh.name, {}, fire_time=NOW))
+    run_id = await entries.enqueue(connection, Request(shaam_token_refresh.name, {}, fire_time=NOW))
     assert run_id is not None
     ref = await hold(connection, run_id, worker)
     async with Shaam(settings) as shaam, rotating(settings, pool, shaam) as rotator:

@@ -14,7 +14,7 @@ import pytest
 import bon_scheduler
 import handlers
 import health
-from bon_scheduler.history import ACTIONS_ON
+from bon_scheduler.ledger.history import ACTIONS_ON
 from handlers.draft_cleanup import LOCK_STALE
 from handlers.overdue_detection import CLEAR_SETTLED, MARK_OVERDUE
 from handlers.session_cleanup import DELETE_EXPIRED
@@ -60,8 +60,8 @@ async def test_every_statement_is_valid_in_the_real_schema(connection: Connectio
 def test_the_search_for_statements_finds_those_of_every_kind_of_module() -> None:
     names = {name for name, _ in statements(bon_scheduler, handlers, health)}
     assert names >= {
-        "bon_scheduler.ledger.ENQUEUE",
-        "bon_scheduler.mail.INTEND",
+        "bon_scheduler.ledger.entries.ENQUEUE",
+        "bon_scheduler.mail.mailer.INTEND",
         "handlers.statement.READ_STATEMENT",
         "handlers.draft_cleanup.LOCK_STALE",
     }

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bon_scheduler import db
+from bon_scheduler.database import connections
 from handlers.overdue_digest import FIND_OWED
 from handlers.statement import Statement, read_statement
 from tests import arrange
@@ -109,7 +109,7 @@ async def store(connection: Connection, business: UUID, invoice: Invoice) -> Non
 
 async def read(url: str, ours: list[Invoice], theirs: list[Invoice]) -> tuple[Statement | None, dict[UUID, int], UUID]:
     """Store both businesses' invoices; return our statement and how many invoices FIND_OWED counts for each."""
-    async with db.connect(url) as connection, connection.transaction():
+    async with connections.connect(url) as connection, connection.transaction():
         await connection.execute("truncate invoices cascade")
         us, them = await arrange.business(connection), await arrange.business(connection)
         for business, stock in ((us, ours), (them, theirs)):

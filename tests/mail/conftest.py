@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 import pytest
 import trustme
 
-from bon_scheduler.db import Pool
+from bon_scheduler.database.connections import Pool
 from tests.mailserver import Server
 from tests.mailworld import World
 

@@ -8,10 +8,10 @@ import pytest
 from aiosmtpd.smtp import SMTP
 from pydantic import SecretStr
 
-from bon_scheduler import smtp
 from bon_scheduler.config import SmtpTls
-from bon_scheduler.mail import Delivery, Mailer, MailUnavailableError
-from bon_scheduler.smtp import NotConnectedError, SmtpConnections
+from bon_scheduler.mail import smtp
+from bon_scheduler.mail.mailer import Delivery, Mailer, MailUnavailableError
+from bon_scheduler.mail.smtp import NotConnectedError, SmtpConnections
 from tests.mailserver import Server, hang
 from tests.mailworld import World, a_run, another, settings
 from tests.waiting import until

@@ -13,11 +13,12 @@ import pytest
 from aiosmtpd.smtp import SMTP
 from structlog.testing import capture_logs
 
-from bon_scheduler import db, mail_gate
-from bon_scheduler.db import Pool
+from bon_scheduler.database import connections as db
+from bon_scheduler.database.connections import Pool
 from bon_scheduler.jobs import NotNowError
-from bon_scheduler.mail import Delivery, MailUnavailableError
-from bon_scheduler.mail_gate import MailGate, gate_state
+from bon_scheduler.mail import gate as mail_gate
+from bon_scheduler.mail.gate import MailGate, gate_state
+from bon_scheduler.mail.mailer import Delivery, MailUnavailableError
 from tests.conftest import Connection, MakeSettings
 from tests.mailserver import hang_up
 from tests.mailworld import LETTER, World, a_run, another

@@ -15,7 +15,7 @@ import pytest
 import trustme
 from aiosmtpd.smtp import SMTP
 
-from bon_scheduler.letters import recipient_hash
+from bon_scheduler.mail.message import recipient_hash
 from bon_scheduler.service import JOBS
 from tests import arrange
 from tests.conftest import Connection

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bon_scheduler.config import SettingsError, load_settings
-from bon_scheduler.letters import Letter, compose, write
+from bon_scheduler.mail.message import Letter, compose, write
 from tests.mailworld import LETTER, NOW, RECIPIENT, settings
 
 

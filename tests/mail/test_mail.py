@@ -15,9 +15,9 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from bon_scheduler.config import SmtpTls
-from bon_scheduler.db import Pool
+from bon_scheduler.database.connections import Pool
 from bon_scheduler.jobs import NeverRetryError, RetryLaterError
-from bon_scheduler.mail import Delivery, LetterDeferredError, Mailer, MailUnavailableError
+from bon_scheduler.mail.mailer import Delivery, LetterDeferredError, Mailer, MailUnavailableError
 from tests.conftest import SetClock
 from tests.mailserver import Hook, hang, hang_up
 from tests.mailworld import AS_OF, LETTER, NOW, RECIPIENT, World, a_run, intend, settings
@@ -385,7 +385,7 @@ async def test_cancelled_after_data_the_answer_is_still_recorded(world: World) -
 
 
 async def test_closing_waits_for_an_answer_that_is_under_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bon_scheduler.mail.CANCEL_PATIENCE", timedelta(0))
+    monkeypatch.setattr("bon_scheduler.mail.mailer.CANCEL_PATIENCE", timedelta(0))
     mailer = await cancel_while(world, "DATA", asyncio.Event())
     assert await world.state() == "intended"
     await mailer.close()

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from aiosmtpd.smtp import SMTP
 
-from bon_scheduler import Counts, JobContext, NoPayload, NotNowError, job, mail_gate, operate, service
+from bon_scheduler import Counts, JobContext, NoPayload, NotNowError, job, service
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
 from bon_scheduler.jobs import AnyJob
+from bon_scheduler.ledger import operate
+from bon_scheduler.mail import gate
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
 from tests import arrange
 from tests.conftest import Connection, MakeSettings, RunJob
@@ -60,7 +62,7 @@ async def test_an_outage_is_said_once_costs_no_attempt_and_then_everything_is_se
 ) -> None:
     wait = timedelta(seconds=0.2)
     for name in ("FIRST_WAIT", "LONGEST_WAIT"):
-        monkeypatch.setattr(mail_gate, name, wait)
+        monkeypatch.setattr(gate, name, wait)
     await build(connection)
     mail = {"SMTP_HOST": sink.host, "SMTP_TLS": "none", "EMAIL_RATE_PER_SECOND": "1000", **NO_SCHEDULES}
     await connection.execute(DETECT)

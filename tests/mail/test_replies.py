@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bon_scheduler.replies import clean_reply
+from bon_scheduler.mail.replies import clean_reply
 from tests.mailserver import Server
 from tests.mailworld import LETTER, World
 

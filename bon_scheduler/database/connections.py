@@ -1,0 +1,273 @@
+"""
+The database: connections, pools, their codecs and time-outs.
+
+Everything of ours lives in schema `bon_scheduler`; nothing is ever created in `public`.
+"""
+
+import asyncio
+import hashlib
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import Any, TypeAlias
+from uuid import UUID
+
+import asyncpg
+import orjson
+
+from bon_scheduler.addresses import describe_database
+from bon_scheduler.config import Settings
+from bon_scheduler.database import migrations
+from bon_scheduler.database.pooling import PooledConnection
+from bon_scheduler.jobs import Connection
+
+__all__ = [
+    "TRANSIENT_ERRORS",
+    "DatabaseUnavailableError",
+    "Pool",
+    "PoolerError",
+    "connect",
+    "connect_worker",
+    "explain_unavailable",
+    "idle_limit_ms",
+    "migrating",
+    "open_control_pool",
+    "open_pool",
+]
+
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
+
+CONNECT_TIMEOUT_SECONDS = 10
+SERVICE_CONNECT_SECONDS = 3
+"""Of what connects again by itself: an attempt that a network swallows must not outlast the outage by more."""
+CLOSE_TIMEOUT_SECONDS = 3
+COMMAND_TIMEOUT_SECONDS = 900
+"""Longer than any job's own deadline; calls of the ledger give a shorter one each."""
+CONTROL_TIMEOUT_SECONDS = 20
+CLIENT_CHECK_INTERVAL = "5s"
+"""How often a server that works on a long statement looks whether the worker that asked is still there."""
+KEEPALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
+POOLED: Mapping[str, Any] = {"connection_class": PooledConnection, "statement_cache_size": 0}
+UNSUPPORTED_STARTUP = "unsupported startup parameter"
+MIGRATION_LOCK = int.from_bytes(hashlib.sha256(b"bon_scheduler").digest()[:8], "big", signed=True)
+
+TRANSIENT_ERRORS = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # the connection ended between two halves of a statement
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.PostgresSystemError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+"""What a database that is restarting, away, full or failed over raises: worth the same call again."""
+
+
+class DatabaseUnavailableError(Exception):
+    """The database cannot be reached or refuses us; the message says where and what to do."""
+
+
+class PoolerError(Exception):
+    """An address leads through a pooler that breaks what it is needed for; the message says the remedy."""
+
+
+@contextmanager
+def explain_unavailable(url: str) -> Iterator[None]:
+    """Turn what asyncpg raises while connecting into DatabaseUnavailableError, without credentials."""
+    try:
+        yield
+    except asyncpg.InvalidPasswordError as error:
+        raise DatabaseUnavailableError(
+            f"{describe_database(url)} refuses the user or password of DATABASE_URL. Check both."
+        ) from error
+    except asyncpg.InvalidCatalogNameError as error:
+        raise DatabaseUnavailableError(
+            f"{describe_database(url)} does not exist. Create it, or correct DATABASE_URL."
+        ) from error
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        if UNSUPPORTED_STARTUP in str(error):
+            raise PoolerError(
+                f"{describe_database(url)} is behind a connection pooler (PgBouncer). Set DATABASE_LISTEN_URL to the "
+                "server's own address as well; DATABASE_URL may then go through the pooler."
+            ) from error
+        what = type(error).__name__ if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+        raise DatabaseUnavailableError(
+            f"Cannot connect to {describe_database(url)}: {what.splitlines()[0]}. "
+            "Is PostgreSQL running there, and does DATABASE_URL name it?"
+        ) from error
+
+
+class SessionlessConnection(asyncpg.Connection):
+    """A connection whose users leave nothing in its session, so that nothing needs to be reset between them."""
+
+    def get_reset_query(self) -> str:
+        """Return nothing: a reset would cost each short call a second one."""
+        return ""
+
+
+async def _set_codecs(connection: Connection) -> None:
+    for name in ("json", "jsonb"):
+        await connection.set_type_codec(
+            name, schema="pg_catalog", encoder=lambda v: orjson.dumps(v).decode(), decoder=_from_json
+        )
+
+
+def _from_json(text: str) -> object:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text)  # jsonb takes numbers that no machine has, such as 1e400
+
+
+async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    _watch_peer(connection)
+    await _set_codecs(connection)
+
+
+def _watch_peer(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    """Have the system find out, within half a minute, that a server is gone without a word."""
+    transport = connection._transport  # type: ignore[attr-defined] # noqa: SLF001 - asyncpg has no door to its socket
+    peer = transport.get_extra_info("socket")
+    if peer.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
+    for name, value in KEEPALIVE.items():
+        if (option := getattr(socket, name, None)) is not None:  # not every system knows each
+            peer.setsockopt(socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP, option, value)
+
+
+def _options(*, command_seconds: float, session: Mapping[str, str] | None = None) -> dict[str, Any]:
+    return {
+        "timeout": SERVICE_CONNECT_SECONDS,
+        "command_timeout": command_seconds,
+        "server_settings": {"application_name": "bon_scheduler", "TimeZone": "UTC", **(session or {})},
+    }
+
+
+def _session(settings: Settings, worker: UUID | None = None) -> dict[str, str]:
+    """Return what a session of ours sets, or behind a pooler, where it would stay on the server, a transaction."""
+    return {
+        # By this name a successor ends the connections of a worker that is taken for dead: see `cut_off`.
+        "application_name": f"bon_scheduler {worker}" if worker else "bon_scheduler",
+        "idle_in_transaction_session_timeout": str(idle_limit_ms(settings)),
+        "client_connection_check_interval": CLIENT_CHECK_INTERVAL,
+    }
+
+
+def idle_limit_ms(settings: Settings) -> int:
+    """Shorter than the lease: a frozen worker must neither block its successor nor hold BON's rows."""
+    return int(settings.lease_seconds * 1000 * 2 / 3)
+
+
+@asynccontextmanager
+async def open_pool(settings: Settings, *, worker: UUID | None = None) -> AsyncIterator[Pool]:
+    """
+    Open a pool of DATABASE_POOL_SIZE on DATABASE_URL, in a worker's name; raises DatabaseUnavailableError.
+
+    With DATABASE_LISTEN_URL set, DATABASE_URL is taken to lead through a pooler in transaction mode.
+    """
+    session = _session(settings, worker)
+    if settings.database_listen_url is None:
+        options = _options(command_seconds=COMMAND_TIMEOUT_SECONDS, session=session)
+    else:
+        options = {**_options(command_seconds=COMMAND_TIMEOUT_SECONDS), **POOLED, "init": _prepare_pooled(session)}
+    async with _pool(settings.database_url.get_secret_value(), settings.database_pool_size, options) as pool:
+        yield pool
+
+
+def _prepare_pooled(session: Mapping[str, str]) -> Callable[[PooledConnection], Awaitable[None]]:
+    async def prepare(connection: PooledConnection) -> None:
+        connection.opening = "".join(f"set local {name} = '{value}';" for name, value in session.items())
+        await _prepare(connection)
+
+    return prepare
+
+
+@asynccontextmanager
+async def open_control_pool(settings: Settings, size: int, *, worker: UUID) -> AsyncIterator[Pool]:
+    """Open a pool for a worker's short calls on the server's own address, each limited in time."""
+    options = _options(command_seconds=CONTROL_TIMEOUT_SECONDS, session=_session(settings, worker))
+    options["connection_class"] = SessionlessConnection
+    async with _pool(settings.listen_url, size, options) as pool:
+        yield pool
+
+
+@asynccontextmanager
+async def _pool(url: str, size: int, options: Mapping[str, Any]) -> AsyncIterator[Pool]:
+    with explain_unavailable(url):
+        pool = await asyncpg.create_pool(url, **{"min_size": 1, "max_size": size, "init": _prepare, **options})
+    try:
+        yield pool
+    finally:
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
+                await pool.close()
+        except TimeoutError:
+            # A handler that will not end keeps its connection: its transaction is rolled back.
+            pool.terminate()
+
+
+@asynccontextmanager
+async def connect(
+    url: str,
+    *,
+    settings: Settings | None = None,
+    session: Mapping[str, str] | None = None,
+    codecs: bool = True,
+    pooled: bool = False,
+    connect_seconds: float = CONNECT_TIMEOUT_SECONDS,
+    command_seconds: float = COMMAND_TIMEOUT_SECONDS,
+) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    """
+    Open one connection of its own; raises DatabaseUnavailableError.
+
+    `codecs=False` leaves JSON as text; `pooled` leaves nothing on a server that may be a
+    pooler's; with `settings` transactions are limited as in a pool, and `session` says what else is set.
+    """
+    with explain_unavailable(url):
+        session = session or (_session(settings) if settings else None)
+        options = _options(command_seconds=command_seconds, session=session)
+        options |= {"timeout": connect_seconds, **(POOLED if pooled else {})}
+        connection = await asyncpg.connect(url, **options)
+    try:
+        _watch_peer(connection)
+        if codecs:
+            await _set_codecs(connection)
+        yield connection
+    except BaseException:
+        # Cut, not closed: a server that does not answer would not answer a farewell either.
+        connection.terminate()
+        raise
+    await connection.close(timeout=CLOSE_TIMEOUT_SECONDS)
+
+
+def connect_worker(
+    settings: Settings, worker: UUID
+) -> AbstractAsyncContextManager["asyncpg.Connection[asyncpg.Record]"]:
+    """Open a worker's own connection to the server itself, for what needs a session; each call is limited in time."""
+    return connect(
+        settings.listen_url,
+        session=_session(settings, worker),
+        codecs=False,
+        connect_seconds=SERVICE_CONNECT_SECONDS,
+        command_seconds=CONTROL_TIMEOUT_SECONDS,
+    )
+
+
+@asynccontextmanager
+async def migrating(url: str) -> AsyncIterator[tuple[Connection, list[str]]]:
+    """
+    Create or upgrade the schema, then yield the connection and the names of what was applied.
+
+    One advisory lock is held until the block ends, so that several replicas may do this at once.
+    """
+    async with connect(url) as connection:
+        await connection.execute("select pg_advisory_lock($1)", MIGRATION_LOCK)
+        try:
+            yield connection, await migrations.apply(connection)
+        finally:
+            await connection.execute("select pg_advisory_unlock($1)", MIGRATION_LOCK)

@@ -1,0 +1,142 @@
+"""What a handler is given: its instants, its fenced transactions, and the way to ask for more runs."""
+
+import typing
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from typing import TypeVar
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+from bon_scheduler.database.connections import Pool
+from bon_scheduler.jobs import BusinessOutcome, Connection, Counts, Job, LostRunError, P
+from bon_scheduler.ledger import attempts, entries
+from bon_scheduler.ledger.attempts import Finished, RunRef
+from bon_scheduler.ledger.entries import Origin, Request
+
+__all__ = ["AttemptContext"]
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class AttemptContext:
+    """One attempt's `JobContext`. `ended` is the run's state once a handler's `finish` has committed."""
+
+    ref: RunRef
+    job_name: str
+    fire_time: datetime
+    now: datetime
+    next_fire_time: datetime | None
+    replay: bool
+    retried: bool
+    zone: ZoneInfo
+    pool: Pool
+    resources: Mapping[type, object]
+    ended: str | None = None
+    _open: set[Connection] = field(default_factory=set)
+    _finished: dict[Connection, Finished] = field(default_factory=dict)
+    _severed: bool = False
+
+    @property
+    def run_id(self) -> UUID:
+        """The run this attempt belongs to."""
+        return self.ref.run_id
+
+    @property
+    def attempt(self) -> int:
+        """Which execution of the run this is, from 1."""
+        return self.ref.attempt
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether everything is rolled back; see `dry`."""
+        return False
+
+    @property
+    def business_date(self) -> date:
+        """The Israeli calendar date of `fire_time`."""
+        return self.fire_time.astimezone(self.zone).date()
+
+    @property
+    def today(self) -> date:
+        """The Israeli calendar date of `now`."""
+        return self.now.astimezone(self.zone).date()
+
+    def get(self, kind: type[T]) -> T:
+        """Return the service's one object of that type."""
+        if kind not in self.resources:
+            raise LookupError(f"no {kind.__name__} in this process; service.py provides what handlers get")
+        return typing.cast("T", self.resources[kind])
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """Borrow a connection without a fence."""
+        async with self.pool.acquire() as connection:
+            if self._severed:
+                raise LostRunError(f"attempt {self.attempt} of run {self.run_id} was given up")
+            self._open.add(connection)
+            try:
+                yield connection
+            finally:
+                self._open.discard(connection)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """Open a transaction whose commit is refused once another attempt owns the run."""
+        async with self.connection() as connection:
+            try:
+                async with connection.transaction():
+                    yield connection
+                    ended = self._finished.get(connection)
+                    if ended is None or ended.may_be_undone:
+                        # Last, just before the commit: nobody waits for the handler's work.
+                        state = await attempts.fence(connection, self.ref, finished=ended is not None)
+                    else:
+                        state = ended.state  # `finish` has the run locked until the commit
+            finally:
+                self._finished.pop(connection, None)
+            self.ended = state
+
+    def sever(self) -> None:
+        """Cut the connections of a handler that does not end, so that the server rolls back; lend no more."""
+        self._severed = True
+        for connection in list(self._open):
+            connection.terminate()
+
+    async def enqueue(self, job: Job[P], payload: P, *, on: Connection, dedupe_key: str | None = None) -> UUID | None:
+        """Ask for a run caused by this one; None when the key is taken."""
+        return await entries.enqueue(
+            on,
+            Request(
+                job.name,
+                payload.model_dump(mode="json"),
+                dedupe_key,
+                origin=Origin.RUN,
+                asked_by=self.job_name,
+                caused_by=self.run_id,
+            ),
+        )
+
+    async def enqueue_many(
+        self, job: Job[P], requests: Iterable[tuple[P, str]], *, on: Connection, priority: int = 0
+    ) -> int:
+        """Ask for a run for each (payload, dedupe key); return how many keys were new."""
+        return await entries.enqueue_many(
+            on,
+            job.name,
+            ((payload.model_dump(mode="json"), key) for payload, key in requests),
+            priority=priority,
+            asked_by=self.job_name,
+            caused_by=self.run_id,
+        )
+
+    async def record(self, outcomes: Iterable[BusinessOutcome], *, on: Connection) -> None:
+        """Record outcomes per business."""
+        await attempts.record_outcomes(on, self.run_id, outcomes)
+
+    async def finish(self, counts: Counts, *, on: Connection) -> Counts:
+        """End the run in the handler's last transaction; return the counts."""
+        self._finished[on] = await attempts.finish(on, self.ref, counts)
+        return counts

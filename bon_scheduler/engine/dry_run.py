@@ -1,0 +1,253 @@
+"""
+A dry run: the same handler, with every transaction rolled back, to see what it would do.
+
+It holds locks no longer than a real run, sends nothing, calls nobody and enqueues nothing: letters go to a
+directory, if one is given, and what a handler asks for is worked out inline, after it. The only thing written
+is one row of the ledger, when all has ended, marked `dry_run`. Nothing is opened but the database.
+"""
+
+import asyncio
+import typing
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+from uuid import UUID, uuid4
+from zoneinfo import ZoneInfo
+
+import structlog
+
+from bon_scheduler.clock import Clock
+from bon_scheduler.config import Settings, ShaamMode
+from bon_scheduler.database.connections import Pool
+from bon_scheduler.engine.run_once import RunReport
+from bon_scheduler.jobs import AnyJob, BusinessOutcome, Connection, Counts, Cron, Job, P, Payload
+from bon_scheduler.ledger import entries, history
+from bon_scheduler.ledger.entries import DryRun
+from bon_scheduler.ledger.history import Row
+from bon_scheduler.log import describe_error
+from bon_scheduler.mail.mailer import Delivery, Mailer, find_settled
+from bon_scheduler.mail.message import Letter, is_mailbox, recipient_hash, write
+from bon_scheduler.schedule.timing import next_fire_time
+
+__all__ = ["Rehearsal"]
+
+T = TypeVar("T")
+log = structlog.get_logger()
+SAMPLE = 20
+"""Of how many businesses is told what would change."""
+
+
+@dataclass(frozen=True, slots=True)
+class DryMailer:
+    """Stands in for `Mailer`: says what it would answer, and keeps each letter as files where a directory is given."""
+
+    settings: Settings
+    pool: Pool
+    clock: Clock
+    out: Path | None
+    kept: Counter[str]
+    """How many letters were written to `out`, by kind."""
+
+    async def deliver(self, letter: Letter, *, run_id: UUID, attempt: int) -> Delivery:
+        """Return what would become of the letter if the server takes it."""
+        del run_id, attempt
+        if (settled := await find_settled(self.pool, letter)) is not None:
+            return settled
+        if not is_mailbox(letter.recipient):
+            return Delivery.REFUSED
+        if self.out is not None:
+            _keep(self.out, letter, self.settings, self.clock.now())
+            self.kept[letter.kind] += 1
+        return Delivery.LOGGED if self.settings.smtp_host is None else Delivery.SENT
+
+
+def _keep(directory: Path, letter: Letter, settings: Settings, now: datetime) -> None:
+    """Write a letter as .html, .txt and .eml; its name holds no address."""
+    who = recipient_hash(letter.business_id, letter.recipient)[:8]
+    name = f"{letter.kind}-{letter.as_of}-{letter.business_id}-{who}"
+    directory.joinpath(f"{name}.html").write_text(letter.html, encoding="utf-8")
+    directory.joinpath(f"{name}.txt").write_text(letter.text, encoding="utf-8")
+    directory.joinpath(f"{name}.eml").write_bytes(write(letter, settings, now=now).content)
+
+
+@dataclass(slots=True)
+class DryContext:
+    """A handler's `JobContext` in a dry run."""
+
+    run_id: UUID
+    fire_time: datetime
+    now: datetime
+    next_fire_time: datetime | None
+    replay: bool
+    zone: ZoneInfo
+    pool: Pool
+    resources: Mapping[type, object]
+    attempt: int = 1
+    dry_run: bool = True
+    retried: bool = False
+    asked_for: list[tuple[AnyJob, Payload]] = field(default_factory=list)
+    outcomes: dict[UUID, BusinessOutcome] = field(default_factory=dict)
+
+    @property
+    def business_date(self) -> date:
+        """The Israeli calendar date of `fire_time`."""
+        return self.fire_time.astimezone(self.zone).date()
+
+    @property
+    def today(self) -> date:
+        """The Israeli calendar date of `now`."""
+        return self.now.astimezone(self.zone).date()
+
+    def get(self, kind: type[T]) -> T:
+        """Return the one object of that type; there is none that could call anybody."""
+        if kind not in self.resources:
+            raise LookupError(f"a dry run has no {kind.__name__}: it calls nobody")
+        return typing.cast("T", self.resources[kind])
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """Open a transaction that is rolled back, however it ends."""
+        async with self.pool.acquire() as connection:
+            transaction = connection.transaction()
+            await transaction.start()
+            try:
+                yield connection
+            finally:
+                if not connection.is_closed():
+                    await transaction.rollback()
+
+    connection = transaction
+
+    async def enqueue(self, job: Job[P], payload: P, *, on: Connection, dedupe_key: str | None = None) -> UUID | None:
+        """Remember to work this out; nothing is enqueued."""
+        del on, dedupe_key
+        self.asked_for.append((job, payload))
+        return uuid4()
+
+    async def enqueue_many(
+        self, job: Job[P], requests: Iterable[tuple[P, str]], *, on: Connection, priority: int = 0
+    ) -> int:
+        """Remember to work these out."""
+        del on, priority
+        before = len(self.asked_for)
+        self.asked_for.extend((job, payload) for payload, _ in requests)
+        return len(self.asked_for) - before
+
+    async def record(self, outcomes: Iterable[BusinessOutcome], *, on: Connection) -> None:
+        """Remember what would be done for businesses."""
+        del on
+        for new in outcomes:
+            before = self.outcomes.get(new.business_id)
+            if before is not None:
+                added = dict(Counter(before.counts) + Counter(new.counts))
+                kept = new.outcome == "kept" and before.outcome == "done"
+                new = BusinessOutcome(  # noqa: PLW2901 - the two together
+                    new.business_id, "done" if kept else new.outcome, added, new.error
+                )
+            self.outcomes[new.business_id] = new
+
+    async def finish(self, counts: Counts, *, on: Connection) -> Counts:
+        """Return the counts."""
+        del on
+        return counts
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What dry runs of one process share."""
+
+    pool: Pool
+    settings: Settings
+    clock: Clock
+    schedules: Mapping[str, Cron]
+    out: Path | None
+    """Where letters are kept as files; None: nowhere."""
+    kept: Counter[str] = field(default_factory=Counter)
+    """How many were, by kind."""
+
+    async def run(self, job: AnyJob, payload: Payload, *, fire_time: datetime, asked_by: str) -> RunReport:
+        """Do everything but keep it, then what it would cause; report as of a run that was real."""
+        started = self.clock.now()
+        first = self._context(job, fire_time)
+        state, counts, error = await _attempt(job, first, payload)
+        sample = _sampled(job, first, SAMPLE)
+        caused: list[Row] = []
+        waiting = deque(first.asked_for)
+        while waiting:
+            job_asked_for, its_payload = waiting.popleft()
+            ctx = self._context(job_asked_for, self.clock.now())
+            ending = await _attempt(job_asked_for, ctx, its_payload)
+            names = ("run_id", "job", "state", "counts", "error")
+            caused.append(dict(zip(names, (None, job_asked_for.name, *ending), strict=True)))
+            sample += _sampled(job_asked_for, ctx, SAMPLE - len(sample))
+            waiting.extend(ctx.asked_for)
+        async with self.pool.acquire() as connection:
+            await entries.record_dry_run(
+                connection,
+                DryRun(
+                    first.run_id,
+                    job.name,
+                    payload.model_dump(mode="json"),
+                    fire_time,
+                    asked_by,
+                    state,
+                    started,
+                    counts,
+                    error,
+                ),
+            )
+            run = await history.find_run(connection, first.run_id)
+        if run is None:
+            raise LookupError(f"run {first.run_id} vanished from the ledger while it was being reported")
+        return RunReport(run, _totals(first), caused, sample)
+
+    def _context(self, job: AnyJob, fire_time: datetime) -> DryContext:
+        now, cron, zone = self.clock.now(), self.schedules.get(job.name), self.settings.bon_timezone
+        mocking = self.settings.model_copy(update={"shaam_mode": ShaamMode.MOCK})
+        return DryContext(
+            run_id=uuid4(),
+            fire_time=fire_time,
+            now=now,
+            next_fire_time=next_fire_time(cron.expression, zone, now) if cron else None,
+            replay=True,
+            zone=zone,
+            pool=self.pool,
+            resources={
+                Settings: mocking,
+                Mailer: DryMailer(self.settings, self.pool, self.clock, self.out, self.kept),
+            },
+        )
+
+
+async def _attempt(job: AnyJob, ctx: DryContext, payload: Payload) -> tuple[str, Counts, str | None]:
+    """Return the state, counts and error of one attempt."""
+    try:
+        async with asyncio.timeout(job.timeout.total_seconds()):
+            counts = await job.handler(ctx, payload)
+    except Exception as error:  # noqa: BLE001 - whatever a handler raises is what the dry run shows
+        log.warning("dry_run.raised", job=job.name, error=describe_error(error))
+        return "dead", {}, describe_error(error)
+    return "partial" if _totals(ctx)["failed"] else "succeeded", counts, None
+
+
+def _totals(ctx: DryContext) -> Row:
+    failed = sum(outcome.outcome == "failed" for outcome in ctx.outcomes.values())
+    return {"touched": len(ctx.outcomes), "failed": failed}
+
+
+def _sampled(job: AnyJob, ctx: DryContext, most: int) -> list[Row]:
+    return [
+        {
+            "job": job.name,
+            "business_id": outcome.business_id,
+            "outcome": outcome.outcome,
+            "counts": dict(outcome.counts),
+            "error": outcome.error,
+        }
+        for outcome in islice(ctx.outcomes.values(), most)
+    ]

@@ -1,0 +1,133 @@
+"""
+Reconciliation: what the ledger says and what is so, compared every two seconds.
+
+It must find what nobody else would notice: a worker that was silent for its lease (declared dead, and its runs
+released in the same transaction); an attempt of ours whose run another took over or a person cancelled (stopped); a run
+the ledger says is ours and that we know nothing of, because the answer to its claim was lost (given back); a wait that
+only a clock which was set back explains (ended); a letter whose sender ended before the answer was recorded
+(`unknown`, for a person to decide).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+
+import structlog
+
+from bon_scheduler.database.connections import TRANSIENT_ERRORS, Pool
+from bon_scheduler.engine.runner import Runner
+from bon_scheduler.jobs import Connection
+from bon_scheduler.ledger import attempts
+from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS, make_overtaken_ready
+from bon_scheduler.ledger.workers import Watch, Worker, declare_dead, signs_of_life
+from bon_scheduler.log import describe_error
+from bon_scheduler.mail import deliveries
+
+__all__ = ["Reconciler", "pass_seconds"]
+
+log = structlog.get_logger()
+LONGEST_WAIT_SECONDS = 2.0
+"""A heartbeat is noticed one pass late, and its silence another: rescue takes the lease and 5 s."""
+AFTER_FAILURE_SECONDS = 0.5
+LAST_LOOK_SECONDS = 1.0
+WHOLE_EVERY = 5
+"""Of so many passes one looks for waits that only a clock explains."""
+
+
+def pass_seconds(lease: timedelta) -> float:
+    """Return how long a worker waits between two passes."""
+    return min(lease.total_seconds() / 4, LONGEST_WAIT_SECONDS)
+
+
+class Reconciler:
+    """The pass of one worker."""
+
+    def __init__(self, *, pool: Pool, runner: Runner, worker: Worker) -> None:
+        self._pool = pool
+        self._runner = runner
+        self._worker = worker
+        self._watch = Watch(worker)
+        self._passes = 0
+        self._loop: asyncio.Task[None] | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the pass goes on; it outlives every fault."""
+        return self._loop is not None and not self._loop.done()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Reconciler"]:
+        """Reconcile for the duration of the context."""
+        self._loop = asyncio.create_task(self._repeat(), name="reconcile")
+        try:
+            yield self
+        finally:
+            self._loop.cancel()
+            await asyncio.wait([self._loop])
+            await self._give_back_the_last()
+
+    async def _give_back_the_last(self) -> None:
+        """Give back what a claim that was cut short has taken, BEFORE this worker leaves and they count as lost."""
+        try:
+            async with (
+                asyncio.timeout(LAST_LOOK_SECONDS),
+                self._pool.acquire(timeout=LAST_LOOK_SECONDS) as connection,
+            ):
+                await self._compare(connection)
+        except TRANSIENT_ERRORS as error:
+            log.warning("reconcile.failed", error=describe_error(error))
+
+    async def _repeat(self) -> None:
+        while True:
+            wait = pass_seconds(self._worker.lease)
+            try:
+                await self.make_pass()
+            except Exception as error:  # noqa: BLE001 - whatever failed, the next pass is made: without it runs are lost
+                log.warning("reconcile.failed", error=describe_error(error))
+                wait = min(wait, AFTER_FAILURE_SECONDS)
+            await asyncio.sleep(wait)
+
+    async def make_pass(self) -> None:
+        """Compare once, and mend."""
+        whole = self._passes % WHOLE_EVERY == 0
+        self._passes += 1
+        async with self._pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
+            await self._compare(connection)
+            await self._release(connection)
+            if whole and (overtaken := await make_overtaken_ready(connection)):
+                log.warning("runs.overtaken", runs=overtaken)
+
+    async def _compare(self, connection: Connection) -> None:
+        # BEFORE the query, otherwise a run that ended meanwhile would look unknown.
+        before, unrecorded = self._runner.under_way, self._runner.unrecorded
+        held = await attempts.held_by(connection, self._worker.id)
+        lost = await attempts.lost_by(connection, self._worker.id, before.values()) if before else set()
+        for ref in lost:
+            self._runner.drop(ref)
+        async with self._runner.claiming:  # what was claimed before the query has its answer now, or never
+            known = before.keys() | self._runner.under_way.keys()
+        unknown = {ref for ref in held if ref.run_id not in known}
+        if unknown & unrecorded:
+            await attempts.let_go(connection, self._worker.id, unknown & unrecorded)
+        for ref in await attempts.give_back_all(connection, self._worker.id, unknown - unrecorded):
+            log.warning("claim.unanswered", run_id=str(ref.run_id), attempt=ref.attempt)
+        self._runner.forget_unrecorded(unrecorded)
+
+    async def _release(self, connection: Connection) -> None:
+        async with connection.transaction():
+            silent = self._watch.silent(await signs_of_life(connection))
+            dead = await declare_dead(connection, silent) if silent else []
+            released = await attempts.release_lost(connection)
+            unanswered = await deliveries.give_up_forsaken(connection)
+        for worker in dead:
+            log.warning("worker.taken_for_dead", worker=str(worker.id), host=worker.host, pid=worker.pid)
+        for run in released:
+            self._runner.report_released(run)
+        for delivery in unanswered:
+            log.warning(
+                "delivery.unknown",
+                kind=delivery.kind,
+                business_id=str(delivery.business_id),
+                delivery_id=str(delivery.id),
+            )

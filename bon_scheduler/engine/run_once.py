@@ -1,0 +1,176 @@
+"""
+One run, now, in the foreground, by this process: then the runs it caused, and theirs.
+
+The run goes through the ledger like any other. It is asked for and claimed by one statement, so that
+no other replica can take it; runs it causes may be taken by others, and are then waited for.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, TypeVar
+from uuid import UUID
+
+import structlog
+
+from bon_scheduler.database.connections import Pool
+from bon_scheduler.engine.runner import Runner, to_its_end
+from bon_scheduler.jobs import AnyJob, Connection, Payload, Retry
+from bon_scheduler.ledger import history, revise
+from bon_scheduler.ledger.attempts import RunRef
+from bon_scheduler.ledger.claims import Claim, Foreground, Verdict
+from bon_scheduler.ledger.history import OPEN_STATES, Row
+from bon_scheduler.ledger.revise import Action
+
+__all__ = ["AlreadyRunningError", "RunReport", "run_once"]
+
+T = TypeVar("T")
+log = structlog.get_logger()
+ONE_ATTEMPT = Retry(attempts=1)
+LOOK_AGAIN_SECONDS = 0.2
+WATCH_SECONDS = 1.0
+
+
+class AlreadyRunningError(Exception):
+    """Another run of the job is active, and the job allows only one."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """A run that ended, as `show` gives it, what it did for businesses, and the runs it caused."""
+
+    run: Row
+    businesses: Row
+    caused: list[Row]
+    sample: list[Row] = field(default_factory=list)
+    """Of a dry run: what would be done for some of the businesses."""
+
+    @property
+    def went_well(self) -> bool:
+        """Whether this run and all it caused succeeded."""
+        return all(state == "succeeded" for state in [self.run["state"], *(r["state"] for r in self.caused)])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the document of `run-once --json`."""
+        started, finished = self.run["started_at"], self.run["finished_at"]
+        took = round((finished - started).total_seconds() * 1000) if started and finished else None
+        return {
+            **{name: self.run[name] for name in ("run_id", "job", "fire_time", "state")},
+            "dry_run": self.run["dry_run"],
+            "attempt": self.run["attempt"],
+            "duration_ms": took,
+            "counts": self.run["counts"],
+            "businesses": self.businesses,
+            "error": self.run["error"],
+            "caused": [
+                {name: run[name] for name in ("run_id", "job", "state", "counts", "error")} for run in self.caused
+            ],
+            **({"sample": self.sample} if self.run["dry_run"] else {}),
+        }
+
+
+async def run_once(
+    pool: Pool,
+    runner: Runner,
+    jobs: Mapping[str, AnyJob],
+    *,
+    job: AnyJob,
+    payload: Payload,
+    fire_time: datetime,
+    asked_by: str,
+    concurrency: int,
+) -> RunReport:
+    """Make one attempt at a new run of `job`, work through what it causes, and report when all has ended."""
+
+    async def cancel(connection: Connection, ref: RunRef) -> None:
+        # Never given back: a person who interrupts does not want another replica to go on with it.
+        await revise.revise(
+            connection, Action.CANCEL, [ref.run_id], states=OPEN_STATES, by=asked_by, reason="interrupted"
+        )
+
+    async def ask() -> Foreground:
+        async with pool.acquire() as connection:
+            return await runner.claim_new(connection, job, payload, fire_time=fire_time, asked_by=asked_by)
+
+    async def undo(answer: Foreground) -> None:
+        if answer.claim is not None:
+            async with pool.acquire() as connection:
+                await cancel(connection, answer.claim.ref)
+            runner.forget(answer.claim.ref.run_id)
+
+    claim: Claim | None = None
+    while claim is None:
+        answer = await _whole(ask(), undo)
+        claim = answer.claim
+        if claim is None:
+            await _wait_for(job, answer)
+    run_id = claim.ref.run_id
+    await runner.execute(job, claim, ONE_ATTEMPT, leave=cancel)
+    await _work_through(pool, runner, jobs, run_id, concurrency)
+    async with pool.acquire() as connection:
+        run = await history.find_run(connection, run_id)
+        if run is None:
+            raise LookupError(f"run {run_id} vanished from the ledger while it was being worked on")
+        return RunReport(
+            run,
+            await history.outcome_totals(connection, run_id),
+            await history.descendants(connection, run_id),
+        )
+
+
+async def _whole(work: Coroutine[Any, Any, T], undo: Callable[[T], Awaitable[None]]) -> T:
+    """Await work that must be known to its end: when this task is cancelled meanwhile, it is undone."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await to_its_end(_undone(task, undo))
+        raise
+
+
+async def _undone(task: "asyncio.Task[T]", undo: Callable[[T], Awaitable[None]]) -> None:
+    await undo(await task)
+
+
+async def _wait_for(job: AnyJob, answer: Foreground) -> None:
+    """Wait before the run is asked for again; raises AlreadyRunningError."""
+    if answer.verdict is not Verdict.BUSY:
+        log.info("run.waits", job=job.name, seconds=round(answer.wait_seconds, 2))  # no letter may go yet
+        await asyncio.sleep(answer.wait_seconds)
+    elif answer.holder_silent:
+        # Until the reconciler declares that worker dead, or it is heard: there may be no other to do it.
+        log.info("holder.watched", job=job.name)
+        await asyncio.sleep(WATCH_SECONDS)
+    else:
+        since = f"{answer.holder_since:%Y-%m-%d %H:%M:%S} UTC" if answer.holder_since else "an unknown time"
+        raise AlreadyRunningError(
+            f'"{job.name}" is already running on {answer.holder_host or "another worker"} since {since}. '
+            "Wait for it to end; see it with: python -m bon_scheduler runs --state running; "
+            "stop it with: python -m bon_scheduler cancel RUN_ID --reason …"
+        )
+
+
+async def _work_through(pool: Pool, runner: Runner, jobs: Mapping[str, AnyJob], root: UUID, concurrency: int) -> None:
+    """Run what the run caused, and what that causes, until all has ended, here or elsewhere."""
+    slots = asyncio.Semaphore(concurrency)
+
+    async def work(run: Row) -> None:
+        job = jobs[run["job"]]
+        async with slots:
+            async with pool.acquire() as connection:
+                answer = await runner.claim_one(connection, run["run_id"], job)
+            if answer.claim is not None:
+                await runner.execute(job, answer.claim, job.retry)
+            elif answer.verdict is Verdict.WAITS:
+                await asyncio.sleep(answer.wait_seconds)
+
+    while True:
+        async with pool.acquire() as connection:
+            family = await history.descendants(connection, root)
+        unfinished = [run for run in family if run["state"] in OPEN_STATES and run["job"] in jobs]
+        if not unfinished:
+            return
+        due = [run for run in unfinished if run["state"] != "running" and run["wait_seconds"] <= 0]
+        await asyncio.gather(*(work(run) for run in due))
+        await asyncio.sleep(LOOK_AGAIN_SECONDS if not due else 0)

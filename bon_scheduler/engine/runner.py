@@ -1,0 +1,380 @@
+"""
+One attempt: bind the log, call the handler within its deadline, record how it ended.
+
+It must survive whatever a handler does: raise, hang, swallow its cancellation, return late, lose its run. A handler
+runs in a task of its own; one that does not end when it is cancelled is abandoned, its transactions are cut, and
+the attempt goes on without it. A handler's exception never leaves this module; only our own cancellation does.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, TypeAlias
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import structlog
+from pydantic import ValidationError
+from structlog.contextvars import bound_contextvars
+
+from bon_scheduler.clock import Clock
+from bon_scheduler.database.connections import TRANSIENT_ERRORS, Pool
+from bon_scheduler.engine.context import AttemptContext
+from bon_scheduler.engine.deadman import Deadman
+from bon_scheduler.engine.outcome import Ending, invoke, judge
+from bon_scheduler.engine.recorder import Recorder
+from bon_scheduler.jobs import AnyJob, Connection, Counts, Cron, LostRunError, Payload, Retry, explain_payload
+from bon_scheduler.ledger import attempts, claims
+from bon_scheduler.ledger.attempts import Released, RunRef
+from bon_scheduler.ledger.claims import Claim, Claimant, Foreground, UnreadableRunError
+from bon_scheduler.ledger.entries import Origin
+from bon_scheduler.ledger.workers import Worker
+from bon_scheduler.log import describe_error, where_now
+from bon_scheduler.mail.gate import MailGate
+from bon_scheduler.metrics import Metrics
+from bon_scheduler.schedule.timing import next_fire_time
+
+__all__ = ["Runner", "to_its_end"]
+
+Leave: TypeAlias = Callable[[Connection, RunRef], Awaitable[object]]
+"""What becomes of a run whose attempt is cut short because its process stops."""
+log = structlog.get_logger()
+DEADLINE_GRACE_SECONDS = 5.0
+"""How long a handler may take to end once it is cancelled: to roll back, or to save what cannot be undone."""
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """An attempt of this process. `dropped` is resolved when its run is no longer its own."""
+
+    ref: RunRef
+    dropped: "asyncio.Future[None]"
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await what must not be cut short, however often this task is cancelled meanwhile."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
+    task.result()
+
+
+class Runner:
+    """
+    Makes attempts for one worker; safe to call concurrently.
+
+    `farewell` is how long a handler may take to end when this process is stopping. Whoever claims holds `claiming`
+    until the answer is registered, so that nobody takes a run for one that this process knows nothing of.
+    """
+
+    def __init__(
+        self,
+        *,
+        pool: Pool,
+        control: Pool,
+        worker: Worker,
+        resources: Mapping[type, object],
+        gate: MailGate | None,
+        schedules: Mapping[str, Cron],
+        zone: ZoneInfo,
+        clock: Clock,
+        metrics: Metrics,
+        deadman: Deadman,
+        farewell: timedelta,
+    ) -> None:
+        self.claiming = asyncio.Lock()
+        self.worker = worker
+        self._pool = pool
+        self._recorder = Recorder(control)
+        self._resources = resources
+        self._gate = gate
+        self._schedules = schedules
+        self._zone = zone
+        self._clock = clock
+        self._metrics = metrics
+        self._deadman = deadman
+        self._farewell = farewell
+        self._under_way: dict[UUID, _UnderWay] = {}
+        self._unrecorded: set[RunRef] = set()
+        self._abandoned: set[asyncio.Task[Counts]] = set()
+
+    @property
+    def letters_apart(self) -> timedelta | None:
+        """The time between two letters of all replicas; None while letters are only logged."""
+        return self._gate.apart if self._gate else None
+
+    @property
+    def under_way(self) -> dict[UUID, RunRef]:
+        """The attempts of this process by run, from the answer to their claim until they are recorded."""
+        return {run_id: attempt.ref for run_id, attempt in self._under_way.items()}
+
+    @property
+    def unrecorded(self) -> frozenset[RunRef]:
+        """The attempts whose end could not be recorded, so that their runs may still be this worker's."""
+        return frozenset(self._unrecorded)
+
+    def forget_unrecorded(self, refs: Iterable[RunRef]) -> None:
+        """Forget attempts whose runs this worker has let go of."""
+        self._unrecorded.difference_update(refs)
+
+    @property
+    def abandoned(self) -> int:
+        """How many handlers were cancelled and have not ended since."""
+        return len(self._abandoned)
+
+    def register(self, taken: Iterable[Claim]) -> None:
+        """Note the runs of a claim, under `claiming`; `execute` follows for each."""
+        loop = asyncio.get_running_loop()
+        for claim in taken:
+            self._under_way[claim.ref.run_id] = _UnderWay(claim.ref, loop.create_future())
+
+    def forget(self, run_id: UUID) -> None:
+        """Undo `register`, of a claim that did not come to pass."""
+        self._under_way.pop(run_id, None)
+
+    def drop(self, ref: RunRef) -> None:
+        """Stop an attempt whose run is no longer its own: another took it over, or a person cancelled it."""
+        attempt = self._under_way.get(ref.run_id)
+        if attempt is not None and attempt.ref == ref and not attempt.dropped.done():
+            attempt.dropped.set_result(None)
+
+    async def claim_one(self, connection: Connection, run_id: UUID, job: AnyJob) -> Foreground:
+        """Take a certain run for this worker."""
+        return await self._claim_certain(
+            claims.claim_one(connection, run_id, sends_mail=job.sends_mail, by=self._claimant())
+        )
+
+    async def claim_new(
+        self, connection: Connection, job: AnyJob, payload: Payload, *, fire_time: datetime, asked_by: str
+    ) -> Foreground:
+        """Ask for a run and take it for this worker, or do neither."""
+        return await self._claim_certain(
+            claims.claim_new(
+                connection,
+                job,
+                payload.model_dump(mode="json"),
+                fire_time=fire_time,
+                asked_by=asked_by,
+                by=self._claimant(),
+            )
+        )
+
+    def _claimant(self) -> Claimant:
+        return Claimant(self.worker.id, self.worker.host, self.letters_apart)
+
+    async def _claim_certain(self, asking: Awaitable[Foreground]) -> Foreground:
+        async with self.claiming:
+            answer = await asking
+            if answer.claim is not None:
+                self.register([answer.claim])
+        return answer
+
+    async def execute(
+        self,
+        job: AnyJob,
+        claim: Claim,
+        retry: Retry,
+        *,
+        leave: Leave = attempts.give_back,
+        handled: Callable[[], None] = lambda: None,
+    ) -> str:
+        """
+        Make the attempt that `claim` allows; return what became of it: the run's state, `given_back` or `lost`.
+
+        `handled` is called once, when its handler has ended.
+        """
+        run_id = claim.ref.run_id
+        if self._gate is not None and claim.mail_slot is not None:
+            self._gate.admit(run_id, claim.mail_slot)
+        try:
+            return await self._execute(job, claim, retry, leave, handled)
+        except Exception:
+            self._unrecorded.add(claim.ref)
+            raise
+        finally:
+            # Not before what happened to it is recorded.
+            if (pending := self._recorder.pending(run_id)) is None:
+                self.forget(run_id)
+            else:
+                pending.add_done_callback(lambda _: self.forget(run_id))
+            if self._gate is not None and claim.mail_slot is not None:
+                await self._gate.dismiss(run_id)
+
+    async def give_back(self, taken: Iterable[Claim]) -> None:
+        """Give back runs whose attempts have not begun."""
+        for claim in taken:
+            await self._recorder.write(claim.ref.run_id, partial(attempts.give_back, ref=claim.ref))
+            self.forget(claim.ref.run_id)
+
+    def report_released(self, run: Released) -> None:
+        """Report a run that a dead worker had, and that this process has released."""
+        if run.state != "dead":
+            log.warning("run.rescued", job=run.job, run_id=str(run.run_id), attempt=run.attempt)
+            self._metrics.rescued.labels(run.job).inc()
+            return
+        error = "its worker died in every attempt"
+        log.error("run.ended", job=run.job, run_id=str(run.run_id), attempt=run.attempt, outcome="dead", error=error)
+        self._metrics.attempt_ended(run.job, "dead", 0.0, {}, self._clock.now())
+        self._deadman.ended(run.job, "dead")
+
+    async def _execute(self, job: AnyJob, claim: Claim, retry: Retry, leave: Leave, handled: Callable[[], None]) -> str:
+        with bound_contextvars(job=job.name, run_id=str(claim.ref.run_id), attempt=claim.ref.attempt):
+            started = time.perf_counter()
+            ctx = self._context(job, claim)
+            with bound_contextvars(fire_time=ctx.fire_time.isoformat()):
+                log.info("run.started", origin=claim.origin)
+                self._deadman.started(job.name)
+                if claim.origin is Origin.SCHEDULE and ctx.attempt == 1:
+                    lateness = ctx.now - ctx.fire_time
+                    self._metrics.tick_lateness.labels(job.name).observe(max(0.0, lateness.total_seconds()))
+                try:
+                    ending = await self._call(job, claim, ctx, retry, leave)
+                finally:
+                    handled()
+                state = await self._settle(ctx, ending)
+                self._report(job, state, ending, time.perf_counter() - started)
+                return state
+
+    async def settled(self) -> None:
+        """Wait until everything that was being recorded is recorded."""
+        await self._recorder.settled()
+
+    def _context(self, job: AnyJob, claim: Claim) -> AttemptContext:
+        now = self._clock.now()
+        cron = self._schedules.get(job.name)
+        return AttemptContext(
+            ref=claim.ref,
+            job_name=job.name,
+            fire_time=_readable_fire_time(claim) or now,
+            now=now,
+            next_fire_time=next_fire_time(cron.expression, self._zone, now) if cron else None,
+            replay=claim.origin is Origin.PERSON and claim.fire_time_text is not None,
+            retried=claim.retried,
+            zone=self._zone,
+            pool=self._pool,
+            resources=self._resources,
+        )
+
+    async def _call(self, job: AnyJob, claim: Claim, ctx: AttemptContext, retry: Retry, leave: Leave) -> Ending:
+        try:
+            _ = claim.fire_time
+            payload: Payload = job.payload.model_validate(claim.payload)
+        except ValidationError as error:
+            return Ending("dead", error=explain_payload(job, error))
+        except UnreadableRunError as error:
+            return Ending("dead", error=str(error))
+        handler = asyncio.create_task(invoke(job, ctx, payload), name=f"{job.name} {ctx.run_id}/{ctx.attempt}")
+        try:
+            stopped = await self._watch(job, ctx, handler)
+        except asyncio.CancelledError:
+            await to_its_end(self._leave(ctx, handler, leave))
+            raise
+        number = ctx.attempt - claim.given_back
+        wait = None if number >= retry.attempts else retry.wait(number)
+        if stopped is not None and (not handler.done() or handler.cancelled() or handler.exception()):
+            return replace(stopped, wait=wait)
+        return judge(handler, wait)
+
+    async def _watch(self, job: AnyJob, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> Ending | None:
+        """Wait for the handler, and stop it when its time is over or its run is lost; then say why."""
+        dropped = self._under_way[ctx.run_id].dropped
+        either: set[asyncio.Future[Any]] = {handler, dropped}
+        await asyncio.wait(either, timeout=job.timeout.total_seconds(), return_when=asyncio.FIRST_COMPLETED)
+        if handler.done():
+            return None
+        ending = (
+            Ending("lost", error="another attempt owns the run")
+            if dropped.done()
+            else Ending("timed_out", error=f"timed out after {job.timeout}")
+        )
+        await self._stop(ctx, handler, DEADLINE_GRACE_SECONDS)
+        return ending
+
+    async def _stop(self, ctx: AttemptContext, handler: asyncio.Task[Counts], grace_seconds: float) -> None:
+        """Cancel a handler; abandon it, its transactions cut, when it has not ended after the grace."""
+        handler.cancel()
+        await asyncio.wait({handler}, timeout=grace_seconds)
+        if handler.done():
+            return
+        ctx.sever()
+        self._abandoned.add(handler)
+        handler.add_done_callback(self._end_late)
+        log.error("handler.abandoned", grace_seconds=grace_seconds, where=where_now(handler))
+
+    def _end_late(self, handler: asyncio.Task[Counts]) -> None:
+        self._abandoned.discard(handler)
+        error = None if handler.cancelled() else handler.exception()
+        log.warning("handler.ended_late", task=handler.get_name(), error=describe_error(error) if error else None)
+
+    async def _leave(self, ctx: AttemptContext, handler: asyncio.Task[Counts], leave: Leave) -> None:
+        """Stop the handler and let go of the run, because this process is stopping."""
+        if not handler.done():
+            await self._stop(ctx, handler, self._farewell.total_seconds())
+        if ctx.ended is None:
+            await self._recorder.write(ctx.run_id, lambda connection: leave(connection, ctx.ref))
+        log.info("run.left" if ctx.ended is None else "run.ended", outcome=ctx.ended)
+
+    async def _settle(self, ctx: AttemptContext, ending: Ending) -> str:
+        """Record how the attempt ended; return the run's state, or how the run was lost."""
+        if ctx.ended is not None:
+            if ending.outcome != "succeeded":
+                log.error("handler.raised_after_finish", error=ending.error)
+            return ctx.ended
+        try:
+            return await self._settle_as(ctx, ending)
+        except TRANSIENT_ERRORS:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the database refuses, it is not tried for ever
+            log.error("attempt.unrecordable", outcome=ending.outcome, error=describe_error(error))  # noqa: TRY400
+            why = f"how it ended ({ending.outcome}) cannot be recorded: {type(error).__name__}"
+            return await self._settle_as(ctx, Ending("dead", error=why))
+
+    async def _settle_as(self, ctx: AttemptContext, ending: Ending) -> str:
+        try:
+            if ending.outcome == "succeeded":
+                return await self._recorder.finish(ctx.ref, ending.counts)
+            error, wait = ending.error or "", ending.wait
+            if ending.outcome == "given_back":
+                give_back = partial(attempts.give_back, ref=ctx.ref, wait=wait, why=error)
+                if await self._recorder.write(ctx.run_id, give_back):
+                    return ending.outcome
+            elif ending.outcome != "lost":
+                fail = partial(attempts.fail, ref=ctx.ref, outcome=ending.outcome, error=error, wait=wait)
+                return await self._recorder.write(ctx.run_id, fail)
+        except LostRunError:
+            pass
+        lose = partial(attempts.lose, ref=ctx.ref, error="another attempt owns the run")
+        outcome = await self._recorder.write(ctx.run_id, lose)
+        if outcome == ending.outcome and outcome not in {"succeeded", "lost"}:
+            # The first try at recording a failure took effect, and only its answer was lost.
+            return outcome if outcome == "given_back" else "dead" if ending.wait is None else "retrying"
+        if outcome == "lost":
+            self._metrics.fenced.labels(ctx.job_name).inc()
+        return outcome
+
+    def _report(self, job: AnyJob, state: str, ending: Ending, seconds: float) -> None:
+        retry_in = round(ending.wait.total_seconds(), 1) if ending.wait else None
+        if state == "given_back":
+            # Not a warning for each: whoever knows what is lacking says it once.
+            log.info("run.given_back", error=ending.error, retry_in_seconds=retry_in)
+            return
+        fields = {"outcome": state, "duration_ms": round(seconds * 1000), "counts": dict(ending.counts)}
+        if state in {"succeeded", "partial", "cancelled"}:
+            log.info("run.ended", **fields)
+        else:
+            level = log.error if state == "dead" else log.warning
+            level("run.ended", **fields, error=ending.error, retry_in_seconds=retry_in)
+        self._metrics.attempt_ended(job.name, state, seconds, ending.counts, self._clock.now())
+        self._deadman.ended(job.name, state)
+
+
+def _readable_fire_time(claim: Claim) -> datetime | None:
+    try:
+        return claim.fire_time
+    except UnreadableRunError:
+        return None  # `_call` ends the run

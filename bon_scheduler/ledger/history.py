@@ -1,0 +1,222 @@
+"""
+Reading the ledger: what ran, what it caused, what waits. Changes nothing.
+
+Shapes are plain dictionaries, ready for JSON: the names are `interface.md`'s, instants are
+UTC and aware, identifiers are UUIDs.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, TypeAlias
+from uuid import UUID
+
+from bon_scheduler.jobs import Connection
+from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
+
+__all__ = [
+    "OPEN_STATES",
+    "Row",
+    "actions_on",
+    "attempts_of",
+    "businesses_of",
+    "caused_by",
+    "descendants",
+    "find_run",
+    "holder_of_key",
+    "job_overview",
+    "list_runs",
+    "outcome_totals",
+    "queue_ages",
+    "queue_depths",
+]
+
+Row: TypeAlias = dict[str, Any]
+OPEN_STATES = frozenset({"queued", "running", "retrying"})
+
+# $1 job or null, $2 state or null, $3 since: timestamptz or null, $4 limit: int. Index: runs_newest.
+LIST_RUNS = """
+    select id as run_id, job, fire_time, state::text as state, attempt, origin, enqueued_at, started_at,
+           finished_at, counts, error, dry_run
+      from bon_scheduler.runs
+     where ($1::text is null or job = $1)
+       and ($2::text is null or state = $2::bon_scheduler.run_state)
+       and ($3::timestamptz is null or enqueued_at >= $3)
+     order by enqueued_at desc, id
+     limit $4
+"""
+# $1 run. Index: runs_pkey.
+FIND_RUN = """
+    select id as run_id, job, fire_time, state::text as state, attempt, origin, asked_by, reason, payload,
+           dedupe_key, run_at, enqueued_at, started_at, finished_at, counts, error, caused_by, dry_run
+      from bon_scheduler.runs
+     where id = $1
+"""
+# $1 run. Index: attempts_pkey.
+ATTEMPTS_OF = """
+    select attempt, host, started_at, ended_at, outcome, error
+      from bon_scheduler.attempts
+     where run_id = $1
+     order by attempt
+"""
+# $1 run. Indexes: business_outcomes_pkey, runs_pkey. `failed_before`: it failed, then a person retried the run,
+# and nothing was said of it since.
+BUSINESSES_OF = """
+    select o.business_id,
+           case when o.outcome = 'failed' and o.attempt <= r.retried_after
+                then 'failed_before' else o.outcome end as outcome,
+           o.counts, o.error
+      from bon_scheduler.business_outcomes o
+      join bon_scheduler.runs r on r.id = o.run_id
+     where o.run_id = $1
+     order by o.outcome = 'failed' desc, o.attempt <= r.retried_after, o.business_id
+"""
+# $1 target: the text of a run's id. Index: operator_actions_target.
+ACTIONS_ON = """
+    select at, by, action, reason
+      from bon_scheduler.operator_actions
+     where target = $1
+     order by id
+"""
+# $1 run. Index: business_outcomes_pkey.
+OUTCOME_TOTALS = """
+    select count(*) as touched,
+           count(*) filter (where o.outcome = 'failed' and o.attempt > r.retried_after) as failed
+      from bon_scheduler.business_outcomes o
+      join bon_scheduler.runs r on r.id = o.run_id
+     where o.run_id = $1
+"""
+# $1 run. Index: runs_caused_by.
+CAUSED_BY = """
+    select id as run_id, job, state::text as state, counts
+      from bon_scheduler.runs
+     where caused_by = $1
+     order by enqueued_at, id
+"""
+# $1 run. Index: runs_caused_by.
+DESCENDANTS = """
+    with recursive family as (
+        select id from bon_scheduler.runs where caused_by = $1
+        union all
+        select r.id from bon_scheduler.runs r join family f on r.caused_by = f.id
+    )
+    select r.id as run_id, r.job, r.state::text as state, r.counts, r.error,
+           case when r.ready then 0
+                else extract(epoch from r.run_at - now()) end::float8 as wait_seconds
+      from family f
+      join bon_scheduler.runs r on r.id = f.id
+     order by r.enqueued_at, r.id
+"""
+# $1 job, $2 dedupe key. Index: runs_dedupe_key.
+HOLDER_OF_KEY = """
+    select id as run_id, state::text as state
+      from bon_scheduler.runs
+     where job = $1 and dedupe_key = $2
+"""
+# No parameters. Indexes: runs_by_job, runs_ready, runs_timed, runs_held, runs_for_a_person.
+JOB_OVERVIEW = """
+    select j.name, j.last_tick,
+           (select count(*) from bon_scheduler.runs r
+             where r.job = j.name and r.ready and r.state in ('queued', 'retrying'))
+           + (select count(*) from bon_scheduler.runs r
+               where r.job = j.name and not r.ready and r.state in ('queued', 'retrying'))
+           + (select count(*) from bon_scheduler.runs r
+               where r.job = j.name and r.state = 'running') as waiting,
+           (select count(*) from bon_scheduler.runs r
+             where r.job = j.name and r.state = 'dead' and not r.dry_run) as dead,
+           last.state::text as last_state, last.finished_at as last_finished_at, last.id as last_run_id
+      from bon_scheduler.jobs j
+      left join lateral (
+               select r.id, r.state, r.finished_at
+                 from bon_scheduler.runs r
+                where r.job = j.name and r.attempt > 0 and not r.dry_run
+                order by r.enqueued_at desc
+                limit 1) last on true
+     order by j.name
+"""
+# No parameters. Indexes: runs_ready, runs_timed, runs_held, runs_for_a_person.
+QUEUE_DEPTHS = """
+    select job, state::text as state, count(*) as runs
+      from (select job, state from bon_scheduler.runs where ready and state in ('queued', 'retrying')
+            union all
+            select job, state from bon_scheduler.runs where not ready and state in ('queued', 'retrying')
+            union all
+            select job, state from bon_scheduler.runs where state = 'running'
+            union all
+            select job, state from bon_scheduler.runs where state in ('dead', 'held') and not dry_run) as open
+     group by job, state
+"""
+# No parameters. Index: runs_ready.
+QUEUE_AGES = """
+    select job, extract(epoch from clock_timestamp() - min(coalesce(run_at, enqueued_at)))::float8 as seconds
+      from bon_scheduler.runs
+     where ready and state in ('queued', 'retrying')
+     group by job
+"""
+
+
+async def _rows(connection: Connection, query: str, *arguments: object) -> list[Row]:
+    return [dict(row) for row in await connection.fetch(query, *arguments, timeout=CALL_TIMEOUT_SECONDS)]
+
+
+async def list_runs(
+    connection: Connection, *, job: str | None, state: str | None, since: datetime | None, limit: int
+) -> list[Row]:
+    """Return runs, newest first."""
+    return await _rows(connection, LIST_RUNS, job, state, since, limit)
+
+
+async def find_run(connection: Connection, run_id: UUID) -> Row | None:
+    """Return one run with all that is known of it, or None."""
+    found = await _rows(connection, FIND_RUN, run_id)
+    return found[0] if found else None
+
+
+async def attempts_of(connection: Connection, run_id: UUID) -> list[Row]:
+    """Return the run's attempts, first to last."""
+    return await _rows(connection, ATTEMPTS_OF, run_id)
+
+
+async def businesses_of(connection: Connection, run_id: UUID) -> list[Row]:
+    """Return what the run did for each business, failures first."""
+    return await _rows(connection, BUSINESSES_OF, run_id)
+
+
+async def actions_on(connection: Connection, run_id: UUID) -> list[Row]:
+    """Return what operators did to the run, first to last."""
+    return await _rows(connection, ACTIONS_ON, str(run_id))
+
+
+async def outcome_totals(connection: Connection, run_id: UUID) -> Row:
+    """Return how many businesses the run touched, and how many of them failed."""
+    return (await _rows(connection, OUTCOME_TOTALS, run_id))[0]
+
+
+async def caused_by(connection: Connection, run_id: UUID) -> list[Row]:
+    """Return the runs this run asked for."""
+    return await _rows(connection, CAUSED_BY, run_id)
+
+
+async def descendants(connection: Connection, run_id: UUID) -> list[Row]:
+    """Return the runs this run caused, and theirs, with the seconds until each is due."""
+    return await _rows(connection, DESCENDANTS, run_id)
+
+
+async def holder_of_key(connection: Connection, job: str, dedupe_key: str) -> Row | None:
+    """Return the run that holds a dedupe key, or None."""
+    found = await _rows(connection, HOLDER_OF_KEY, job, dedupe_key)
+    return found[0] if found else None
+
+
+async def job_overview(connection: Connection) -> list[Row]:
+    """Return each known job with its last run, and how many runs wait or are dead."""
+    return await _rows(connection, JOB_OVERVIEW)
+
+
+async def queue_depths(connection: Connection) -> Mapping[tuple[str, str], int]:
+    """Return how many runs there are by (job, state), of those that have not ended or wait for a person."""
+    return {(row["job"], row["state"]): row["runs"] for row in await _rows(connection, QUEUE_DEPTHS)}
+
+
+async def queue_ages(connection: Connection) -> Mapping[str, float]:
+    """Return, by job, for how many seconds the run that waits longest has been due."""
+    return {row["job"]: row["seconds"] for row in await _rows(connection, QUEUE_AGES)}

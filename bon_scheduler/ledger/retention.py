@@ -1,0 +1,123 @@
+"""
+How long the ledger remembers: what is older is deleted in batches, oldest first.
+
+Called by the job `ledger-pruning`, beside living workers. Nothing goes that something else still refers to: a run
+stays while a delivery or a run it caused names it, and a run, a delivery or a question that waits for a person
+stays until the person has decided. Forgetting ticks runs none again: each job's last tick only moves forwards.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from types import MappingProxyType
+from typing import TypeAlias
+
+from bon_scheduler.jobs import Connection
+from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
+
+__all__ = ["BATCH", "PRUNERS", "Horizon", "mark_horizon"]
+
+BATCH = 2000
+"""Rows deleted in one transaction: a fraction of a second's work."""
+OUTCOMES_KEPT = timedelta(days=60)
+
+# In all: $1 now: timestamptz, as this worker believes; the database's clock holds it back, so that one clock
+# that is far ahead forgets nothing.
+# $2 kept: interval. Index: pruning_pkey. BEFORE a tick is deleted, otherwise an audit would find a gap.
+MARK_HORIZON = """
+    update bon_scheduler.pruning
+       set ticks_until = least($1, clock_timestamp()) - $2::interval
+     where ticks_until < least($1, clock_timestamp()) - $2::interval
+"""
+# $2 kept: interval, $3 rows: int. Indexes: runs_by_end, runs_caused_by, deliveries_run.
+PRUNE_RUNS = """
+    with old as (
+        select r.id
+          from bon_scheduler.runs r
+         where (r.state in ('succeeded', 'partial', 'cancelled', 'missed', 'paused') or r.dry_run and r.state = 'dead')
+           and r.finished_at < least($1, clock_timestamp()) - $2::interval
+           and not exists (select from bon_scheduler.runs c where c.caused_by = r.id)
+           and not exists (select from bon_scheduler.deliveries d where d.run_id = r.id)
+         order by r.finished_at
+         limit $3
+           for update skip locked
+    ), pruned as (
+        delete from bon_scheduler.runs r
+         using old
+         where r.id = old.id
+        returning r.id
+    )
+    select count(*) from pruned
+"""
+# $2 kept: interval, $3 rows: int. Index: deliveries_settled. Its day counts, not only its age: the mailer refuses
+# a letter of a day that may be forgotten, and a day more is kept for the zones.
+PRUNE_DELIVERIES = """
+    with old as (
+        select d.id
+          from bon_scheduler.deliveries d
+         where d.state in ('sent', 'refused')
+           and d.intended_at < least($1, clock_timestamp()) - $2::interval
+           and d.as_of < (least($1, clock_timestamp()) - $2::interval)::date - 1
+         order by d.intended_at
+         limit $3
+           for update skip locked
+    ), pruned as (
+        delete from bon_scheduler.deliveries d
+         using old
+         where d.id = old.id
+        returning d.id
+    )
+    select count(*) from pruned
+"""
+# $2 kept: interval, $3 rows: int. Index: business_outcomes_by_age.
+PRUNE_OUTCOMES = """
+    with old as (
+        select o.run_id, o.business_id
+          from bon_scheduler.business_outcomes o
+         where o.recorded_at < least($1, clock_timestamp()) - $2::interval
+         order by o.recorded_at
+         limit $3
+           for update skip locked
+    ), pruned as (
+        delete from bon_scheduler.business_outcomes o
+         using old
+         where (o.run_id, o.business_id) = (old.run_id, old.business_id)
+        returning 1
+    )
+    select count(*) from pruned
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Horizon:
+    """What is old: `now` as the worker believes (UTC, aware), and for how long runs are kept."""
+
+    now: datetime
+    runs_kept: timedelta
+
+
+Pruner: TypeAlias = Callable[[Connection, Horizon], Awaitable[int]]
+"""Deletes one batch of what is old; returns how many rows, 0 once there is nothing left."""
+
+
+async def mark_horizon(connection: Connection, horizon: Horizon) -> None:
+    """Note, before any tick is deleted, until when ticks may be missing from the ledger."""
+    await connection.execute(MARK_HORIZON, horizon.now, horizon.runs_kept, timeout=CALL_TIMEOUT_SECONDS)
+
+
+def _pruner(statement: str, kept: Callable[[Horizon], timedelta]) -> Pruner:
+    async def prune(connection: Connection, horizon: Horizon) -> int:
+        return int(await connection.fetchval(statement, horizon.now, kept(horizon), BATCH))
+
+    return prune
+
+
+PRUNERS: Mapping[str, Pruner] = MappingProxyType(
+    {
+        # Deliveries BEFORE runs, and outcomes too: a run is let go of once nothing refers to it.
+        "deliveries": _pruner(PRUNE_DELIVERIES, lambda horizon: horizon.runs_kept),
+        "outcomes": _pruner(PRUNE_OUTCOMES, lambda horizon: min(OUTCOMES_KEPT, horizon.runs_kept)),
+        "runs": _pruner(PRUNE_RUNS, lambda horizon: horizon.runs_kept),
+    }
+)
+"""By the name it is counted under."""

@@ -1,0 +1,126 @@
+"""
+What was in force when: each job's schedule history, which ticks and audits are computed from.
+
+Every replica triggers by the history in the database, not by its own code, so two versions side by side
+never disagree about what is due. Only one of the living `serve` processes writes it: the one of the highest
+version, and of those the one that started last. An older version that restarts during a deploy changes
+nothing; after a rollback, when the newer ones are gone, it becomes the one that writes.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import structlog
+
+from bon_scheduler.jobs import CatchUp, Connection, Cron
+from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
+from bon_scheduler.schedule.timing import Period
+
+__all__ = ["declare", "read_histories"]
+
+log = structlog.get_logger()
+
+# $1 worker. Whether this worker is the one whose schedules count.
+IS_DECLARER = """
+    select id = $1
+      from bon_scheduler.workers
+     where serves
+       and last_word is not null
+     order by string_to_array(rtrim(regexp_replace(version, '[^0-9.].*$', ''), '.'), '.')::int[] desc,
+              started_at desc, id
+     limit 1
+"""
+# $1 job. BEFORE the history is read and written, so that no tick is recorded in between.
+LOCK_JOB = "select last_tick from bon_scheduler.jobs where name = $1 for no key update"
+# $1 job. Index: schedules_pkey.
+IN_FORCE = """
+    select expression, timezone, catch_up, grace
+      from bon_scheduler.schedules
+     where job = $1
+     order by effective_from desc
+     limit 1
+"""
+# $1 job, $2 effective from: timestamptz, $3 expression or null, $4 zone, $5 catch-up, $6 grace: interval,
+# $7 version. From an instant after the job's last tick and after every period so far.
+DECLARE = """
+    insert into bon_scheduler.schedules
+           (job, effective_from, expression, timezone, catch_up, grace, declared_by)
+    select $1, greatest($2, j.last_tick, (select max(s.effective_from) + interval '1 microsecond'
+                                            from bon_scheduler.schedules s
+                                           where s.job = $1)),
+           $3, $4, $5, $6, $7
+      from bon_scheduler.jobs j
+     where j.name = $1
+    returning effective_from
+"""
+# $1 job, $2 effective from: timestamptz. A job owes nothing from before its first schedule.
+BEGIN_TICKS = "update bon_scheduler.jobs set last_tick = $2 where name = $1 and last_tick is null"
+HISTORIES = """
+    select job, effective_from, expression, timezone, catch_up, grace
+      from bon_scheduler.schedules
+     order by job, effective_from
+"""
+
+
+async def declare(
+    connection: Connection,
+    schedules: Mapping[str, Cron | None],
+    histories: Mapping[str, Sequence[Period]],
+    *,
+    zone: ZoneInfo,
+    now: datetime,
+    first: datetime,
+    worker: UUID,
+    version: str,
+) -> list[str]:
+    """
+    Put these schedules in force from `now` (UTC, aware) on, where they differ from what is.
+
+    `schedules` holds every job of this version, None where it has no schedule; `histories` is what
+    `read_histories` gave. A job's first is in force from `first` on, which one clock names for all replicas.
+    Does nothing unless this worker is the one whose schedules count. Returns the jobs whose schedule changed.
+    """
+    differing = {job: cron for job, cron in schedules.items() if _differs(histories.get(job, ()), cron, zone)}
+    if not differing or not await connection.fetchval(IS_DECLARER, worker, timeout=CALL_TIMEOUT_SECONDS):
+        return []
+    for job, cron in sorted(differing.items()):
+        begin = now if job in histories else first
+        await _declare_one(connection, job, _as_row(cron, zone), begin, version)
+    return sorted(differing)
+
+
+def _differs(history: Sequence[Period], cron: Cron | None, zone: ZoneInfo) -> bool:
+    in_force = history[-1] if history else None
+    if cron is None:
+        return in_force is not None and in_force.cron is not None
+    return in_force is None or (in_force.cron, in_force.zone.key) != (cron, zone.key)
+
+
+async def _declare_one(
+    connection: Connection, job: str, wanted: tuple[str | None, str, str, timedelta], begin: datetime, version: str
+) -> None:
+    async with connection.transaction():
+        await connection.execute(LOCK_JOB, job, timeout=CALL_TIMEOUT_SECONDS)
+        row = await connection.fetchrow(IN_FORCE, job, timeout=CALL_TIMEOUT_SECONDS)
+        if row is not None and tuple(row) == wanted:
+            return  # another replica was first
+        effective_from = await connection.fetchval(DECLARE, job, begin, *wanted, version, timeout=CALL_TIMEOUT_SECONDS)
+        await connection.execute(BEGIN_TICKS, job, effective_from, timeout=CALL_TIMEOUT_SECONDS)
+    log.info("schedule.declared", job=job, expression=wanted[0], since=effective_from)
+
+
+def _as_row(cron: Cron | None, zone: ZoneInfo) -> tuple[str | None, str, str, timedelta]:
+    policy = cron or Cron("")
+    return (cron.expression if cron else None, zone.key, str(policy.catch_up), policy.grace)
+
+
+async def read_histories(connection: Connection) -> dict[str, list[Period]]:
+    """Return each job's schedule history, oldest first."""
+    histories: dict[str, list[Period]] = {}
+    for row in await connection.fetch(HISTORIES, timeout=CALL_TIMEOUT_SECONDS):
+        cron = Cron(row["expression"], CatchUp(row["catch_up"]), row["grace"]) if row["expression"] else None
+        period = Period(row["effective_from"], cron, ZoneInfo(row["timezone"]))
+        histories.setdefault(row["job"], []).append(period)
+    return histories
