@@ -24,7 +24,7 @@ HOST_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.?")
 
 
 def fault_of_database_url(url: str) -> str | None:
-    """Say why asyncpg could not use a database's address, or could use it otherwise than was meant; else None."""
+    """Return why asyncpg could not use a database's address, or could use it otherwise than was meant; else None."""
     if not url.startswith(DATABASE_SCHEMES):
         return "must begin with postgresql:// (for example postgresql://user@host:5432/bon)"
     try:
@@ -90,7 +90,7 @@ def describe_database(url: str) -> str:
 
 
 def fault_of_web_address(url: str, *, begins: bool = False, secret: bool = False) -> str | None:
-    """Say why an http(s) address is of no use, else None. One that `begins` others is added to; a secret may log in."""
+    """Return why an http(s) address is of no use, else None. One that `begins` others is added to; a secret may log in."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -108,7 +108,7 @@ def fault_of_web_address(url: str, *, begins: bool = False, secret: bool = False
 
 
 def fault_of_host(host: str) -> str | None:
-    """Say why the name or number of a host is none, else None."""
+    """Return why the name or number of a host is none, else None."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

@@ -331,7 +331,7 @@ def job(
 
 
 def explain_payload(job: AnyJob, error: ValidationError) -> str:
-    """Say which fields of a payload are wrong, without their values."""
+    """Return which fields of a payload are wrong, without their values."""
     faults = "; ".join(
         f"{'.'.join(map(str, item['loc'])) or 'payload'}: {item['msg'][:1].lower()}{item['msg'][1:]}"
         for item in error.errors(include_url=False, include_input=False, include_context=False)

@@ -165,7 +165,7 @@ async def machinery(
 async def rehearsal(
     settings: Settings, *, clock: Clock | None = None, out: Path | None = None
 ) -> AsyncIterator[Rehearsal]:
-    """Make dry runs inside the block: nothing is opened but the database, and this is no worker."""
+    """Make dry runs for the duration of the context: nothing is opened but the database, and this is no worker."""
     await require_endpoints(settings)
     async with connections.open_pool(settings) as pool:
         async with pool.acquire() as connection:
@@ -175,7 +175,7 @@ async def rehearsal(
 
 @asynccontextmanager
 async def _registered(pool: Pool, worker: Worker) -> AsyncIterator[None]:
-    """Be in the list of workers inside the block."""
+    """Stand in the list of workers for the duration of the context."""
     async with pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
         await register_worker(connection, worker)
     try:

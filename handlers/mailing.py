@@ -51,7 +51,7 @@ def refuse_day_to_come(ctx: JobContext, as_of: date) -> None:
 
 
 def told(business_id: UUID, counts: Counts) -> list[BusinessOutcome]:
-    """Say what to remember of the business: nothing of a mere repeat."""
+    """Return what to remember of the business: nothing of a mere repeat."""
     remembered = {name: counts[name] for name in REMEMBERED if counts[name]}
     if counts["refused"] or counts["unknown"]:
         error = f"{counts['refused']} refused, {counts['unknown']} unknown; see deliveries"

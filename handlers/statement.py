@@ -167,7 +167,7 @@ class Statement:
         return (self.as_of - invoice.due_date).days
 
     def is_new(self, invoice: OverdueInvoice) -> bool:
-        """Say whether the invoice was not overdue yet in the last digest."""
+        """Return whether the invoice was not overdue yet in the last digest."""
         return invoice.due_date >= self.since
 
     @property
@@ -207,5 +207,5 @@ def _each_once(addresses: Iterable[str]) -> list[str]:
 
 
 async def is_paused(connection: Connection, business_id: UUID) -> bool:
-    """Say whether a person has every job leave this business alone."""
+    """Return whether a person has every job leave this business alone."""
     return bool(await connection.fetchval(IS_PAUSED, business_id))

@@ -49,7 +49,7 @@ class Probes:
     started: float = field(default_factory=time.monotonic)
 
     def live(self) -> tuple[bool, dict[str, Any]]:
-        """Say whether the loop turns (it does, to answer) and the supervised tasks live."""
+        """Report whether the loop turns (it does, to answer) and the supervised tasks live."""
         checks = {
             "engine": _up(self.engine.alive or self.engine.draining),
             "triggers": _up(self.triggers.alive or self.engine.draining),
@@ -59,7 +59,7 @@ class Probes:
         return self._answer(checks)
 
     async def ready(self) -> tuple[bool, dict[str, Any]]:
-        """Say whether this process may take work."""
+        """Report whether this process may take work."""
         checks = {
             "database": await self._check_database(),
             "worker": _up(self.engine.connected),

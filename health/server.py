@@ -34,7 +34,7 @@ class CannotListenError(Exception):
 @asynccontextmanager
 async def answering(probes: Probes, settings: Settings) -> AsyncIterator[int]:
     """
-    Answer inside the block; yield the port, which the system chose if HEALTH_PORT is 0.
+    Answer for the duration of the context; yield the port, which the system chose if HEALTH_PORT is 0.
 
     Raises CannotListenError.
     """

@@ -74,7 +74,7 @@ def _run(as_json: bool, call: Callable[[Settings, Report], Coroutine[Any, Any, i
 
 @app.command()
 def serve() -> None:
-    """Be the service: triggers, worker, probes. SIGTERM or SIGINT drains and exits 0."""
+    """Run the service: triggers, worker, probes. SIGTERM or SIGINT drains and exits 0."""
     _run(False, lambda settings, _: commands.serve(settings))
 
 
@@ -185,7 +185,7 @@ def audit(
     since: Annotated[str, typer.Option(metavar="SPAN|ISO", help="From when on: 30d, or an instant.")] = "30d",
     as_json: AsJson = False,
 ) -> None:
-    """Say whether every tick since then is accounted for: ran, late, missed and why, paused, and gaps."""
+    """Report whether every tick since then is accounted for: ran, late, missed and why, paused, and gaps."""
     _run(as_json, lambda settings, report: commands.audit(settings, report, SystemClock(), since=since))
 
 
@@ -267,7 +267,7 @@ def cancel(
 
 @app.command()
 def check(as_json: AsJson = False) -> None:
-    """Say whether this deployment is sound, and the remedy where it is not."""
+    """Report whether this deployment is sound, and the remedy where it is not."""
     _run(as_json, lambda settings, report: commands.check(settings, report, SystemClock()))
 
 

@@ -85,7 +85,7 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
 
 
 def _limits(job: AnyJob, scheduled: bool) -> list[str]:
-    """Say what bounds how many runs of a job work at once."""
+    """Return what bounds how many runs of a job work at once."""
     alone = entries.exclusive(job, scheduled)
     words = {Exclusive.NO: None, Exclusive.JOB: "one at once", Exclusive.BUSINESS: "one a business"}[alone]
     return [
@@ -210,7 +210,7 @@ async def show(settings: Settings, report: Report, *, run: str) -> int:
 
 
 async def check(settings: Settings, report: Report, clock: Clock) -> int:
-    """Say whether this deployment is sound."""
+    """Report whether this deployment is sound."""
     findings = await check_deployment(settings, clock)
     sound = all(finding.level is not Level.FAILURE for finding in findings)
     if report.as_json:

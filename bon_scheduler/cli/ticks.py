@@ -32,7 +32,7 @@ MOST_DAYS = 3660
 
 
 async def audit(settings: Settings, report: Report, clock: Clock, *, since: str) -> int:
-    """Say whether every tick since then is accounted for."""
+    """Report whether every tick since then is accounted for."""
     start = _parse_since(since, settings, clock)
     async with reading(settings) as connection:
         found = await audit_ticks(connection, start)
@@ -193,7 +193,7 @@ def _describe(change: Transition) -> str:
 
 
 def _note(instant: datetime, zone: ZoneInfo) -> str | None:
-    """Say which of two equal local times this is, in a fold; None elsewhere."""
+    """Return which of two equal local times this is, in a fold; None elsewhere."""
     local = instant.astimezone(zone)
     if local.replace(fold=1 - local.fold).utcoffset() == local.utcoffset():
         return None

@@ -41,7 +41,7 @@ LEAVING = timedelta(seconds=3)
 
 
 async def serve(settings: Settings, jobs: Sequence[AnyJob] = service.JOBS) -> int:
-    """Be the service until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
+    """Run the service until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
     patience = timedelta(seconds=settings.shutdown_seconds) + LEAVING
     with stopping_on_signals(patience) as stop:
         async with AsyncExitStack() as stack:
@@ -111,7 +111,7 @@ async def run_once(
 
 
 def _tell_letters(letters: int, out: Path, result: once.RunReport) -> str:
-    """Say how many letters a dry run wrote, and why it wrote none."""
+    """Tell how many letters a dry run wrote, and why it wrote none."""
     if letters:
         many = f"{letters:,} letters are" if letters > 1 else "1 letter is"
         return f"{many} in {out}, as .html, .txt and .eml."

@@ -247,7 +247,7 @@ def _expected(facts: SampleFacts) -> dict[str, tuple[str, Counts]]:
 
 
 def _compare(ended: list[Ended], world: World) -> list[str]:
-    """Say what is not as the sample data demands."""
+    """Return what is not as the sample data demands."""
     found = {job.job: job for job in ended}
     faults = []
     for name, (state, counts) in _expected(world.facts).items():

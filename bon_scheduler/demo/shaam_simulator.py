@@ -148,7 +148,7 @@ class ShaamSimulator:
         self._consents[subject][-1].revoked = True
 
     def honours(self, token: str) -> bool:
-        """Say whether a refresh token would be exchanged."""
+        """Return whether a refresh token would be exchanged."""
         consent, generation = self._issued.get(token, (None, 0))
         return consent is not None and not consent.revoked and consent.generation == generation
 

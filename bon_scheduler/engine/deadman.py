@@ -34,7 +34,7 @@ class Deadman:
     @classmethod
     @asynccontextmanager
     async def watching(cls, urls: Mapping[str, SecretStr]) -> "AsyncIterator[Deadman]":
-        """Ping inside the block; at its end wait a moment for pings under way."""
+        """Ping for the duration of the context; at its end wait a moment for pings under way."""
         async with aiohttp.ClientSession(timeout=TIMEOUT) as session:
             deadman = cls(urls, session)
             yield deadman

@@ -57,7 +57,7 @@ class Heartbeat:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Heartbeat"]:
-        """Beat inside the block. The worker is registered before."""
+        """Beat for the duration of the context. The worker is registered before."""
         self._beaten, self._loop_thread = seconds_since_boot(), threading.get_ident()
         self._thread.start()
         pulse = asyncio.create_task(self._show_pulse(), name="pulse")
@@ -114,7 +114,7 @@ class Heartbeat:
                 return
 
     def _tell(self, still_seconds: float) -> None:
-        """Say where the event loop stands still: after a second, and whenever that has doubled."""
+        """Log where the event loop stands still: after a second, and whenever that has doubled."""
         if still_seconds < BLOCKED_AFTER_SECONDS:
             self._told_seconds = 0.0
         elif still_seconds >= max(BLOCKED_AFTER_SECONDS, 2 * self._told_seconds):

@@ -80,7 +80,7 @@ def _are_counts(result: object) -> bool:
 
 
 def judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> Ending:
-    """Say how a handler's own end is to be taken; `wait` is its policy's."""
+    """Return what a handler's own end means for the run; `wait` is its policy's."""
     error = handler.exception()
     if error is None:
         return Ending("succeeded", handler.result())

@@ -92,7 +92,7 @@ async def _act(connection: Connection, change: str, how: tuple[str | UUID, str, 
 
 
 async def knows_business(connection: Connection, business_id: UUID) -> bool:
-    """Say whether BON has such a business."""
+    """Return whether BON has such a business."""
     return bool(await connection.fetchval(KNOWS_BUSINESS, business_id, timeout=CALL_TIMEOUT_SECONDS))
 
 

@@ -120,7 +120,7 @@ async def register_worker(connection: Connection, worker: Worker) -> None:
 
 
 async def beat(connection: Connection, worker: UUID) -> bool:
-    """Say another word; False when the worker's row is gone. The connection's own time-out holds."""
+    """Record a heartbeat; False when the worker's row is gone. The connection's own time-out holds."""
     return await connection.fetchval(BEAT, worker) is not None
 
 

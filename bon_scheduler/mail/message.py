@@ -135,7 +135,7 @@ def write(letter: Letter, settings: Settings, *, now: datetime) -> Written:
 
 
 def is_mailbox(address: str) -> bool:
-    """Say whether a text can be one mailbox: no list, no comment, no control character."""
+    """Return whether a text can be one mailbox: no list, no comment, no control character."""
     return _MAILBOX.fullmatch(address.strip()) is not None
 
 

@@ -76,7 +76,7 @@ class SmtpConnections:
             self._put_back(line)
 
     async def close(self) -> None:
-        """Say goodbye on every idle connection."""
+        """Close every idle connection with QUIT."""
         for line in list(self._idle):
             self._dismiss(line)
         if self._leaving:

@@ -72,7 +72,7 @@ def _simulate(expression: str, start: datetime) -> CronSim:
 
 
 def check_cron(expression: str) -> str | None:
-    """Say what is wrong with a cron expression, or None."""
+    """Return what is wrong with a cron expression, or None."""
     try:
         next(_simulate(expression, BEGINNING))
     except CronSimError as error:

@@ -70,7 +70,7 @@ class Triggers:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Triggers"]:
-        """Account for due fire times inside the block."""
+        """Account for due fire times for the duration of the context."""
         self._loop = asyncio.create_task(self._wake_and_account(), name="triggers")
         try:
             yield self

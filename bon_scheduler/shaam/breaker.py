@@ -45,7 +45,7 @@ class Breaker:
         return self._reason if self._refusals >= HANDFUL else None
 
     def why_not(self) -> str | None:
-        """Say why nobody may be called now, if so."""
+        """Return why nobody may be called now, if so."""
         return self._reason if self.seconds() < self._until else None
 
     def admit(self) -> str | None:

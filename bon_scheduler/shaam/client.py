@@ -375,7 +375,7 @@ def _said(data: dict[str, Any]) -> str:
 
 
 def _reason(reply: _Reply, data: dict[str, Any], secrets: list[str]) -> str:
-    """Say what came back, for the log and the ledger: no secret, one line, at most 200 characters."""
+    """Return what came back, for the log and the ledger: no secret, one line, at most 200 characters."""
     said = "not the tokens that were asked for" if reply.status in OK else _said(data)
     if reply.trouble:
         said = f"the answer {reply.trouble}"

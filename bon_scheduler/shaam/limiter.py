@@ -37,7 +37,7 @@ class Lane:
         self._open = asyncio.Event()
 
     async def __aenter__(self) -> None:
-        """Wait for a turn to exchange a token, and hold it inside the block."""
+        """Wait for a turn to exchange a token, and hold it for the duration of the context."""
         # Not a generator: ten thousand may wait here, and each of theirs would be one more for the collector.
         if self._inside == 0:
             self._sent = self._refused = 0
@@ -55,7 +55,7 @@ class Lane:
 
     @asynccontextmanager
     async def request(self) -> AsyncIterator[Turn]:
-        """Wait for a turn to send a request, and hold it inside the block."""
+        """Wait for a turn to send a request, and hold it for the duration of the context."""
         async with self._requests:
             if self._sent < HANDFUL:
                 self._sent += 1

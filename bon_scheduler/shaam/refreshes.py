@@ -309,7 +309,7 @@ async def claim(
 
 
 async def is_claimed(connection: Connection, exchange: Exchange) -> bool:
-    """Say whether the exchange still holds its lease."""
+    """Return whether the exchange still holds its lease."""
     return bool(await connection.fetchval(IS_CLAIMED, exchange.credential.business_id, exchange.id))
 
 
@@ -340,7 +340,7 @@ async def flag(connection: Connection, credential: Credential) -> bool:
 
 
 async def is_flagged(connection: Connection, credential: Credential) -> bool:
-    """Say whether the owner is asked already, about this very token."""
+    """Return whether the owner is asked already, about this very token."""
     return bool(await connection.fetchval(IS_FLAGGED, credential.business_id, credential.stored))
 
 

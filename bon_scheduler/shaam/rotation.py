@@ -105,7 +105,7 @@ class Rotator:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Rotator"]:
-        """Rotate inside the block. At its end every exchange that has begun is seen to its end."""
+        """Rotate for the duration of the context. At its end every exchange that has begun is seen to its end."""
         async with self.keeper.running():
             try:
                 yield self
@@ -202,7 +202,7 @@ class Rotator:
         return answer
 
     def _why_not(self) -> str | None:
-        """Say why nobody may be called now."""
+        """Return why nobody may be called now."""
         if self.stopping.is_set():
             return "this process is stopping"
         if self.keeper.unsafe:

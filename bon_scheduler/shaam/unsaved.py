@@ -59,7 +59,7 @@ class Keeper:
         return self._spool is not None and self._spool.blind
 
     def holds(self, credential: Credential) -> bool:
-        """Say whether the answer to this token is kept, and the database refuses it."""
+        """Return whether the answer to this token is kept, and the database refuses it."""
         return credential in self._refused
 
     @asynccontextmanager
