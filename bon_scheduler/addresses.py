@@ -90,7 +90,7 @@ def describe_database(url: str) -> str:
 
 
 def fault_of_web_address(url: str, *, begins: bool = False, secret: bool = False) -> str | None:
-    """Return why an http(s) address is of no use, else None. One that `begins` others is added to; a secret may log in."""
+    """Return why an http(s) address is of no use, else None. One that `begins` others is added to; a secret logs in."""
     try:
         parts = urlsplit(url)
         port = parts.port
