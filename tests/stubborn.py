@@ -10,7 +10,8 @@ import time
 from contextlib import suppress
 
 from bon_scheduler import Counts, JobContext, NoPayload, job, service
-from bon_scheduler import cli as commands
+from bon_scheduler.cli.signals import run
+from bon_scheduler.cli.work import serve
 from bon_scheduler.log import configure_logging
 
 LONG_SECONDS = 300
@@ -54,7 +55,7 @@ def main() -> int:
     """Serve."""
     settings = service.read_settings()
     configure_logging(settings.log_level, settings.log_format)
-    return commands.run(commands.serve(settings, jobs=JOBS))
+    return run(serve(settings, jobs=JOBS))
 
 
 if __name__ == "__main__":

