@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("aiohttp", "aiosmtplib", "asyncpg", "babel", "handlers", "jinja2", "pydantic")
+HEAVY = ("aiohttp", "aiosmtplib", "asyncpg", "babel", "handlers", "jinja2")
 LOADED = """
 import sys
 sys.argv = ["bon-scheduler", *sys.argv[1:]]
