@@ -154,6 +154,8 @@ async def _replace_functions(connection: Connection) -> list[str]:
     """Make the functions those of the files; return the names of those that were not."""
     files = _functions()
     names = [file.name for file in files]
+    # BEFORE the first signature is read, otherwise it differs from the same one that is read later, and is dropped.
+    await connection.execute(IN_OUR_SCHEMA)
     applied = {row["name"]: row["hash"] for row in await connection.fetch(APPLIED_FUNCTIONS)}
     changed = [file for file in files if applied.get(file.name) != file.hash]
     for file in changed:

@@ -156,7 +156,10 @@ async def test_what_an_old_replica_had_is_run_again_once_it_is_gone(old: Connect
     async with service.serving(settings, jobs=[a_test, nightly]):
 
         async def done() -> bool:
-            open_now = "select count(*) from bon_scheduler.runs where state = 'running' or ready and state = 'queued'"
+            open_now = (
+                "select count(*) from bon_scheduler.runs"
+                " where state = 'running' or ready and state in ('queued', 'retrying')"
+            )
             return not await old.fetchval(open_now)
 
         await until(done, seconds=15)
