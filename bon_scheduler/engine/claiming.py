@@ -15,7 +15,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TypeAlias
-from uuid import UUID
 
 import asyncpg
 import structlog
@@ -23,6 +22,7 @@ import structlog
 from bon_scheduler.engine.runner import Runner
 from bon_scheduler.jobs import AnyJob
 from bon_scheduler.ledger import claims
+from bon_scheduler.ledger.attempts import RunRef
 from bon_scheduler.ledger.claims import Claim, Claims, Wanted
 from bon_scheduler.log import describe_error
 
@@ -60,9 +60,9 @@ class Engine:
         self._runner = runner
         self._concurrency = concurrency
         self._reserve = min(-(-concurrency // RESERVE_SHARE), concurrency - 1, len(jobs) - 1)
-        self._attempts: dict[UUID, asyncio.Task[str]] = {}
+        self._attempts: dict[RunRef, asyncio.Task[str]] = {}
         self._backlog = False
-        self._handling: dict[UUID, str] = {}
+        self._handling: dict[RunRef, str] = {}
         self._numbers = itertools.count(1)
         self._look_at_clock_at = 0.0
         self._awake = asyncio.Event()
@@ -203,20 +203,19 @@ class Engine:
 
     def _begin(self, taken: Claim) -> None:
         job = self._jobs[taken.job]
-        run_id = taken.ref.run_id
         attempt = self._runner.execute(job, taken, job.retry, handled=partial(self._leave_room, taken))
-        task = asyncio.create_task(attempt, name=f"attempt {job.name} {run_id}")
-        self._attempts[run_id] = task
-        self._handling[run_id] = job.name
+        task = asyncio.create_task(attempt, name=f"attempt {job.name} {taken.ref.run_id}")
+        self._attempts[taken.ref] = task
+        self._handling[taken.ref] = job.name
         task.add_done_callback(partial(self._end, taken))
 
     def _leave_room(self, taken: Claim) -> None:
         """Free the place of a handler that has ended: recording how it ended needs none."""
-        self._handling.pop(taken.ref.run_id, None)
+        self._handling.pop(taken.ref, None)
         self._awake.set()
 
     def _end(self, taken: Claim, task: "asyncio.Task[str]") -> None:
-        del self._attempts[taken.ref.run_id]
+        del self._attempts[taken.ref]
         self._leave_room(taken)  # what must not run beside it may run now
         if task.cancelled():
             return

@@ -102,12 +102,12 @@ class Reconciler:
         # BEFORE the query, otherwise a run that ended meanwhile would look unknown.
         before, unrecorded = self._runner.under_way, self._runner.unrecorded
         held = await attempts.held_by(connection, self._worker.id)
-        lost = await attempts.lost_by(connection, self._worker.id, before.values()) if before else set()
+        lost = await attempts.lost_by(connection, self._worker.id, before) if before else set()
         for ref in lost:
             self._runner.drop(ref)
         async with self._runner.claiming:  # what was claimed before the query has its answer now, or never
-            known = before.keys() | self._runner.under_way.keys()
-        unknown = {ref for ref in held if ref.run_id not in known}
+            known = before | self._runner.under_way
+        unknown = held - known
         if unknown & unrecorded:
             await attempts.let_go(connection, self._worker.id, unknown & unrecorded)
         for ref in await attempts.give_back_all(connection, self._worker.id, unknown - unrecorded):

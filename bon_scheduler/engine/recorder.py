@@ -8,7 +8,6 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
-from uuid import UUID
 
 import structlog
 
@@ -32,22 +31,22 @@ class Recorder:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._writes: dict[UUID, asyncio.Future[Any]] = {}
+        self._writes: dict[RunRef, asyncio.Future[Any]] = {}
         self._finished: list[tuple[RunRef, Counts, asyncio.Future[str]]] = []
         self._finishing: asyncio.Task[None] | None = None
 
-    def pending(self, run_id: UUID) -> "asyncio.Future[Any] | None":
-        """Return what is being written of a run, None when all is."""
-        return self._writes.get(run_id)
+    def pending(self, ref: RunRef) -> "asyncio.Future[Any] | None":
+        """Return what is being written of an attempt, None when all is."""
+        return self._writes.get(ref)
 
     async def settled(self) -> None:
         """Wait until everything that was being written is written."""
         while self._writes:
             await asyncio.wait(set(self._writes.values()))
 
-    async def write(self, run_id: UUID, write: Callable[[Connection], Awaitable[T]]) -> T:
+    async def write(self, ref: RunRef, write: Callable[[Connection], Awaitable[T]]) -> T:
         """Call `write` with a connection until the database takes it; goes on when the caller is cancelled."""
-        return await self._keep(run_id, asyncio.create_task(self._persist(write)))
+        return await self._keep(ref, asyncio.create_task(self._persist(write)))
 
     async def finish(self, ref: RunRef, counts: Counts) -> str:
         """End a run as `succeeded` or `partial`; return which. Raises LostRunError."""
@@ -55,11 +54,11 @@ class Recorder:
         self._finished.append((ref, counts, future))
         if self._finishing is None:
             self._finishing = asyncio.create_task(self._finish_all(), name="finish")
-        return await self._keep(ref.run_id, future)
+        return await self._keep(ref, future)
 
-    async def _keep(self, run_id: UUID, future: "asyncio.Future[T]") -> T:
-        self._writes[run_id] = future
-        future.add_done_callback(lambda _: self._writes.pop(run_id, None))
+    async def _keep(self, ref: RunRef, future: "asyncio.Future[T]") -> T:
+        self._writes[ref] = future
+        future.add_done_callback(lambda _: self._writes.pop(ref, None))
         future.add_done_callback(lambda f: f.cancelled() or f.exception())  # whoever waits may be cancelled meanwhile
         return await asyncio.shield(future)
 

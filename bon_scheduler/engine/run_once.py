@@ -97,7 +97,7 @@ async def run_once(
         if answer.claim is not None:
             async with pool.acquire() as connection:
                 await cancel(connection, answer.claim.ref)
-            runner.forget(answer.claim.ref.run_id)
+            runner.forget(answer.claim.ref)
 
     claim: Claim | None = None
     while claim is None:

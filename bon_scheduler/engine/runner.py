@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypeAlias
@@ -45,14 +45,6 @@ Leave: TypeAlias = Callable[[Connection, RunRef], Awaitable[object]]
 log = structlog.get_logger()
 DEADLINE_GRACE_SECONDS = 5.0
 """How long a handler may take to end once it is cancelled: to roll back, or to save what cannot be undone."""
-
-
-@dataclass(slots=True)
-class _UnderWay:
-    """An attempt of this process. `dropped` is resolved when its run is no longer its own."""
-
-    ref: RunRef
-    dropped: "asyncio.Future[None]"
 
 
 async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
@@ -99,7 +91,7 @@ class Runner:
         self._metrics = metrics
         self._deadman = deadman
         self._farewell = farewell
-        self._under_way: dict[UUID, _UnderWay] = {}
+        self._under_way: dict[RunRef, asyncio.Future[None]] = {}
         self._unrecorded: set[RunRef] = set()
         self._abandoned: set[asyncio.Task[Counts]] = set()
 
@@ -109,9 +101,12 @@ class Runner:
         return self._gate.apart if self._gate else None
 
     @property
-    def under_way(self) -> dict[UUID, RunRef]:
-        """The attempts of this process by run, from the answer to their claim until they are recorded."""
-        return {run_id: attempt.ref for run_id, attempt in self._under_way.items()}
+    def under_way(self) -> frozenset[RunRef]:
+        """
+        The attempts of this process, from the answer to their claim until they are recorded. Two may be of one run:
+        a person cancelled and retried it, or another worker released it, and the first does not know yet.
+        """
+        return frozenset(self._under_way)
 
     @property
     def unrecorded(self) -> frozenset[RunRef]:
@@ -131,17 +126,17 @@ class Runner:
         """Note the runs of a claim, under `claiming`; `execute` follows for each."""
         loop = asyncio.get_running_loop()
         for claim in taken:
-            self._under_way[claim.ref.run_id] = _UnderWay(claim.ref, loop.create_future())
+            self._under_way[claim.ref] = loop.create_future()
 
-    def forget(self, run_id: UUID) -> None:
+    def forget(self, ref: RunRef) -> None:
         """Undo `register`, of a claim that did not come to pass."""
-        self._under_way.pop(run_id, None)
+        self._under_way.pop(ref, None)
 
     def drop(self, ref: RunRef) -> None:
         """Stop an attempt whose run is no longer its own: another took it over, or a person cancelled it."""
-        attempt = self._under_way.get(ref.run_id)
-        if attempt is not None and attempt.ref == ref and not attempt.dropped.done():
-            attempt.dropped.set_result(None)
+        dropped = self._under_way.get(ref)
+        if dropped is not None and not dropped.done():
+            dropped.set_result(None)
 
     async def claim_one(self, connection: Connection, run_id: UUID, job: AnyJob) -> Foreground:
         """Take a certain run for this worker."""
@@ -198,18 +193,18 @@ class Runner:
             raise
         finally:
             # Not before what happened to it is recorded.
-            if (pending := self._recorder.pending(run_id)) is None:
-                self.forget(run_id)
+            if (pending := self._recorder.pending(claim.ref)) is None:
+                self.forget(claim.ref)
             else:
-                pending.add_done_callback(lambda _: self.forget(run_id))
+                pending.add_done_callback(lambda _: self.forget(claim.ref))
             if self._gate is not None and claim.mail_slot is not None:
                 await self._gate.dismiss(run_id)
 
     async def give_back(self, taken: Iterable[Claim]) -> None:
         """Give back runs whose attempts have not begun."""
         for claim in taken:
-            await self._recorder.write(claim.ref.run_id, partial(attempts.give_back, ref=claim.ref))
-            self.forget(claim.ref.run_id)
+            await self._recorder.write(claim.ref, partial(attempts.give_back, ref=claim.ref))
+            self.forget(claim.ref)
 
     def report_released(self, run: Released) -> None:
         """Report a run that a dead worker had, and that this process has released."""
@@ -282,7 +277,7 @@ class Runner:
 
     async def _watch(self, job: AnyJob, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> Ending | None:
         """Wait for the handler, and stop it when its time is over or its run is lost; then say why."""
-        dropped = self._under_way[ctx.run_id].dropped
+        dropped = self._under_way[ctx.ref]
         either: set[asyncio.Future[Any]] = {handler, dropped}
         await asyncio.wait(either, timeout=job.timeout.total_seconds(), return_when=asyncio.FIRST_COMPLETED)
         if handler.done():
@@ -316,7 +311,7 @@ class Runner:
         if not handler.done():
             await self._stop(ctx, handler, self._farewell.total_seconds())
         if ctx.ended is None:
-            await self._recorder.write(ctx.run_id, lambda connection: leave(connection, ctx.ref))
+            await self._recorder.write(ctx.ref, lambda connection: leave(connection, ctx.ref))
         log.info("run.left" if ctx.ended is None else "run.ended", outcome=ctx.ended)
 
     async def _settle(self, ctx: AttemptContext, ending: Ending) -> str:
@@ -341,15 +336,15 @@ class Runner:
             error, wait = ending.error or "", ending.wait
             if ending.outcome == "given_back":
                 give_back = partial(attempts.give_back, ref=ctx.ref, wait=wait, why=error)
-                if await self._recorder.write(ctx.run_id, give_back):
+                if await self._recorder.write(ctx.ref, give_back):
                     return ending.outcome
             elif ending.outcome != "lost":
                 fail = partial(attempts.fail, ref=ctx.ref, outcome=ending.outcome, error=error, wait=wait)
-                return await self._recorder.write(ctx.run_id, fail)
+                return await self._recorder.write(ctx.ref, fail)
         except LostRunError:
             pass
         lose = partial(attempts.lose, ref=ctx.ref, error="another attempt owns the run")
-        outcome = await self._recorder.write(ctx.run_id, lose)
+        outcome = await self._recorder.write(ctx.ref, lose)
         if outcome == ending.outcome and outcome not in {"succeeded", "lost"}:
             # The first try at recording a failure took effect, and only its answer was lost.
             return outcome if outcome == "given_back" else "dead" if ending.wait is None else "retrying"

@@ -12,7 +12,7 @@ from bon_scheduler import Counts, JobContext, NoPayload, Retry, job, service
 from bon_scheduler.database import connections
 from bon_scheduler.engine import runner
 from bon_scheduler.jobs import AnyJob
-from bon_scheduler.ledger import attempts, claims
+from bon_scheduler.ledger import attempts, claims, revise
 from bon_scheduler.ledger.workers import Worker
 from tests.conftest import Connection, MakeSettings
 from tests.waiting import until
@@ -134,6 +134,7 @@ async def test_a_run_whose_claim_was_never_answered_is_given_back_and_run(
         assert await until_state(connection, "succeeded", "dead") == "succeeded"
     # At no cost: it had one attempt only.
     assert await outcomes(connection) == ["given_back", "succeeded"]
+    assert await connection.fetchval("select given_back from bon_scheduler.runs") == 1
 
 
 async def test_what_a_claim_that_was_cut_short_took_is_given_back_when_the_process_stops(
@@ -189,6 +190,76 @@ async def test_a_claim_whose_answer_comes_while_the_process_stops_is_given_back_
         go_on.set()
         assert await until_state(connection, "queued") == "queued"
     assert (begun, await outcomes(connection)) == ([], ["given_back"])
+
+
+async def test_a_run_that_is_cancelled_and_retried_is_stopped_and_begun_anew_by_one_worker(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    """It begins anew before the first attempt is known to have lost it, so that two of one run are under way."""
+    begun: list[int] = []
+    stopped, over = asyncio.Event(), asyncio.Event()
+
+    @job("a-test", retry=QUICK)
+    async def work(ctx: JobContext, __: NoPayload) -> Counts:
+        begun.append(ctx.attempt)
+        try:
+            await over.wait()
+        except asyncio.CancelledError:
+            assert ctx.attempt == 1
+            stopped.set()
+            raise
+        return {}
+
+    async with service.serving(make_settings(LEASE_SECONDS="2"), jobs=[work]) as serving:
+        run_id = await connection.fetchval(ASK)
+        await until_state(connection, "running")
+        async with connection.transaction():
+            for action in (revise.Action.CANCEL, revise.Action.RETRY):
+                await revise.revise_all(connection, action, [run_id], by="dana", reason="on second thoughts")
+        async with asyncio.timeout(5):
+            await stopped.wait()
+        for _ in range(2):
+            await serving.machinery.reconciler.make_pass()
+        over.set()
+        assert await until_state(connection, "succeeded", "dead") == "succeeded"
+        await until(lambda: nothing_under_way(serving))
+    assert (begun, await outcomes(connection)) == ([1, 2], ["cancelled", "succeeded"])
+
+
+async def nothing_under_way(serving: service.Serving) -> bool:
+    return not serving.engine.active and not serving.machinery.runner.under_way
+
+
+async def test_a_worker_is_declared_dead_together_with_the_release_of_what_it_had_or_not_at_all(
+    make_settings: MakeSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tried, go_on = attempts.release_lost, asyncio.Semaphore(0), asyncio.Event()
+
+    async def release(on: Any) -> Any:
+        released = await real(on)
+        if released and not go_on.is_set():
+            tried.release()
+            raise ConnectionResetError("cut before the commit")
+        return released
+
+    monkeypatch.setattr(attempts, "release_lost", release)
+
+    @job("a-test", retry=QUICK)
+    async def quick(_: JobContext, __: NoPayload) -> Counts:
+        return {}
+
+    settings = make_settings(LEASE_SECONDS="2")
+    await service.prepare(settings, jobs=[quick])
+    worker = await connection.fetchval(DEAD_WORKER)
+    await connection.execute(ASK)
+    await connection.execute("update bon_scheduler.runs set state = 'running', attempt = 1, worker = $1", worker)
+    async with service.serving(settings, jobs=[quick]):
+        for _ in range(2):
+            await tried.acquire()
+            alive = "select last_word is not null from bon_scheduler.workers where id = $1"
+            assert (await connection.fetchval(alive, worker), await connection.fetchval(STATE)) == (True, "running")
+        go_on.set()
+        assert await until_state(connection, "succeeded") == "succeeded"
 
 
 async def test_an_attempt_whose_end_cannot_be_recorded_counts(
@@ -403,10 +474,10 @@ async def test_a_clock_that_was_set_back_neither_delays_a_run_that_is_due_nor_ke
         async def ended() -> bool:
             return bool(await connection.fetchval(STATE) == "succeeded")
 
-        await until(ended, seconds=2 + 8)
+        await until(ended, seconds=2 + 5)
 
 
-async def test_runs_whose_rows_somebody_has_locked_keep_no_other_run_waiting(
+async def test_runs_whose_rows_somebody_has_locked_keep_neither_runs_nor_ticks_nor_probes_waiting(
     make_settings: MakeSettings, connection: Connection, database_url: str
 ) -> None:
     @job("a-test", retry=QUICK)
@@ -420,7 +491,7 @@ async def test_runs_whose_rows_somebody_has_locked_keep_no_other_run_waiting(
         locking = other.transaction()
         await locking.start()
         await other.execute("select from bon_scheduler.runs for update")
-        async with service.serving(settings, jobs=[quick]):
+        async with service.serving(settings, jobs=[quick]) as serving:
             free = await connection.fetchval(ASK)
 
             async def free_ended() -> bool:
@@ -428,6 +499,9 @@ async def test_runs_whose_rows_somebody_has_locked_keep_no_other_run_waiting(
                 return bool(state == "succeeded")
 
             await until(free_ended)
+            for _ in range(20):
+                async with asyncio.timeout(0.4), serving.machinery.control.acquire() as control:
+                    await control.execute("select pg_sleep(0.05)")
             await locking.rollback()
             await until(lambda: all_succeeded(connection))
 
