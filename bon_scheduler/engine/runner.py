@@ -201,10 +201,13 @@ class Runner:
                 await self._gate.dismiss(run_id)
 
     async def give_back(self, taken: Iterable[Claim]) -> None:
-        """Give back runs whose attempts have not begun."""
+        """Give back runs whose attempts have not begun, and the places of their letters."""
         for claim in taken:
             await self._recorder.write(claim.ref, partial(attempts.give_back, ref=claim.ref))
             self.forget(claim.ref)
+            if self._gate is not None and claim.mail_slot is not None:
+                self._gate.admit(claim.ref.run_id, claim.mail_slot)
+                await self._gate.dismiss(claim.ref.run_id)
 
     def report_released(self, run: Released) -> None:
         """Report a run that a dead worker had, and that this process has released."""

@@ -192,6 +192,40 @@ async def test_a_claim_whose_answer_comes_while_the_process_stops_is_given_back_
     assert (begun, await outcomes(connection)) == ([], ["given_back"])
 
 
+async def test_a_letters_place_is_given_back_with_a_claim_whose_answer_comes_while_the_process_stops(
+    make_settings: MakeSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise nobody would try a mail server that was away, for as long as a trial may take."""
+    real, asked, go_on = claims.claim, asyncio.Event(), asyncio.Event()
+
+    async def slow_claim(*arguments: Any, **options: Any) -> Any:
+        answer = await real(*arguments, **options)
+        if answer.taken:
+            asked.set()
+            await go_on.wait()
+        return answer
+
+    monkeypatch.setattr(claims, "claim", slow_claim)
+
+    @job("a-test", retry=QUICK, sends_mail=True)
+    async def letter(_: JobContext, __: NoPayload) -> Counts:
+        raise AssertionError
+
+    await connection.execute(
+        "update bon_scheduler.mail_gate"
+        " set failures = 9, closed_since = now() - interval '1 hour', closed_until = now() - interval '1 second'"
+    )
+    trying = "select trying_until > now() from bon_scheduler.mail_gate"
+    async with service.serving(make_settings(SMTP_HOST="127.0.0.1"), jobs=[letter]) as serving:
+        await connection.execute(ASK)
+        await asked.wait()
+        assert await connection.fetchval(trying)
+        serving.engine._stopping.set()
+        go_on.set()
+        assert await until_state(connection, "queued") == "queued"
+    assert not await connection.fetchval(trying)
+
+
 async def test_a_run_that_is_cancelled_and_retried_is_stopped_and_begun_anew_by_one_worker(
     make_settings: MakeSettings, connection: Connection
 ) -> None:
