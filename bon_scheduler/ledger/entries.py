@@ -1,8 +1,8 @@
 """
 The ledger of runs: every run is one row from the moment it is asked for until it is pruned.
 
-Asking (`enqueue`) and ticks (`record_tick`) are here; how a run is claimed and what an attempt does to it is in
-`attempts`, what a person does to it in `revise`. No other module writes these tables.
+Asking (`enqueue`) and ticks (`record_tick`) are here; how a run is claimed is in `claims`, what an attempt does
+to it in `attempts`, what a person does to it in `revise`. No other module writes these tables.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -72,7 +72,7 @@ ENQUEUE = """
 ENQUEUE_MANY = "select bon_scheduler.enqueue_many($1, $2, $3, $4, 'run', $5, $6)"
 MAKE_OVERTAKEN_READY = "select bon_scheduler.make_overtaken_ready()"
 # $1 run, $2 job, $3 payload: jsonb, $4 fire time, $5 asked by, $6 state, $7 started: timestamptz, $8 counts: json,
-# $9 error. It has ended already, and no queue row ever brings it to anybody.
+# $9 error. It has ended already, and nobody ever claims it.
 RECORD_DRY_RUN = """
     insert into bon_scheduler.runs
            (id, job, payload, fire_time, origin, asked_by, state, attempt, enqueued_at, started_at, finished_at,
