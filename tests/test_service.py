@@ -224,8 +224,6 @@ async def test_new_runs_are_worked_on_after_every_connection_was_killed(
 async def test_new_runs_need_not_wait_for_an_old_handler_after_the_connections_were_killed(
     make_settings: MakeSettings, connection: Connection
 ) -> None:
-    """PgQueuer reports a lost connection only when its last handler has ended."""
-
     @job("a-quick-test")
     async def quick(_: JobContext, __: NoPayload) -> Counts:
         return {}

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from uuid import UUID
 
 import pytest
@@ -74,6 +75,23 @@ async def test_a_listen_that_was_taken_away_is_noticed_and_renewed(
         await until(renewed, seconds=20)
         assert time.monotonic() - before < NOTICED_SECONDS
         assert await brought(connection) < 2
+
+
+async def test_a_claim_that_waits_too_long_for_another_is_repeated_on_its_connection(
+    make_settings: MakeSettings, connection: Connection, logged: Callable[[], str]
+) -> None:
+    async with service.serving(make_settings(), jobs=[quick]) as serving:
+        await until_connected(serving)
+        old = engines_connection(serving)
+        async with connection.transaction():
+            await connection.execute("select pg_advisory_xact_lock(hashtext('bon_scheduler.claim'), 0)")
+
+            async def repeated() -> bool:
+                return "claim.repeated" in logged()
+
+            await until(repeated)
+        assert await brought(connection) < 2
+        assert serving.engine._connection is old
 
 
 async def test_a_connection_that_hangs_is_noticed_and_replaced(

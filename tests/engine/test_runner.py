@@ -161,6 +161,26 @@ async def test_a_transaction_after_a_finish_that_was_rolled_back_is_fenced(
     assert await connection.fetchval("select count(*) from witness") == 0
 
 
+async def test_a_transaction_whose_finish_was_rolled_back_with_its_savepoint_is_fenced(
+    run_job: RunJob, connection: Connection
+) -> None:
+    await connection.execute(MAKE_WITNESS)
+
+    async def body(ctx: JobContext) -> Counts:
+        async with ctx.transaction() as tx:
+            with suppress(ZeroDivisionError):
+                async with tx.transaction():
+                    await ctx.finish({}, on=tx)
+                    1 / 0  # noqa: B018 - this is the fault
+            await connection.execute("update bon_scheduler.runs set attempt = attempt + 1")  # a successor
+            await tx.execute(WITNESS, ctx.run_id, ctx.attempt)
+        return {}
+
+    a_test = job_of(body)
+    assert await run_job_until_lost(run_job, a_test, connection) == "lost"
+    assert await connection.fetchval("select count(*) from witness") == 0
+
+
 async def test_an_effect_whose_run_cannot_finish_is_rolled_back(run_job: RunJob, connection: Connection) -> None:
     await connection.execute(MAKE_WITNESS)
 

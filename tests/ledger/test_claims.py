@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
+from datetime import timedelta
 from uuid import UUID, uuid4
 
 import pytest
@@ -12,17 +13,19 @@ from bon_scheduler import Counts, Exclusive, JobContext, NoPayload, Retry, job, 
 from bon_scheduler.database import connections
 from bon_scheduler.database.connections import Pool
 from bon_scheduler.engine import run_once
-from bon_scheduler.engine.claiming import CHANNEL
+from bon_scheduler.engine.claiming import CHANNEL, OLDEST_FIRST_EVERY
 from bon_scheduler.jobs import AnyJob, Payload
-from bon_scheduler.ledger.attempts import finish_many, give_back
+from bon_scheduler.ledger.attempts import finish_many, give_back, release_lost
 from bon_scheduler.ledger.claims import Wanted
-from bon_scheduler.ledger.workers import Worker, register_worker
+from bon_scheduler.ledger.revise import Action, revise_all
+from bon_scheduler.ledger.workers import Worker, register_worker, retire_worker
 from tests.attempting import claim, hold, refs, take_any
 from tests.conftest import Connection, MakeSettings, RunJob
 from tests.waiting import until
 
 JOB = "generate-pdf"
 OTHER = "send-invoice-email"
+ASK_FIRST = "select bon_scheduler.enqueue('a-test', '{\"priority\": 100}', priority => 100)"
 SLOW = "select count(*) from bon_scheduler.runs where job = 'slow' and state = 'running'"
 
 
@@ -50,6 +53,17 @@ async def test_a_higher_priority_goes_first_and_the_older_of_equals(connection: 
     high = await ask(connection, priority=5)
     order = [(await take_any(connection, worker, JOB, room=1))[0] for _ in range(4)]
     assert order == [high, first, second, low]
+
+
+async def test_a_batch_takes_by_priority_then_turn_then_age(connection: Connection, worker: Worker) -> None:
+    last = await ask(connection, priority=-1)
+    old = [await ask(connection, business=business) for business in ("a", "a", "b", "c")]
+    new = [await ask(connection, priority=1, business=business) for business in ("a", "d", "d")]
+    # The third of "a" and the second of "d" stand behind the first of each.
+    order = [new[1], new[2], new[0], old[0], old[2], old[3], old[1], last]
+    for room in (1, 4, 3):
+        assert set(await take_any(connection, worker, JOB, room=room)) == set(order[:room])
+        del order[:room]
 
 
 async def test_many_runs_of_one_business_do_not_stand_before_one_of_another(
@@ -149,6 +163,16 @@ async def test_runs_of_a_job_that_nobody_here_handles_are_left_alone(connection:
     assert state == "queued"
 
 
+async def test_a_total_that_was_lowered_below_what_runs_takes_nothing_and_harms_no_other_job(
+    connection: Connection, worker: Worker
+) -> None:
+    for _ in range(4):
+        await ask(connection)
+    assert len(await take_any(connection, worker, JOB, room=3)) == 3
+    other = await ask(connection, OTHER)
+    assert await take_any(connection, worker, Wanted(JOB, 20, 3, 1, False), OTHER) == [other]
+
+
 async def test_of_one_key_one_run_is_taken_and_the_next_once_it_has_ended(
     connection: Connection, worker: Worker
 ) -> None:
@@ -207,35 +231,70 @@ async def test_a_run_that_is_given_back_keeps_its_place(connection: Connection, 
 # Wake-ups
 
 
+class Listener:
+    """A worker's ear."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._wake_ups = 0
+        self._end = asyncio.Event()
+
+    async def listen(self) -> None:
+        await self.connection.add_listener(CHANNEL, self._count)
+        await self.connection.add_listener("an_end", lambda *_: self._end.set())
+
+    def _count(self, *_: object) -> None:
+        self._wake_ups += 1
+
+    async def heard(self, by: Connection) -> int:
+        """Return how often it was woken, also by what `by` has just committed: notifications keep their order."""
+        self._end.clear()
+        await by.execute("notify an_end")
+        await self._end.wait()
+        wake_ups, self._wake_ups = self._wake_ups, 0
+        return wake_ups
+
+
 @pytest.fixture
-async def heard(database_url: str) -> AsyncIterator[list[str]]:
-    """The payloads of the notifications that workers hear."""
-    payloads: list[str] = []
-    async with connections.connect(database_url) as listener:
-        await listener.add_listener(CHANNEL, lambda *arguments: payloads.append(str(arguments[3])))
-        yield payloads
-
-
-async def hear(connection: Connection) -> None:
-    """Return once everything that was notified before has been heard."""
-    seen = asyncio.Event()
-    await connection.add_listener("an_end", lambda *_: seen.set())
-    await connection.execute("notify an_end")
-    await seen.wait()
-    await asyncio.sleep(0.05)  # another connection's turn to read
+async def listener(database_url: str) -> AsyncIterator[Listener]:
+    async with connections.connect(database_url) as opened:
+        listening = Listener(opened)
+        await listening.listen()
+        yield listening
 
 
 async def test_workers_are_woken_once_a_transaction_and_not_for_what_is_not_due(
-    connection: Connection, heard: list[str]
+    connection: Connection, listener: Listener
 ) -> None:
     async with connection.transaction():
         for _ in range(20):
             await ask(connection)
-    await hear(connection)
-    assert heard == [""]
+    assert await listener.heard(connection) == 1
     await connection.execute("select bon_scheduler.enqueue($1, run_at => now() + interval '1 hour')", JOB)
-    await hear(connection)
-    assert heard == [""]
+    assert await listener.heard(connection) == 0
+
+
+async def test_whatever_makes_a_run_wait_again_wakes_workers(
+    connection: Connection, listener: Listener, worker: Worker
+) -> None:
+    run_id = await ask(connection)
+    assert await listener.heard(connection) == 1
+    ref = await hold(connection, run_id, worker)
+    assert await listener.heard(connection) == 0
+    await give_back(connection, ref)
+    assert await listener.heard(connection) == 1
+    await give_back(connection, await hold(connection, run_id, worker), wait=timedelta(hours=1))
+    assert await listener.heard(connection) == 0
+    await connection.execute("update bon_scheduler.runs set state = 'dead'")
+    await revise_all(connection, Action.RETRY, [run_id], by="dana", reason="mended")
+    assert await listener.heard(connection) == 1
+    await hold(connection, run_id, worker)
+    await retire_worker(connection, worker.id)
+    assert await listener.heard(connection) == 0
+    assert len(await release_lost(connection)) == 1
+    assert await listener.heard(connection) == 1
+    assert await release_lost(connection) == []
+    assert await listener.heard(connection) == 0
 
 
 async def test_without_a_wake_up_a_run_is_found_all_the_same(
@@ -330,14 +389,50 @@ async def test_two_replicas_hold_a_jobs_total_together(make_settings: MakeSettin
 
 
 async def test_each_replica_holds_its_own_limit(make_settings: MakeSettings, connection: Connection) -> None:
-    guard = Guard()
+    guards = Guard(), Guard()
 
-    @job("a-test", at_once_here=2)
-    async def two(_: JobContext, __: NoPayload) -> Counts:
-        return await guard.work()
+    def two(guard: Guard) -> AnyJob:
+        @job("a-test", at_once_here=2)
+        async def work(_: JobContext, __: NoPayload) -> Counts:
+            return await guard.work()
 
-    await drain(make_settings, connection, two, 20, replicas=1)
-    assert (guard.most, guard.began) == (2, 20)
+        return work
+
+    first, second = two(guards[0]), two(guards[1])
+    await service.prepare(make_settings(), jobs=[first])
+    await connection.execute("select bon_scheduler.enqueue('a-test') from generate_series(1, 40)")
+    async with (
+        service.serving(make_settings(), jobs=[first]),
+        service.serving(make_settings(), jobs=[second]),
+    ):
+        await until(lambda: all_ended(connection), seconds=30)
+    assert [guard.most for guard in guards] == [2, 2]
+    assert sum(guard.began for guard in guards) == 40
+
+
+async def test_a_low_priority_moves_while_ever_new_runs_go_before_it(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    began: list[int] = []
+
+    class Place(Payload):
+        priority: int
+
+    @job("a-test")
+    async def work(ctx: JobContext, payload: Place) -> Counts:
+        began.append(payload.priority)
+        if -100 not in began and len(began) < 500:
+            async with ctx.transaction() as tx:
+                await tx.execute(ASK_FIRST)
+        return {}
+
+    settings = make_settings(WORKER_CONCURRENCY="2")
+    await service.prepare(settings, jobs=[work])
+    await connection.execute("select bon_scheduler.enqueue('a-test', '{\"priority\": -100}', priority => -100)")
+    await connection.execute(f"{ASK_FIRST} from generate_series(1, 3)")
+    async with service.serving(settings, jobs=[work]):
+        await until(lambda: all_ended(connection), seconds=30)
+    assert began.index(-100) < 3 * OLDEST_FIRST_EVERY  # two at a time, and the claims before the first run
 
 
 async def test_a_slow_job_keeps_no_other_from_starting(make_settings: MakeSettings, connection: Connection) -> None:
@@ -392,13 +487,30 @@ async def test_a_run_once_beside_the_scheduled_run_is_refused(
     await service.prepare(settings, jobs=[detection])
     await connection.execute("select bon_scheduler.enqueue('overdue-detection', origin => 'schedule')")
     async with service.serving(settings, jobs=[detection]) as serving:
-
-        async def running() -> bool:
-            return serving.engine.active == 1
-
-        await until(running)
+        await until(lambda: _true(serving.engine.active == 1))
         with pytest.raises(run_once.AlreadyRunningError, match="is already running on"):
             await run_job(detection, jobs=[detection])
+        over.set()
+
+
+async def test_a_run_once_whose_environment_knows_of_no_schedule_is_refused_all_the_same(
+    run_job: RunJob, make_settings: MakeSettings, connection: Connection
+) -> None:
+    """The service's environment alone schedules the job; that makes it exclusive for everybody, and it stays so."""
+    over = asyncio.Event()
+
+    @job("session-cleanup")
+    async def cleanup(_: JobContext, __: NoPayload) -> Counts:
+        await over.wait()
+        return {}
+
+    settings = make_settings(SCHEDULE_SESSION_CLEANUP="0 4 * * *")
+    async with service.serving(settings, jobs=[cleanup]) as serving:
+        await connection.execute("select bon_scheduler.enqueue('session-cleanup', origin => 'schedule')")
+        await until(lambda: _true(serving.engine.active == 1))
+        for _ in range(2):
+            with pytest.raises(run_once.AlreadyRunningError, match="is already running on"):
+                await run_job(cleanup, jobs=[cleanup])
         over.set()
 
 

@@ -198,6 +198,51 @@ async def test_a_tick_of_a_paused_job_is_a_row_that_says_so(connection: Connecti
 # Attempts and their hold on a run
 
 
+async def test_a_run_is_claimed_by_one_of_many_workers(pool: Pool, connection: Connection) -> None:
+    run_id = await ask(connection)
+    workers = [await be_worker(connection) for _ in range(6)]
+
+    async def take(worker: Worker) -> Verdict:
+        async with pool.acquire() as mine:
+            return (await claim_one(mine, run_id, worker)).verdict
+
+    verdicts = await asyncio.gather(*(take(worker) for worker in workers))
+    assert sorted(verdicts) == [Verdict.CLAIMED, *[Verdict.HELD] * 5]
+
+
+async def be_exclusive(connection: Connection) -> tuple[UUID, UUID]:
+    """Ask for two runs that must not work at once."""
+    await connection.execute("update bon_scheduler.jobs set exclusive = 'job'")
+    return await ask(connection), await ask(connection)
+
+
+async def test_an_exclusive_job_has_no_two_runs_at_once(connection: Connection) -> None:
+    first, second = await be_exclusive(connection)
+    worker = await be_worker(connection)
+    ref = await hold(connection, first, worker)
+    busy = await claim_one(connection, second, worker)
+    assert (busy.verdict, busy.holder_host, busy.holder_silent) == (Verdict.BUSY, worker.host, False)
+    await attempts.finish(connection, ref, {})
+    assert (await claim_one(connection, second, worker)).verdict is Verdict.CLAIMED
+
+
+async def test_a_claim_of_an_exclusive_job_waits_for_another_that_is_about_to_commit(
+    database_url: str, connection: Connection
+) -> None:
+    first, second = await be_exclusive(connection)
+    worker = await be_worker(connection)
+    async with connections.connect(database_url) as committing, connections.connect(database_url) as third:
+        transaction = committing.transaction()
+        await transaction.start()
+        await hold(committing, first, worker)
+        certain = asyncio.create_task(claim_one(connection, second, worker))
+        some = asyncio.create_task(take_any(third, worker, "draft-cleanup"))
+        done, _ = await asyncio.wait([certain, some], timeout=0.3)
+        assert not done
+        await transaction.commit()
+        assert ((await certain).verdict, await some) == (Verdict.BUSY, [])
+
+
 async def test_a_run_of_a_worker_that_left_waits_again_and_its_next_attempt_has_the_next_number(
     connection: Connection,
 ) -> None:
@@ -284,19 +329,20 @@ async def test_a_run_whose_row_somebody_has_locked_is_released_the_next_time(
     assert [released.run_id for released in await attempts.release_lost(connection)] == [locked]
 
 
-async def test_a_worker_that_is_declared_dead_and_what_it_had_go_together_or_not_at_all(
+async def test_a_run_whose_attempt_is_about_to_commit_is_not_released_before(
     database_url: str, connection: Connection
 ) -> None:
+    """Otherwise the successor could start between the check and the commit."""
     run_id = await ask(connection)
-    await hold(connection, run_id, await be_worker(connection))
-    [sign] = await signs_of_life(connection)
-    async with connections.connect(database_url) as other:
-        transaction = other.transaction()
-        await transaction.start()
-        await declare_dead(other, [sign.word])
-        await attempts.release_lost(other)
-        await transaction.rollback()
-    assert (await signs_of_life(connection), await state_of(connection, run_id)) == ([sign], "running")
+    gone = await be_worker(connection)
+    ref = await hold(connection, run_id, gone)
+    await retire_worker(connection, gone.id)
+    async with connections.connect(database_url) as committing:
+        async with committing.transaction():
+            await attempts.fence(committing, ref)
+            assert await attempts.release_lost(connection) == []
+            assert (await claim_one(connection, run_id, await be_worker(connection))).verdict is not Verdict.CLAIMED
+        assert [released.run_id for released in await attempts.release_lost(connection)] == [run_id]
 
 
 async def test_an_attempt_that_lost_its_run_can_neither_commit_nor_end_it(connection: Connection) -> None:
