@@ -156,6 +156,7 @@ class Life:
         ref = self.dice.choice(self.refs)
         run = self.owns(ref)
         how = self.dice.choice(["finish", "fail", "fail for good", "give back", "fence", "let go"])
+        await self.check_fence(ref, holds=run is not None)
         try:
             if how == "finish":
                 await attempts.finish(self.connection, ref, {})
@@ -182,6 +183,15 @@ class Life:
         run.state = {"finish": "succeeded", "fail": "retrying", "fail for good": "dead", "give back": "queued"}[how]
         if how == "give back":
             run.given_back, run.ready, run.worker = run.given_back + 1, True, None
+
+    async def check_fence(self, ref: RunRef, *, holds: bool) -> None:
+        """Whoever holds its run passes the fence, and nobody else."""
+        try:
+            await attempts.fence(self.connection, ref)
+        except LostRunError:
+            assert not holds
+        else:
+            assert holds
 
     async def end_many(self) -> None:
         worker = self.dice.choice(self.workers)
