@@ -14,12 +14,11 @@ import time
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 
-from bon_scheduler import Counts, JobContext, NoPayload, job, service
+from bon_scheduler import Counts, JobContext, NoPayload, database, job, service
 from bon_scheduler.config import Settings, load_settings
-from bon_scheduler.database import connections
 from bon_scheduler.demo.postgres import find_binaries, running_postgres
 from bon_scheduler.jobs import Connection
-from bon_scheduler.ledger.retention import PRUNERS, Horizon
+from bon_scheduler.ledger import PRUNERS, Horizon
 from bon_scheduler.log import configure_logging
 
 ROUNDS = 10
@@ -63,7 +62,7 @@ async def measure(settings: Settings, runs: int) -> bool:
     sizes: list[list[int]] = []
     say("round   runs/s " + "".join(f"{name:>14}" for name in TABLES) + "   (kB, with indexes)")
     async with AsyncExitStack() as stack:
-        connection = await stack.enter_async_context(connections.connect(settings.listen_url))
+        connection = await stack.enter_async_context(database.connect(settings.listen_url))
         for _ in range(2):
             await stack.enter_async_context(service.serving(settings, jobs=[nothing]))
         for number in range(1, ROUNDS + 1):

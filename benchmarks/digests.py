@@ -16,15 +16,13 @@ import time
 from collections.abc import Mapping
 from datetime import date
 
-from bon_scheduler import service
+from bon_scheduler import database, ledger, service
 from bon_scheduler.config import Settings
-from bon_scheduler.database import connections
-from bon_scheduler.database.connections import Pool
+from bon_scheduler.database import Pool
 from bon_scheduler.demo.postgres import find_binaries, running_postgres
 from bon_scheduler.demo.sample import create_tables
 from bon_scheduler.jobs import Connection
-from bon_scheduler.ledger import entries
-from bon_scheduler.ledger.entries import Request
+from bon_scheduler.ledger import Request
 from bon_scheduler.log import configure_logging
 from handlers.digest import render_digest
 from handlers.overdue_digest import overdue_digest
@@ -91,7 +89,7 @@ async def fill(connection: Connection, businesses: int, invoices: int) -> None:
 async def measure_asking(settings: Settings) -> dict[str, float]:
     """Run `overdue-digest` in earnest: find everybody, ask for all runs, commit."""
     async with service.machinery(settings) as parts, parts.pool.acquire() as connection:
-        run_id = await entries.enqueue(connection, Request("overdue-digest", {"as_of": str(AS_OF)}))
+        run_id = await ledger.enqueue(connection, Request("overdue-digest", {"as_of": str(AS_OF)}))
         if run_id is None:
             raise LookupError("the ledger gave no run for a request without a key")
         before, started = peak_mib(), time.perf_counter()
@@ -108,13 +106,13 @@ async def measure_asking(settings: Settings) -> dict[str, float]:
 async def measure_bulk(pool: Pool) -> dict[str, float]:
     """Ask for 100,000 runs in one transaction, from a generator, as a handler would."""
     async with pool.acquire() as connection:
-        cause = await entries.enqueue(connection, Request("overdue-digest", {"as_of": str(AS_OF)}))
+        cause = await ledger.enqueue(connection, Request("overdue-digest", {"as_of": str(AS_OF)}))
         if cause is None:
             raise LookupError("the ledger gave no run for a request without a key")
         requests = (({"business_id": str(n), "as_of": str(AS_OF)}, f"{cause}/{n}") for n in range(BULK_RUNS))
         before, started = peak_mib(), time.perf_counter()
         async with connection.transaction():
-            new = await entries.enqueue_many(
+            new = await ledger.enqueue_many(
                 connection, "send-overdue-digest", requests, priority=-10, asked_by="benchmark", caused_by=cause
             )
         seconds = time.perf_counter() - started
@@ -157,10 +155,10 @@ async def measure(url: str, businesses: int, invoices: int, most: int) -> None:
     """Fill a database and measure everything, a line of JSON each."""
     settings = service.read_settings({"DATABASE_URL": url, "LOG_LEVEL": "error"})
     configure_logging(settings.log_level, settings.log_format)
-    async with connections.connect(url) as connection:
+    async with database.connect(url) as connection:
         await create_tables(connection)
     await service.prepare(settings)
-    async with connections.open_pool(settings) as pool:
+    async with database.open_pool(settings) as pool:
         say({"bulk": await measure_bulk(pool)})
         async with pool.acquire() as connection:
             await fill(connection, businesses, invoices)

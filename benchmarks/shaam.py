@@ -20,8 +20,7 @@ from uuid import UUID
 
 import asyncpg
 
-from bon_scheduler import service
-from bon_scheduler.database import connections
+from bon_scheduler import database, service
 from bon_scheduler.demo.postgres import find_binaries, running_postgres
 from bon_scheduler.demo.sample import create_tables
 from bon_scheduler.demo.shaam_simulator import Misbehaviour
@@ -98,11 +97,11 @@ async def _measure(connection: "asyncpg.Connection[asyncpg.Record]", running: Se
 async def _world(
     url: str, businesses: int, answer_ms: int
 ) -> AsyncIterator[tuple["asyncpg.Connection[asyncpg.Record]", Authority, Mapping[str, str]]]:
-    async with connections.connect(url) as connection:
+    async with database.connect(url) as connection:
         await connection.execute("drop database if exists benchmark with (force)")
         await connection.execute("create database benchmark")
     url = f"{url.rpartition('/')[0]}/benchmark"
-    async with authority(answer_ms / 1000) as one, connections.connect(url) as connection:
+    async with authority(answer_ms / 1000) as one, database.connect(url) as connection:
         await create_tables(connection)
         settings = {
             "DATABASE_URL": url,

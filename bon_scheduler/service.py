@@ -15,31 +15,18 @@ from pathlib import Path
 import structlog
 
 import health
+from bon_scheduler import database, ledger
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings, ShaamMode, load_settings
-from bon_scheduler.database import connections
-from bon_scheduler.database.connections import TRANSIENT_ERRORS, Pool
-from bon_scheduler.database.endpoints import require_endpoints
-from bon_scheduler.database.migrations import require_schema
-from bon_scheduler.engine.claiming import Engine
-from bon_scheduler.engine.deadman import Deadman
-from bon_scheduler.engine.dry_run import Rehearsal
-from bon_scheduler.engine.heartbeat import Heartbeat
-from bon_scheduler.engine.reconcile import Reconciler
-from bon_scheduler.engine.runner import Runner
+from bon_scheduler.database import TRANSIENT_ERRORS, Pool, require_endpoints, require_schema
+from bon_scheduler.engine import Deadman, Engine, Heartbeat, Reconciler, Rehearsal, Runner
 from bon_scheduler.jobs import AnyJob, Cron
-from bon_scheduler.ledger import entries
-from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
-from bon_scheduler.ledger.workers import Worker, register_worker, retire_worker
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Worker, register_worker, retire_worker
 from bon_scheduler.log import describe_error
-from bon_scheduler.mail.mailer import Mailer
+from bon_scheduler.mail import Mailer
 from bon_scheduler.metrics import Metrics
-from bon_scheduler.schedule.clocks import Clocks
-from bon_scheduler.schedule.timing import check_cron
-from bon_scheduler.schedule.triggers import Triggers
-from bon_scheduler.shaam.cipher import TokenCipher
-from bon_scheduler.shaam.client import Shaam
-from bon_scheduler.shaam.rotation import Rotator
+from bon_scheduler.schedule import Clocks, Triggers, check_cron
+from bon_scheduler.shaam import Rotator, Shaam, TokenCipher
 from handlers import JOBS
 
 __all__ = [
@@ -112,8 +99,8 @@ def schedules_of(settings: Settings, jobs: Sequence[AnyJob] = JOBS) -> dict[str,
 async def prepare(settings: Settings, jobs: Sequence[AnyJob] = JOBS) -> list[str]:
     """Create or upgrade the schema and make the jobs known; return the migrations applied."""
     await require_endpoints(settings)  # BEFORE anything is locked, otherwise a pooler's server would keep the lock
-    async with connections.migrating(settings.listen_url) as (connection, applied):
-        await entries.register_jobs(connection, jobs, scheduled=schedules_of(settings, jobs))
+    async with database.migrating(settings.listen_url) as (connection, applied):
+        await ledger.register_jobs(connection, jobs, scheduled=schedules_of(settings, jobs))
         return applied
 
 
@@ -132,12 +119,12 @@ async def machinery(
     stopping = asyncio.Event()
     await require_endpoints(settings)
     async with AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(connections.open_pool(settings, worker=worker.id))
-        control_pool = connections.open_control_pool(settings, CONTROL_CONNECTIONS, worker=worker.id)
+        pool = await stack.enter_async_context(database.open_pool(settings, worker=worker.id))
+        control_pool = database.open_control_pool(settings, CONTROL_CONNECTIONS, worker=worker.id)
         control = await stack.enter_async_context(control_pool)
         async with control.acquire() as connection:
             await require_schema(connection)
-            await entries.register_jobs(connection, jobs, scheduled=schedules, anew=serves)
+            await ledger.register_jobs(connection, jobs, scheduled=schedules, anew=serves)
         await stack.enter_async_context(_registered(control, worker))
         beating = Heartbeat(url=settings.listen_url, worker=worker).running()
         heartbeat = await stack.enter_async_context(beating)
@@ -167,7 +154,7 @@ async def rehearsal(
 ) -> AsyncIterator[Rehearsal]:
     """Make dry runs for the duration of the context: nothing is opened but the database, and this is no worker."""
     await require_endpoints(settings)
-    async with connections.open_pool(settings) as pool:
+    async with database.open_pool(settings) as pool:
         async with pool.acquire() as connection:
             await require_schema(connection)
         yield Rehearsal(pool, settings, clock or SystemClock(), schedules_of(settings), out)
@@ -224,7 +211,7 @@ async def serving(
     clock = clock or SystemClock()
     async with machinery(settings, jobs=jobs, clock=clock, serves=True) as parts:
         engine = Engine(
-            connect=lambda: connections.connect_worker(settings, parts.worker.id),
+            connect=lambda: database.connect_worker(settings, parts.worker.id),
             jobs=parts.jobs,
             runner=parts.runner,
             concurrency=settings.worker_concurrency,

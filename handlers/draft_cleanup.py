@@ -18,7 +18,7 @@ from uuid import UUID
 import structlog
 
 from bon_scheduler import BusinessOutcome, CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
-from bon_scheduler.database.indexes import missing_indexes
+from bon_scheduler.database import missing_indexes
 from bon_scheduler.jobs import Connection
 
 log = structlog.get_logger()

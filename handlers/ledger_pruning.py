@@ -16,7 +16,7 @@ from datetime import timedelta
 from bon_scheduler import CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Connection
-from bon_scheduler.ledger.retention import PRUNERS, Horizon, mark_horizon
+from bon_scheduler.ledger import PRUNERS, Horizon, mark_horizon
 
 __all__ = ["ledger_pruning"]
 

@@ -10,8 +10,7 @@ from datetime import date
 from uuid import UUID
 
 from bon_scheduler.jobs import BusinessOutcome, Counts, JobContext, NeverRetryError, RetryLaterError
-from bon_scheduler.mail.mailer import Delivery, Mailer
-from bon_scheduler.mail.message import Letter
+from bon_scheduler.mail import Delivery, Letter, Mailer
 
 __all__ = ["LETTER_COUNTS", "deliver_each", "refuse_day_to_come", "told"]
 

@@ -13,7 +13,7 @@ import structlog
 
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Counts, JobContext, Payload, Retry, job
-from bon_scheduler.mail.message import Letter
+from bon_scheduler.mail import Letter
 from handlers.digest import render
 from handlers.mailing import LETTER_COUNTS, deliver_each, told
 from handlers.statement import is_paused, read_recipients

@@ -14,7 +14,7 @@ import structlog
 
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Counts, JobContext, NeverRetryError, NotNowError, Payload, Retry, job
-from bon_scheduler.mail.message import Letter
+from bon_scheduler.mail import Letter
 from handlers.digest import render_digest
 from handlers.mailing import LETTER_COUNTS, deliver_each, refuse_day_to_come, told
 from handlers.statement import DIGEST_KIND, Statement, is_paused, read_recipients, read_statement

@@ -29,10 +29,7 @@ from bon_scheduler.jobs import (
     Retry,
     job,
 )
-from bon_scheduler.shaam.cipher import TokenCipher, UnreadableTokenError
-from bon_scheduler.shaam.refreshes import Credential
-from bon_scheduler.shaam.results import Result
-from bon_scheduler.shaam.rotation import Rotator, Tell
+from bon_scheduler.shaam import Credential, Result, Rotator, Tell, TokenCipher, UnreadableTokenError
 from handlers.notify_reauth import NotifyReauth, notify_reauth
 
 __all__ = ["COUNTS", "RefreshBatch", "end_run", "read_due", "rotate", "shaam_refresh_batch", "teller"]

@@ -28,8 +28,7 @@ from bon_scheduler.jobs import (
     RetryLaterError,
     job,
 )
-from bon_scheduler.shaam.refreshes import Credential, find_standing
-from bon_scheduler.shaam.rotation import Rotator
+from bon_scheduler.shaam import Credential, Rotator, find_standing
 from handlers.shaam_refresh_batch import (
     COUNTS,
     RefreshBatch,

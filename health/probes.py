@@ -12,20 +12,13 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from bon_scheduler.database.connections import TRANSIENT_ERRORS, Pool
-from bon_scheduler.database.migrations import SchemaBehindError, require_schema
-from bon_scheduler.engine.claiming import Engine
-from bon_scheduler.engine.heartbeat import Heartbeat
-from bon_scheduler.engine.reconcile import Reconciler
+from bon_scheduler import ledger, mail, schedule, shaam
+from bon_scheduler.database import TRANSIENT_ERRORS, Pool, SchemaBehindError, require_schema
+from bon_scheduler.engine import Engine, Heartbeat, Reconciler
 from bon_scheduler.jobs import Connection
-from bon_scheduler.ledger import history
-from bon_scheduler.ledger.workers import Worker
-from bon_scheduler.mail import deliveries
-from bon_scheduler.mail import gate as mail_gate
+from bon_scheduler.ledger import Worker
 from bon_scheduler.metrics import Metrics
-from bon_scheduler.schedule import audit
-from bon_scheduler.schedule.triggers import Triggers
-from bon_scheduler.shaam import refreshes
+from bon_scheduler.schedule import Triggers
 
 __all__ = ["Probes"]
 
@@ -76,9 +69,9 @@ class Probes:
         self.metrics.pool_connections.labels("used").set(size - idle)
         try:
             async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self._control() as connection:
-                depths, ages = await history.queue_depths(connection), await history.queue_ages(connection)
-                owed = await audit.unaccounted(connection)
-                unknown, gate = await deliveries.count_unknown(connection), await mail_gate.gate_state(connection)
+                depths, ages = await ledger.queue_depths(connection), await ledger.queue_ages(connection)
+                owed = await schedule.unaccounted(connection)
+                unknown, gate = await mail.count_unknown(connection), await mail.gate_state(connection)
                 await self._refresh_shaam(connection)
         except TRANSIENT_ERRORS:
             return
@@ -89,7 +82,7 @@ class Probes:
             self.metrics.ticks_unaccounted.labels(job).set(ticks)
 
     async def _refresh_shaam(self, connection: Connection) -> None:
-        summary = await refreshes.summarise(connection)
+        summary = await shaam.summarise(connection)
         # Without any token there is none that expires: NaN, which no alert's comparison holds for.
         ttl = summary.min_ttl_seconds
         self.metrics.shaam_min_ttl.set(math.nan if ttl is None else ttl)

@@ -25,13 +25,12 @@ import asyncpg
 import pytest
 import structlog
 
-from bon_scheduler import service
+from bon_scheduler import engine, service
 from bon_scheduler.config import LogFormat, LogLevel, Settings, load_settings
 from bon_scheduler.database import connections
 from bon_scheduler.database.connections import Pool
 from bon_scheduler.demo.postgres import PostgresUnavailableError, find_binaries, running_postgres
 from bon_scheduler.demo.sample import create_tables
-from bon_scheduler.engine import run_once as once
 from bon_scheduler.engine.run_once import RunReport
 from bon_scheduler.jobs import AnyJob, Payload
 from bon_scheduler.log import configure_logging
@@ -215,7 +214,7 @@ def run_job(make_settings: MakeSettings) -> RunJob:
         settings = make_settings(**environ)
         instant = fire_time or datetime.now(UTC)
         async with service.machinery(settings, jobs=jobs, clock=SetClock(now or instant)) as parts:
-            return await once.run_once(
+            return await engine.run_once(
                 parts.pool,
                 parts.runner,
                 parts.jobs,

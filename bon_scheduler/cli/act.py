@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from uuid import UUID
 
-from bon_scheduler import service
+from bon_scheduler import ledger, mail, service
 from bon_scheduler.cli.parsing import (
     DONE,
     person,
@@ -17,10 +17,8 @@ from bon_scheduler.cli.parsing import (
 )
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.config import Settings
-from bon_scheduler.engine.reconcile import pass_seconds
-from bon_scheduler.ledger import operate
-from bon_scheduler.ledger.revise import Action, Revised
-from bon_scheduler.mail import deliveries
+from bon_scheduler.engine import pass_seconds
+from bon_scheduler.ledger import Action, Changed
 from bon_scheduler.report import Report
 
 __all__ = ["cancel", "migrate", "pause", "resend", "resume", "retry"]
@@ -58,14 +56,14 @@ async def _change(
         if name is not None:
             target: dict[str, str | UUID] = {"job": name}
             await require_known(connection, name)
-            act = operate.pause_job if pausing else operate.resume_job
+            act = ledger.pause_job if pausing else ledger.resume_job
             changed = await act(connection, name, by=by, reason=why)
         else:
             business_id = read_id(business or "", "a business's id")
             target = {"business_id": business_id}
-            if pausing and not await operate.knows_business(connection, business_id):
+            if pausing and not await ledger.knows_business(connection, business_id):
                 raise UsageError(f"BON has no business {business_id}. Its id is in BON's table businesses.")
-            act_on = operate.pause_business if pausing else operate.resume_business
+            act_on = ledger.pause_business if pausing else ledger.resume_business
             changed = await act_on(connection, business_id, by=by, reason=why)
     if report.as_json:
         report.document({**target, "paused": pausing, "changed": changed})
@@ -82,7 +80,7 @@ async def resend(settings: Settings, report: Report, *, delivery: str, reason: s
     """Send a letter again that is `unknown`, knowing that it may arrive twice."""
     delivery_id, why = read_id(delivery, "a delivery's id"), read_reason(reason)
     async with reading(settings) as connection:
-        run_id = await deliveries.release(connection, delivery_id, by=person(), reason=why)
+        run_id = await mail.release(connection, delivery_id, by=person(), reason=why)
     if report.as_json:
         report.document({"delivery_id": delivery_id, "run_id": run_id})
     else:
@@ -104,10 +102,10 @@ async def retry(
             await require_known(connection, job)
         if dead:
             with report.progress("queueing dead runs again"):
-                revised = await operate.retry_dead(connection, job, by=by, reason=why)
+                changed = await ledger.retry_dead(connection, job, by=by, reason=why)
         else:
-            revised = await operate.retry_runs(connection, run_ids, by=by, reason=why)
-    _tell(settings, report, Action.RETRY, revised)
+            changed = await ledger.change_all(connection, Action.RETRY, run_ids, by=by, reason=why)
+    _tell(settings, report, Action.RETRY, changed)
     return DONE
 
 
@@ -126,29 +124,29 @@ async def cancel(
         if job is not None:
             await require_known(connection, job)
             with report.progress("cancelling runs that wait"):
-                revised = await operate.cancel_waiting(connection, job, by=by, reason=why)
+                changed = await ledger.cancel_waiting(connection, job, by=by, reason=why)
         else:
-            revised = await operate.cancel_runs(connection, run_ids, by=by, reason=why)
-    _tell(settings, report, Action.CANCEL, revised)
+            changed = await ledger.change_all(connection, Action.CANCEL, run_ids, by=by, reason=why)
+    _tell(settings, report, Action.CANCEL, changed)
     return DONE
 
 
-def _tell(settings: Settings, report: Report, action: Action, revised: Sequence[Revised]) -> None:
-    running = sum(run.was == "running" for run in revised)
+def _tell(settings: Settings, report: Report, action: Action, changed: Sequence[Changed]) -> None:
+    running = sum(run.was == "running" for run in changed)
     seconds = pass_seconds(timedelta(seconds=settings.lease_seconds))
     if report.as_json:
         report.document(
             {
                 "action": action,
-                "changed": len(revised),
-                "runs": [{"run_id": run.run_id, "job": run.job, "was": run.was} for run in revised],
+                "changed": len(changed),
+                "runs": [{"run_id": run.run_id, "job": run.job, "was": run.was} for run in changed],
                 "stops_within_seconds": seconds if running else None,
             }
         )
         return
-    for (job, was), count in sorted(Counter((run.job, run.was) for run in revised).items()):
+    for (job, was), count in sorted(Counter((run.job, run.was) for run in changed).items()):
         report.say(f"{job}: {count:,} {'run that was' if count == 1 else 'runs that were'} {was} → {BECOMES[action]}.")
     if running:
         report.say(f"What was running can commit nothing more, and its worker stops it within {seconds:g} s.")
-    if not revised:
+    if not changed:
         report.say("There is no such run: nothing changed.")

@@ -190,7 +190,7 @@ def migrate(
     if sql and as_json:
         raise UsageError("--sql prints SQL and --json a document. Leave one of them out.")
     if sql:
-        from bon_scheduler.database.migrations import migration_sql
+        from bon_scheduler.database import migration_sql
 
         sys.stdout.write(migration_sql())
         return

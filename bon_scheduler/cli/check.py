@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 
+from bon_scheduler import database, mail
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings, ShaamMode
-from bon_scheduler.database import connections, endpoints
-from bon_scheduler.database.connections import DatabaseUnavailableError, PoolerError
-from bon_scheduler.database.endpoints import OtherDatabaseError
-from bon_scheduler.database.indexes import missing_indexes
-from bon_scheduler.database.migrations import SchemaBehindError, require_schema
+from bon_scheduler.database import (
+    DatabaseUnavailableError,
+    OtherDatabaseError,
+    PoolerError,
+    SchemaBehindError,
+    missing_indexes,
+    require_schema,
+)
 from bon_scheduler.jobs import Connection
 from bon_scheduler.log import describe_error
-from bon_scheduler.mail import deliveries
-from bon_scheduler.mail import gate as mail_gate
-from bon_scheduler.mail.smtp import NotConnectedError, try_login
-from bon_scheduler.shaam.spool import count_files
+from bon_scheduler.mail import NotConnectedError, try_login
+from bon_scheduler.shaam import count_files
 
 __all__ = ["Finding", "Level", "check_deployment"]
 
@@ -99,7 +101,7 @@ class Finding:
 async def check_deployment(settings: Settings, clock: Clock) -> list[Finding]:
     """Look at everything; an unreachable database ends the look early."""
     try:
-        async with connections.connect(settings.listen_url, pooled=True) as connection:
+        async with database.connect(settings.listen_url, pooled=True) as connection:
             return [
                 Finding("settings", Level.OK, "every setting is usable"),
                 await _check_server(connection),
@@ -134,7 +136,7 @@ async def _check_server(connection: Connection) -> Finding:
 
 async def _check_sessions(settings: Settings) -> Finding:
     try:
-        await endpoints.require_sessions(settings)
+        await database.require_sessions(settings)
     except PoolerError as error:
         return _failure("notifications", error)
     return Finding("notifications", Level.OK, "LISTEN hears what is notified")
@@ -144,7 +146,7 @@ async def _check_same_database(settings: Settings) -> list[Finding]:
     if settings.database_listen_url is None:
         return []
     try:
-        await endpoints.require_same_database(settings)
+        await database.require_same_database(settings)
     except OtherDatabaseError as error:
         return [_failure("same database", error)]
     return [Finding("same database", Level.OK, "DATABASE_URL leads where DATABASE_LISTEN_URL does")]
@@ -224,7 +226,7 @@ async def _check_indexes(connection: Connection) -> list[Finding]:
 
 async def _check_letters(connection: Connection) -> list[Finding]:
     findings = []
-    gate = await mail_gate.gate_state(connection)
+    gate = await mail.gate_state(connection)
     if gate.closed_since is not None:
         findings.append(
             Finding(
@@ -234,10 +236,10 @@ async def _check_letters(connection: Connection) -> list[Finding]:
                 "Letters wait and go by themselves once it answers; see `mail` below.",
             )
         )
-    unknown = await deliveries.count_unknown(connection)
+    unknown = await mail.count_unknown(connection)
     if not unknown:
         return [*findings, Finding("deliveries", Level.OK, "none of the last seven days is uncertain")]
-    named = ", ".join(str(letter.id) for letter in await deliveries.some_unknown(connection, MOST_NAMED))
+    named = ", ".join(str(letter.id) for letter in await mail.some_unknown(connection, MOST_NAMED))
     return [
         *findings,
         Finding(

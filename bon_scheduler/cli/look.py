@@ -2,7 +2,7 @@
 
 from itertools import islice
 
-from bon_scheduler import service
+from bon_scheduler import ledger, mail, service
 from bon_scheduler.cli.check import Level, check_deployment
 from bon_scheduler.cli.parsing import (
     BADLY,
@@ -17,10 +17,8 @@ from bon_scheduler.cli.usage import STATES
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import AnyJob, Exclusive
-from bon_scheduler.ledger import entries, history, operate
-from bon_scheduler.mail import deliveries
 from bon_scheduler.report import Report, format_counts, format_span
-from bon_scheduler.schedule.timing import describe_cron, fire_times
+from bon_scheduler.schedule import describe_cron, fire_times
 
 __all__ = ["check", "jobs", "runs", "show"]
 
@@ -32,9 +30,9 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
     schedules = service.schedules_of(settings)
     declared = {job.name: job for job in service.JOBS}
     async with reading(settings) as connection:
-        known = {row["name"]: row for row in await history.job_overview(connection)}
-        paused = await operate.paused_jobs(connection)
-        left_alone = await operate.paused_businesses(connection)
+        known = {row["name"]: row for row in await ledger.job_overview(connection)}
+        paused = await ledger.paused_jobs(connection)
+        left_alone = await ledger.paused_businesses(connection)
     overview = []
     for name in sorted(declared.keys() | known.keys()):
         row, cron = known.get(name, {}), schedules.get(name)
@@ -86,7 +84,7 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
 
 def _limits(job: AnyJob, scheduled: bool) -> list[str]:
     """Return what bounds how many runs of a job work at once."""
-    alone = entries.exclusive(job, scheduled)
+    alone = ledger.exclusive(job, scheduled)
     words = {Exclusive.NO: None, Exclusive.JOB: "one at once", Exclusive.BUSINESS: "one a business"}[alone]
     return [
         *([words] if words else []),
@@ -113,7 +111,7 @@ async def runs(
     async with reading(settings) as connection:
         if job is not None:
             await require_known(connection, job)
-        rows = await history.list_runs(connection, job=job, state=state, since=started, limit=limit)
+        rows = await ledger.list_runs(connection, job=job, state=state, since=started, limit=limit)
     if report.as_json:
         report.document({"runs": rows})
         return DONE
@@ -140,14 +138,14 @@ async def show(settings: Settings, report: Report, *, run: str) -> int:
     """Show one run: attempts, businesses, what caused it and what it caused, what operators did to it."""
     (run_id,) = read_run_ids([run])
     async with reading(settings) as connection:
-        found = await history.find_run(connection, run_id)
+        found = await ledger.find_run(connection, run_id)
         if found is None:
             raise UsageError(f"No run {run_id}. List runs with: python -m bon_scheduler runs")
-        attempts = await history.attempts_of(connection, run_id)
-        businesses = await history.businesses_of(connection, run_id)
-        caused = await history.caused_by(connection, run_id)
-        actions = await history.actions_on(connection, run_id)
-        letters = await deliveries.deliveries_of(connection, run_id)
+        attempts = await ledger.attempts_of(connection, run_id)
+        businesses = await ledger.businesses_of(connection, run_id)
+        caused = await ledger.caused_by(connection, run_id)
+        actions = await ledger.actions_on(connection, run_id)
+        letters = await mail.deliveries_of(connection, run_id)
     if report.as_json:
         lists = {"attempts": attempts, "businesses": businesses, "caused": caused, "actions": actions}
         report.document({**found, **lists, "deliveries": letters})

@@ -14,14 +14,11 @@ from uuid import UUID
 import orjson
 from pydantic import ValidationError
 
-from bon_scheduler import service
+from bon_scheduler import database, ledger, service
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.config import Settings
-from bon_scheduler.database import connections
-from bon_scheduler.database.endpoints import require_endpoints
-from bon_scheduler.database.migrations import require_schema
+from bon_scheduler.database import require_endpoints, require_schema
 from bon_scheduler.jobs import AnyJob, Connection, Payload, explain_payload
-from bon_scheduler.ledger import history
 
 __all__ = [
     "BADLY",
@@ -104,7 +101,7 @@ def find_job(name: str) -> AnyJob:
 
 async def require_known(connection: Connection, name: str) -> None:
     """Raise UsageError for a job that neither this version nor the database knows."""
-    known = [row["name"] for row in await history.job_overview(connection)]
+    known = [row["name"] for row in await ledger.job_overview(connection)]
     if name not in known:
         declared = [job.name for job in service.JOBS]
         raise UsageError(f'Unknown job "{name}".{_did_you_mean(name, [*known, *declared])}')
@@ -197,6 +194,6 @@ def type_payload(job: AnyJob, value: Mapping[str, Any]) -> Payload:
 async def reading(settings: Settings) -> AsyncIterator[Connection]:
     """Borrow a connection to a database whose schema is there."""
     await require_endpoints(settings)
-    async with connections.open_pool(settings) as pool, pool.acquire() as connection:
+    async with database.open_pool(settings) as pool, pool.acquire() as connection:
         await require_schema(connection)
         yield connection

@@ -3,13 +3,10 @@
 import health
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.config import SettingsError
-from bon_scheduler.database.connections import DatabaseUnavailableError, PoolerError
-from bon_scheduler.database.endpoints import OtherDatabaseError
-from bon_scheduler.database.migrations import SchemaBehindError
-from bon_scheduler.engine.run_once import AlreadyRunningError
-from bon_scheduler.ledger.entries import UnknownJobError
-from bon_scheduler.ledger.revise import RefusedError
-from bon_scheduler.mail.deliveries import NotUncertainError
+from bon_scheduler.database import DatabaseUnavailableError, OtherDatabaseError, PoolerError, SchemaBehindError
+from bon_scheduler.engine import AlreadyRunningError
+from bon_scheduler.ledger import RefusedError, UnknownJobError
+from bon_scheduler.mail import NotUncertainError
 
 __all__ = ["EXIT_STATUS"]
 

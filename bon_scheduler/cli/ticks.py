@@ -12,9 +12,7 @@ from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.report import Report
-from bon_scheduler.schedule.audit import Audit, AuditedTick, Verdict
-from bon_scheduler.schedule.audit import audit as audit_ticks
-from bon_scheduler.schedule.timing import Transition, fire_times, transitions
+from bon_scheduler.schedule import Audit, AuditedTick, Transition, Verdict, audit_ticks, fire_times, transitions
 
 __all__ = ["audit", "timeline"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from bon_scheduler import service
+from bon_scheduler import engine, ledger, service
 from bon_scheduler.cli.parsing import (
     BADLY,
     DONE,
@@ -26,10 +26,8 @@ from bon_scheduler.cli.signals import end_now, stopping_on_signals, unless
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
-from bon_scheduler.engine import run_once as once
 from bon_scheduler.jobs import AnyJob
-from bon_scheduler.ledger import entries, history
-from bon_scheduler.ledger.entries import Origin, Request
+from bon_scheduler.ledger import Origin, Request
 from bon_scheduler.report import Report, add_counts, format_counts
 
 __all__ = ["enqueue", "run_once", "serve"]
@@ -91,7 +89,7 @@ async def run_once(
                 "--out is where --dry-run writes the letters it would send. Give both, or leave --out out."
             )
         async with service.machinery(settings, clock=clock) as parts:
-            result = await once.run_once(
+            result = await engine.run_once(
                 parts.pool,
                 parts.runner,
                 parts.jobs,
@@ -110,7 +108,7 @@ async def run_once(
     return DONE if result.went_well else BADLY
 
 
-def _tell_letters(letters: int, out: Path, result: once.RunReport) -> str:
+def _tell_letters(letters: int, out: Path, result: engine.RunReport) -> str:
     """Tell how many letters a dry run wrote, and why it wrote none."""
     if letters:
         many = f"{letters:,} letters are" if letters > 1 else "1 letter is"
@@ -120,7 +118,7 @@ def _tell_letters(letters: int, out: Path, result: once.RunReport) -> str:
     return f"No letter was written to {out}: none would be sent{f' ({format_counts(whys)})' if whys else ''}."
 
 
-def _show_result(report: Report, result: once.RunReport) -> None:
+def _show_result(report: Report, result: engine.RunReport) -> None:
     alike: dict[tuple[str, str, str], list[Mapping[str, int]]] = {}
     for run in [result.run, *result.caused]:
         alike.setdefault((run["job"], run["state"], run["error"] or ""), []).append(run["counts"])
@@ -161,8 +159,8 @@ async def enqueue(
     async with reading(settings) as connection:
         if name not in declared:
             await require_known(connection, name)
-        run_id = await entries.enqueue(connection, request)
-        holder = await history.holder_of_key(connection, name, key) if run_id is None and key is not None else None
+        run_id = await ledger.enqueue(connection, request)
+        holder = await ledger.holder_of_key(connection, name, key) if run_id is None and key is not None else None
     answer = {"run_id": run_id or (holder or {}).get("run_id"), "duplicate": run_id is None}
     if report.as_json:
         report.document(answer)

@@ -5,3 +5,7 @@ A connection that cannot be had says where and what to do, without credentials; 
 empty or of the version before to the schema in `schema/`, whole or not at all. May import: config, log, jobs,
 addresses. Whoever adds a column to a table begins in `schema/`.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

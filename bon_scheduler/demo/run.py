@@ -18,20 +18,17 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
 
-from bon_scheduler import service
+from bon_scheduler import database, ledger, service
 from bon_scheduler.config import Settings
-from bon_scheduler.database import connections
 from bon_scheduler.demo.postgres import find_binaries, running_postgres
 from bon_scheduler.demo.sample import SampleFacts, create_tables, load_sample
 from bon_scheduler.demo.shaam_simulator import Misbehaviour, ShaamSimulator, shaam_simulator
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
 from bon_scheduler.jobs import Connection, Counts
-from bon_scheduler.ledger import entries, history
-from bon_scheduler.ledger.entries import Origin, Request
-from bon_scheduler.ledger.history import OPEN_STATES, Row
+from bon_scheduler.ledger import OPEN_STATES, Origin, Request, Row
 from bon_scheduler.report import Report, add_counts, format_counts
 from bon_scheduler.service import Serving
-from bon_scheduler.shaam.cipher import TokenCipher
+from bon_scheduler.shaam import TokenCipher
 
 __all__ = ["run_demo"]
 
@@ -138,14 +135,14 @@ async def _world(url: str, home: Path, port: int) -> AsyncIterator[World]:
 
 async def _new_database(url: str) -> str:
     """Make the database `bon` anew; return its address."""
-    async with connections.connect(url) as connection:
+    async with database.connect(url) as connection:
         await connection.execute("drop database if exists bon with (force)")
         await connection.execute("create database bon")
     return urlunsplit(urlsplit(url)._replace(path="/bon"))
 
 
 async def _load(settings: Settings, simulator: ShaamSimulator) -> SampleFacts:
-    async with connections.connect(settings.database_url.get_secret_value()) as connection:
+    async with database.connect(settings.database_url.get_secret_value()) as connection:
         await create_tables(connection)
         facts = await load_sample(
             connection,
@@ -173,7 +170,7 @@ async def _run_jobs(serving: Serving, facts: SampleFacts, stop: asyncio.Event, r
 
 async def _ask(connection: Connection, job: str, fire_time: datetime) -> UUID:
     request = Request(job, {}, fire_time=fire_time, origin=Origin.PERSON, asked_by="demo")
-    run_id = await entries.enqueue(connection, request)
+    run_id = await ledger.enqueue(connection, request)
     if run_id is None:
         raise LookupError(f"the ledger gave no run for {job}")
     return run_id
@@ -185,11 +182,11 @@ async def _until_ended(connection: Connection, run_id: UUID) -> list[Row]:
         while True:
             # The run BEFORE what it caused, and their states in one look: a run that has ended has its own
             # in the same look, because they commit together.
-            root = await history.find_run(connection, run_id)
-            caused = await history.descendants(connection, run_id)
+            root = await ledger.find_run(connection, run_id)
+            caused = await ledger.descendants(connection, run_id)
             family = [*([root] if root else []), *caused]
             if all(run["state"] not in OPEN_STATES for run in family):
-                found = [await history.find_run(connection, run["run_id"]) for run in family]
+                found = [await ledger.find_run(connection, run["run_id"]) for run in family]
                 return [run for run in found if run]
             await asyncio.sleep(LOOK_AGAIN_SECONDS)
 

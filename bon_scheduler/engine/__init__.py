@@ -7,3 +7,7 @@ it owns the run, and what it leaves behind another makes again. `claiming` takes
 ledger, `reconcile` compares the ledger with what is so; `run_once` and `dry_run` are a person's. May import: mail,
 schedule, ledger, database.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -19,11 +19,10 @@ from typing import TypeAlias
 import asyncpg
 import structlog
 
+from bon_scheduler import ledger
 from bon_scheduler.engine.runner import Runner
 from bon_scheduler.jobs import AnyJob
-from bon_scheduler.ledger import claims
-from bon_scheduler.ledger.attempts import RunRef
-from bon_scheduler.ledger.claims import Claim, Claims, Wanted
+from bon_scheduler.ledger import Claim, Claims, RunRef, Wanted
 from bon_scheduler.log import describe_error
 
 __all__ = ["CHANNEL", "Engine"]
@@ -189,7 +188,7 @@ class Engine:
             active = here[name]
             mine = room if job.at_once_here is None else min(room, job.at_once_here - active)
             wanted.append(Wanted(name, mine, active, job.at_once, job.sends_mail))
-        return await claims.claim(
+        return await ledger.claim(
             connection,
             worker=self._runner.worker.id,
             host=self._runner.worker.host,

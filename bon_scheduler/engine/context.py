@@ -9,11 +9,10 @@ from typing import TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
-from bon_scheduler.database.connections import Pool
+from bon_scheduler import ledger
+from bon_scheduler.database import Pool
 from bon_scheduler.jobs import BusinessOutcome, Connection, Counts, Job, LostRunError, P
-from bon_scheduler.ledger import attempts, entries
-from bon_scheduler.ledger.attempts import Finished, RunRef
-from bon_scheduler.ledger.entries import Origin, Request
+from bon_scheduler.ledger import Finished, Origin, Request, RunRef
 
 __all__ = ["AttemptContext"]
 
@@ -92,7 +91,7 @@ class AttemptContext:
                     ended = self._finished.get(connection)
                     if ended is None or ended.may_be_undone:
                         # Last, just before the commit: nobody waits for the handler's work.
-                        state = await attempts.fence(connection, self.ref, finished=ended is not None)
+                        state = await ledger.fence(connection, self.ref, finished=ended is not None)
                     else:
                         state = ended.state  # `finish` has the run locked until the commit
             finally:
@@ -107,7 +106,7 @@ class AttemptContext:
 
     async def enqueue(self, job: Job[P], payload: P, *, on: Connection, dedupe_key: str | None = None) -> UUID | None:
         """Ask for a run caused by this one; None when the key is taken."""
-        return await entries.enqueue(
+        return await ledger.enqueue(
             on,
             Request(
                 job.name,
@@ -123,7 +122,7 @@ class AttemptContext:
         self, job: Job[P], requests: Iterable[tuple[P, str]], *, on: Connection, priority: int = 0
     ) -> int:
         """Ask for a run for each (payload, dedupe key); return how many keys were new."""
-        return await entries.enqueue_many(
+        return await ledger.enqueue_many(
             on,
             job.name,
             ((payload.model_dump(mode="json"), key) for payload, key in requests),
@@ -134,9 +133,9 @@ class AttemptContext:
 
     async def record(self, outcomes: Iterable[BusinessOutcome], *, on: Connection) -> None:
         """Record outcomes per business."""
-        await attempts.record_outcomes(on, self.run_id, outcomes)
+        await ledger.record_outcomes(on, self.run_id, outcomes)
 
     async def finish(self, counts: Counts, *, on: Connection) -> Counts:
         """End the run in the handler's last transaction; return the counts."""
-        self._finished[on] = await attempts.finish(on, self.ref, counts)
+        self._finished[on] = await ledger.finish(on, self.ref, counts)
         return counts

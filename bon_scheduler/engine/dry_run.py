@@ -21,18 +21,16 @@ from zoneinfo import ZoneInfo
 
 import structlog
 
+from bon_scheduler import ledger
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings, ShaamMode
-from bon_scheduler.database.connections import Pool
+from bon_scheduler.database import Pool
 from bon_scheduler.engine.run_once import RunReport
 from bon_scheduler.jobs import AnyJob, BusinessOutcome, Connection, Counts, Cron, Job, P, Payload
-from bon_scheduler.ledger import entries, history
-from bon_scheduler.ledger.entries import DryRun
-from bon_scheduler.ledger.history import Row
+from bon_scheduler.ledger import DryRun, Row
 from bon_scheduler.log import describe_error
-from bon_scheduler.mail.mailer import Delivery, Mailer, find_settled
-from bon_scheduler.mail.message import Letter, is_mailbox, recipient_hash, write
-from bon_scheduler.schedule.timing import next_fire_time
+from bon_scheduler.mail import Delivery, Letter, Mailer, find_settled, is_mailbox, recipient_hash, write
+from bon_scheduler.schedule import next_fire_time
 
 __all__ = ["Rehearsal"]
 
@@ -187,7 +185,7 @@ class Rehearsal:
             sample += _sampled(job_asked_for, ctx, SAMPLE - len(sample))
             waiting.extend(ctx.asked_for)
         async with self.pool.acquire() as connection:
-            await entries.record_dry_run(
+            await ledger.record_dry_run(
                 connection,
                 DryRun(
                     first.run_id,
@@ -201,7 +199,7 @@ class Rehearsal:
                     error,
                 ),
             )
-            run = await history.find_run(connection, first.run_id)
+            run = await ledger.find_run(connection, first.run_id)
         if run is None:
             raise LookupError(f"run {first.run_id} vanished from the ledger while it was being reported")
         return RunReport(run, _totals(first), caused, sample)

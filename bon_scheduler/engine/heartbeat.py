@@ -17,9 +17,9 @@ from contextlib import asynccontextmanager
 
 import structlog
 
+from bon_scheduler import database
 from bon_scheduler.clock import seconds_since_boot
-from bon_scheduler.database import connections
-from bon_scheduler.ledger.workers import Worker, beat, register_worker
+from bon_scheduler.ledger import Worker, beat, register_worker
 from bon_scheduler.log import describe_error
 
 __all__ = ["Heartbeat"]
@@ -84,9 +84,7 @@ class Heartbeat:
     async def _beat(self) -> None:
         seconds = self._seconds / BEATS_A_LEASE
         wait = max(seconds, SHORTEST_WAIT_SECONDS)
-        async with connections.connect(
-            self._url, codecs=False, connect_seconds=wait, command_seconds=wait
-        ) as connection:
+        async with database.connect(self._url, codecs=False, connect_seconds=wait, command_seconds=wait) as connection:
             while not self._stopping.is_set():
                 if not await beat(connection, self._worker.id):
                     await register_worker(connection, self._worker)

@@ -15,14 +15,12 @@ from datetime import timedelta
 
 import structlog
 
-from bon_scheduler.database.connections import TRANSIENT_ERRORS, Pool
+from bon_scheduler import ledger, mail
+from bon_scheduler.database import TRANSIENT_ERRORS, Pool
 from bon_scheduler.engine.runner import Runner
 from bon_scheduler.jobs import Connection
-from bon_scheduler.ledger import attempts
-from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS, make_overtaken_ready
-from bon_scheduler.ledger.workers import Watch, Worker, declare_dead, signs_of_life
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Watch, Worker, declare_dead, make_overtaken_ready, signs_of_life
 from bon_scheduler.log import describe_error
-from bon_scheduler.mail import deliveries
 
 __all__ = ["Reconciler", "pass_seconds"]
 
@@ -101,16 +99,16 @@ class Reconciler:
     async def _compare(self, connection: Connection) -> None:
         # BEFORE the query, otherwise a run that ended meanwhile would look unknown.
         before, unrecorded = self._runner.under_way, self._runner.unrecorded
-        held = await attempts.held_by(connection, self._worker.id)
-        lost = await attempts.lost_by(connection, self._worker.id, before) if before else set()
+        held = await ledger.held_by(connection, self._worker.id)
+        lost = await ledger.lost_by(connection, self._worker.id, before) if before else set()
         for ref in lost:
             self._runner.drop(ref)
         async with self._runner.claiming:  # what was claimed before the query has its answer now, or never
             known = before | self._runner.under_way
         unknown = held - known
         if unknown & unrecorded:
-            await attempts.let_go(connection, self._worker.id, unknown & unrecorded)
-        for ref in await attempts.give_back_all(connection, self._worker.id, unknown - unrecorded):
+            await ledger.let_go(connection, self._worker.id, unknown & unrecorded)
+        for ref in await ledger.give_back_all(connection, self._worker.id, unknown - unrecorded):
             log.warning("claim.unanswered", run_id=str(ref.run_id), attempt=ref.attempt)
         self._runner.forget_unrecorded(unrecorded)
 
@@ -118,8 +116,8 @@ class Reconciler:
         async with connection.transaction():
             silent = self._watch.silent(await signs_of_life(connection))
             dead = await declare_dead(connection, silent) if silent else []
-            released = await attempts.release_lost(connection)
-            unanswered = await deliveries.give_up_forsaken(connection)
+            released = await ledger.release_lost(connection)
+            unanswered = await mail.give_up_forsaken(connection)
         for worker in dead:
             log.warning("worker.taken_for_dead", worker=str(worker.id), host=worker.host, pid=worker.pid)
         for run in released:

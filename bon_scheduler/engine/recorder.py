@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 
 import structlog
 
-from bon_scheduler.database.connections import TRANSIENT_ERRORS, Pool
+from bon_scheduler import ledger
+from bon_scheduler.database import TRANSIENT_ERRORS, Pool
 from bon_scheduler.jobs import Connection, Counts, LostRunError
-from bon_scheduler.ledger import attempts
-from bon_scheduler.ledger.attempts import RunRef
-from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, RunRef
 from bon_scheduler.log import describe_error
 
 __all__ = ["Recorder"]
@@ -71,7 +70,7 @@ class Recorder:
     async def _finish_batch(self, batch: "list[tuple[RunRef, Counts, asyncio.Future[str]]]") -> None:
         try:
             states = await self._persist(
-                lambda connection: attempts.finish_many(connection, [(ref, counts) for ref, counts, _ in batch])
+                lambda connection: ledger.finish_many(connection, [(ref, counts) for ref, counts, _ in batch])
             )
         except Exception as error:  # noqa: BLE001 - whoever waits is told
             if len(batch) > 1 and not isinstance(error, TRANSIENT_ERRORS):

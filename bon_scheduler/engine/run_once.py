@@ -14,14 +14,11 @@ from uuid import UUID
 
 import structlog
 
-from bon_scheduler.database.connections import Pool
+from bon_scheduler import ledger
+from bon_scheduler.database import Pool
 from bon_scheduler.engine.runner import Runner, to_its_end
 from bon_scheduler.jobs import AnyJob, Connection, Payload, Retry
-from bon_scheduler.ledger import history, revise
-from bon_scheduler.ledger.attempts import RunRef
-from bon_scheduler.ledger.claims import Claim, Foreground, Verdict
-from bon_scheduler.ledger.history import OPEN_STATES, Row
-from bon_scheduler.ledger.revise import Action
+from bon_scheduler.ledger import OPEN_STATES, Action, Claim, Foreground, Row, RunRef, Verdict
 
 __all__ = ["AlreadyRunningError", "RunReport", "run_once"]
 
@@ -85,7 +82,7 @@ async def run_once(
 
     async def cancel(connection: Connection, ref: RunRef) -> None:
         # Never given back: a person who interrupts does not want another replica to go on with it.
-        await revise.revise(
+        await ledger.change(
             connection, Action.CANCEL, [ref.run_id], states=OPEN_STATES, by=asked_by, reason="interrupted"
         )
 
@@ -109,13 +106,13 @@ async def run_once(
     await runner.execute(job, claim, ONE_ATTEMPT, leave=cancel)
     await _work_through(pool, runner, jobs, run_id, concurrency)
     async with pool.acquire() as connection:
-        run = await history.find_run(connection, run_id)
+        run = await ledger.find_run(connection, run_id)
         if run is None:
             raise LookupError(f"run {run_id} vanished from the ledger while it was being worked on")
         return RunReport(
             run,
-            await history.outcome_totals(connection, run_id),
-            await history.descendants(connection, run_id),
+            await ledger.outcome_totals(connection, run_id),
+            await ledger.descendants(connection, run_id),
         )
 
 
@@ -167,7 +164,7 @@ async def _work_through(pool: Pool, runner: Runner, jobs: Mapping[str, AnyJob], 
 
     while True:
         async with pool.acquire() as connection:
-            family = await history.descendants(connection, root)
+            family = await ledger.descendants(connection, root)
         unfinished = [run for run in family if run["state"] in OPEN_STATES and run["job"] in jobs]
         if not unfinished:
             return

@@ -21,22 +21,19 @@ import structlog
 from pydantic import ValidationError
 from structlog.contextvars import bound_contextvars
 
+from bon_scheduler import ledger
 from bon_scheduler.clock import Clock
-from bon_scheduler.database.connections import TRANSIENT_ERRORS, Pool
+from bon_scheduler.database import TRANSIENT_ERRORS, Pool
 from bon_scheduler.engine.context import AttemptContext
 from bon_scheduler.engine.deadman import Deadman
 from bon_scheduler.engine.outcome import Ending, invoke, judge
 from bon_scheduler.engine.recorder import Recorder
 from bon_scheduler.jobs import AnyJob, Connection, Counts, Cron, LostRunError, Payload, Retry, explain_payload
-from bon_scheduler.ledger import attempts, claims
-from bon_scheduler.ledger.attempts import Released, RunRef
-from bon_scheduler.ledger.claims import Claim, Claimant, Foreground, UnreadableRunError
-from bon_scheduler.ledger.entries import Origin
-from bon_scheduler.ledger.workers import Worker
+from bon_scheduler.ledger import Claim, Claimant, Foreground, Origin, Released, RunRef, UnreadableRunError, Worker
 from bon_scheduler.log import describe_error, where_now
-from bon_scheduler.mail.gate import MailGate
+from bon_scheduler.mail import MailGate
 from bon_scheduler.metrics import Metrics
-from bon_scheduler.schedule.timing import next_fire_time
+from bon_scheduler.schedule import next_fire_time
 
 __all__ = ["Runner", "to_its_end"]
 
@@ -141,7 +138,7 @@ class Runner:
     async def claim_one(self, connection: Connection, run_id: UUID, job: AnyJob) -> Foreground:
         """Take a certain run for this worker."""
         return await self._claim_certain(
-            claims.claim_one(connection, run_id, sends_mail=job.sends_mail, by=self._claimant())
+            ledger.claim_one(connection, run_id, sends_mail=job.sends_mail, by=self._claimant())
         )
 
     async def claim_new(
@@ -149,7 +146,7 @@ class Runner:
     ) -> Foreground:
         """Ask for a run and take it for this worker, or do neither."""
         return await self._claim_certain(
-            claims.claim_new(
+            ledger.claim_new(
                 connection,
                 job,
                 payload.model_dump(mode="json"),
@@ -175,7 +172,7 @@ class Runner:
         claim: Claim,
         retry: Retry,
         *,
-        leave: Leave = attempts.give_back,
+        leave: Leave = ledger.give_back,
         handled: Callable[[], None] = lambda: None,
     ) -> str:
         """
@@ -203,7 +200,7 @@ class Runner:
     async def give_back(self, taken: Iterable[Claim]) -> None:
         """Give back runs whose attempts have not begun, and the places of their letters."""
         for claim in taken:
-            await self._recorder.write(claim.ref, partial(attempts.give_back, ref=claim.ref))
+            await self._recorder.write(claim.ref, partial(ledger.give_back, ref=claim.ref))
             self.forget(claim.ref)
             if self._gate is not None and claim.mail_slot is not None:
                 self._gate.admit(claim.ref.run_id, claim.mail_slot)
@@ -338,15 +335,15 @@ class Runner:
                 return await self._recorder.finish(ctx.ref, ending.counts)
             error, wait = ending.error or "", ending.wait
             if ending.outcome == "given_back":
-                give_back = partial(attempts.give_back, ref=ctx.ref, wait=wait, why=error)
+                give_back = partial(ledger.give_back, ref=ctx.ref, wait=wait, why=error)
                 if await self._recorder.write(ctx.ref, give_back):
                     return ending.outcome
             elif ending.outcome != "lost":
-                fail = partial(attempts.fail, ref=ctx.ref, outcome=ending.outcome, error=error, wait=wait)
+                fail = partial(ledger.fail, ref=ctx.ref, outcome=ending.outcome, error=error, wait=wait)
                 return await self._recorder.write(ctx.ref, fail)
         except LostRunError:
             pass
-        lose = partial(attempts.lose, ref=ctx.ref, error="another attempt owns the run")
+        lose = partial(ledger.lose, ref=ctx.ref, error="another attempt owns the run")
         outcome = await self._recorder.write(ctx.ref, lose)
         if outcome == ending.outcome and outcome not in {"succeeded", "lost"}:
             # The first try at recording a failure took effect, and only its answer was lost.

@@ -2,7 +2,7 @@
 The ledger of runs: every run is one row from the moment it is asked for until it is pruned.
 
 Asking (`enqueue`) and ticks (`record_tick`) are here; how a run is claimed is in `claims`, what an attempt does
-to it in `attempts`, what a person does to it in `revise`. No other module writes these tables.
+to it in `attempts`, what an operator does to it in `changes`. No other module writes these tables.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -5,3 +5,7 @@ One e-mail at most once for each business, day and recipient; an uncertain one i
 server said, `gate` holds the rate of all replicas and closes while the server is away, `deliveries` is what became of
 letters. A digest that was sent twice, or not at all, is looked for here. May import: ledger, database.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,9 +11,9 @@ from datetime import date, timedelta
 from typing import Any
 from uuid import UUID
 
+from bon_scheduler import ledger
 from bon_scheduler.jobs import Connection
-from bon_scheduler.ledger import entries
-from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS, Origin, Request
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Origin, Request
 
 __all__ = [
     "NotUncertainError",
@@ -151,7 +151,7 @@ async def release(connection: Connection, delivery_id: UUID, *, by: str, reason:
         await connection.execute(RELEASE, delivery_id, by, reason, timeout=CALL_TIMEOUT_SECONDS)
         payload = {**row["payload"], "as_of": row["as_of"].isoformat()}
         request = Request(row["job"], payload, origin=Origin.PERSON, asked_by=by)
-        run_id = await entries.enqueue(connection, request)
+        run_id = await ledger.enqueue(connection, request)
     if run_id is None:
         raise LookupError("the ledger gave no run for a request without a key")
     return run_id

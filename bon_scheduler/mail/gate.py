@@ -18,9 +18,9 @@ from uuid import UUID
 import asyncpg
 import structlog
 
-from bon_scheduler.database.connections import TRANSIENT_ERRORS
+from bon_scheduler.database import TRANSIENT_ERRORS
 from bon_scheduler.jobs import Connection, NotNowError
-from bon_scheduler.ledger.claims import MailSlot
+from bon_scheduler.ledger import MailSlot
 from bon_scheduler.log import describe_error
 
 __all__ = ["GateState", "MailGate", "MailUnavailableError", "Passage", "gate_state"]

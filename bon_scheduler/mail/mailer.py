@@ -34,7 +34,7 @@ import structlog
 
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings
-from bon_scheduler.database.connections import TRANSIENT_ERRORS
+from bon_scheduler.database import TRANSIENT_ERRORS
 from bon_scheduler.jobs import NeverRetryError, Retry, RetryLaterError
 from bon_scheduler.mail.gate import MailGate, MailUnavailableError, Passage
 from bon_scheduler.mail.message import Letter, Written, is_mailbox, message_id, recipient_hash, write

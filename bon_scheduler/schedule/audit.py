@@ -12,13 +12,13 @@ from enum import StrEnum
 from itertools import islice
 from typing import Any
 
+from bon_scheduler import ledger
 from bon_scheduler.jobs import Connection
-from bon_scheduler.ledger import entries
-from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
 from bon_scheduler.schedule import schedules
 from bon_scheduler.schedule.timing import Period, expected
 
-__all__ = ["Audit", "AuditedTick", "Verdict", "audit", "judge", "unaccounted"]
+__all__ = ["Audit", "AuditedTick", "Verdict", "audit_ticks", "judge", "unaccounted"]
 
 ALLOWANCE = timedelta(seconds=60)
 """A due tick may be that old before it is owed: several passes of the triggers."""
@@ -132,13 +132,13 @@ class Audit:
         return not self.of(Verdict.GAP) and all(tick.resolved for tick in self.of(Verdict.MISSED))
 
 
-async def audit(connection: Connection, since: datetime) -> Audit:
+async def audit_ticks(connection: Connection, since: datetime) -> Audit:
     """Audit every job from `since` (UTC, aware), or what the ledger still holds, until now by the database's clock."""
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         until = await connection.fetchval(NOW)
         since = await connection.fetchval(RETAINED_SINCE, since)
         histories = await schedules.read_histories(connection)
-        last_ticks = await entries.last_ticks(connection, list(histories))
+        last_ticks = await ledger.last_ticks(connection, list(histories))
         rows = await connection.fetch(TICKS, since, until, timeout=CALL_TIMEOUT_SECONDS)
     return judge(histories, last_ticks, [dict(row) for row in rows], since, until)
 
@@ -205,7 +205,7 @@ async def unaccounted(connection: Connection) -> dict[str, int]:
     """Return, by job with a schedule, how many ticks have been due for over a minute and are in no ledger row."""
     until = await connection.fetchval(NOW, timeout=CALL_TIMEOUT_SECONDS) - ALLOWANCE
     histories = await schedules.read_histories(connection)
-    last_ticks = await entries.last_ticks(connection, list(histories))
+    last_ticks = await ledger.last_ticks(connection, list(histories))
     return {
         job: sum(1 for _ in islice(expected(histories[job], last, until), MOST_COUNTED))
         for job, last in last_ticks.items()

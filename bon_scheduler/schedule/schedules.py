@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 import structlog
 
 from bon_scheduler.jobs import CatchUp, Connection, Cron
-from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
 from bon_scheduler.schedule.timing import Period
 
 __all__ = ["declare", "read_histories"]

@@ -17,11 +17,10 @@ from zoneinfo import ZoneInfo
 import aiocron
 import structlog
 
-from bon_scheduler.database.connections import Pool
+from bon_scheduler import ledger
+from bon_scheduler.database import Pool
 from bon_scheduler.jobs import Connection, Cron
-from bon_scheduler.ledger import entries
-from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS, TickVerdict
-from bon_scheduler.ledger.workers import Worker
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, TickVerdict, Worker
 from bon_scheduler.log import describe_error
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.schedule import schedules
@@ -138,7 +137,7 @@ class Triggers:
             )
             if changed:
                 histories = await schedules.read_histories(connection)
-            last_ticks = await entries.last_ticks(connection, list(histories))
+            last_ticks = await ledger.last_ticks(connection, list(histories))
             wait = PASS_SECONDS
             for job, last in last_ticks.items():
                 wait = min(wait, await self._account(connection, job, histories[job], last, now))
@@ -153,7 +152,7 @@ class Triggers:
         for done, tick in enumerate(ticks):
             if done == MOST_TICKS_A_PASS:
                 return 0
-            verdict = await entries.record_tick(
+            verdict = await ledger.record_tick(
                 connection,
                 job,
                 previous=last,

@@ -24,7 +24,7 @@ import structlog
 
 from bon_scheduler.clock import Clock, seconds_since_boot
 from bon_scheduler.config import Settings
-from bon_scheduler.database.connections import TRANSIENT_ERRORS, Pool
+from bon_scheduler.database import TRANSIENT_ERRORS, Pool
 from bon_scheduler.jobs import Connection, Retry
 from bon_scheduler.log import describe_error
 from bon_scheduler.metrics import Metrics

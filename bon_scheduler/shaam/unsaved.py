@@ -22,7 +22,7 @@ import orjson
 import structlog
 
 from bon_scheduler.clock import Clock
-from bon_scheduler.database.connections import TRANSIENT_ERRORS, Pool
+from bon_scheduler.database import TRANSIENT_ERRORS, Pool
 from bon_scheduler.log import describe_error
 from bon_scheduler.shaam import refreshes
 from bon_scheduler.shaam.refreshes import CALL_TIMEOUT_SECONDS, Credential, Rotated

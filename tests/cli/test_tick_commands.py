@@ -8,7 +8,7 @@ import pytest
 
 from bon_scheduler import Cron
 from bon_scheduler.database.connections import Pool
-from bon_scheduler.schedule.audit import audit, unaccounted
+from bon_scheduler.schedule.audit import audit_ticks, unaccounted
 from tests.conftest import Connection
 from tests.process import run_command
 from tests.replicas import JOB, QUARTERS, Replica
@@ -35,7 +35,7 @@ async def month_of_quarters(pool: Pool, connection: Connection) -> datetime:
 async def test_a_month_of_quarter_hours_is_audited_in_under_a_second(pool: Pool, connection: Connection) -> None:
     begin = await month_of_quarters(pool, connection)
     started = time.perf_counter()
-    found = await audit(connection, begin)
+    found = await audit_ticks(connection, begin)
     seconds = time.perf_counter() - started
     assert len(found.ticks) in range(2972, 2982)
     assert found.sound

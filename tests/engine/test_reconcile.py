@@ -12,7 +12,7 @@ from bon_scheduler import Counts, JobContext, NoPayload, Retry, job, service
 from bon_scheduler.database import connections
 from bon_scheduler.engine import runner
 from bon_scheduler.jobs import AnyJob
-from bon_scheduler.ledger import attempts, claims, revise
+from bon_scheduler.ledger import attempts, changes, claims
 from bon_scheduler.ledger.workers import Worker
 from tests.conftest import Connection, MakeSettings
 from tests.waiting import until
@@ -248,8 +248,8 @@ async def test_a_run_that_is_cancelled_and_retried_is_stopped_and_begun_anew_by_
         run_id = await connection.fetchval(ASK)
         await until_state(connection, "running")
         async with connection.transaction():
-            for action in (revise.Action.CANCEL, revise.Action.RETRY):
-                await revise.revise_all(connection, action, [run_id], by="dana", reason="on second thoughts")
+            for action in (changes.Action.CANCEL, changes.Action.RETRY):
+                await changes.change_all(connection, action, [run_id], by="dana", reason="on second thoughts")
         async with asyncio.timeout(5):
             await stopped.wait()
         for _ in range(2):

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from bon_scheduler import service
-from bon_scheduler.engine import run_once as once
+from bon_scheduler import engine, service
 from bon_scheduler.jobs import Counts, Cron, JobContext, NoPayload, job
 from tests.conftest import Connection, MakeSettings, RunJob
 
@@ -59,10 +58,10 @@ async def test_an_interruption_at_any_step_leaves_no_run_that_another_replica_wo
     """However near it was to the commit of the claim: the run is cancelled, has ended, or never was."""
     async with service.machinery(make_settings(), jobs=[linger]) as parts:
 
-        async def run(step: int) -> once.RunReport:
+        async def run(step: int) -> engine.RunReport:
             return await interrupted_at(
                 step,
-                once.run_once(
+                engine.run_once(
                     parts.pool,
                     parts.runner,
                     parts.jobs,
@@ -77,7 +76,7 @@ async def test_an_interruption_at_any_step_leaves_no_run_that_another_replica_wo
         for _ in range(2):  # the first time statements are prepared, and steps come that do not come again
             for step in count(1):
                 (outcome,) = await asyncio.gather(asyncio.create_task(run(step)), return_exceptions=True)
-                if isinstance(outcome, once.RunReport):
+                if isinstance(outcome, engine.RunReport):
                     break
                 assert isinstance(outcome, asyncio.CancelledError)
                 left = {(row["state"], row["reason"]) for row in await connection.fetch(STATES)}
@@ -118,5 +117,5 @@ async def test_who_looks_silent_is_watched_for_a_lease_by_the_only_process_there
 
 async def test_who_was_heard_within_its_lease_is_not_waited_for(run_job: RunJob, connection: Connection) -> None:
     await hold_nightly(connection, "now()", lease_seconds=600)
-    with pytest.raises(once.AlreadyRunningError, match="already running on elsewhere"):
+    with pytest.raises(engine.AlreadyRunningError, match="already running on elsewhere"):
         await run_job(nightly, jobs=[nightly])

@@ -12,7 +12,7 @@ from bon_scheduler.database.connections import Pool
 from bon_scheduler.engine.dry_run import Rehearsal
 from bon_scheduler.engine.run_once import RunReport
 from bon_scheduler.ledger import retention
-from bon_scheduler.schedule.audit import audit
+from bon_scheduler.schedule.audit import audit_ticks
 from handlers import JOBS
 from handlers.ledger_pruning import ledger_pruning
 from tests.conftest import Connection, MakeSettings, RunJob
@@ -194,6 +194,6 @@ async def test_what_was_pruned_is_not_a_gap_in_an_audit(run_job: RunJob, connect
     await connection.execute(ticks, begin + timedelta(days=1), midnight)
     await connection.execute("update bon_scheduler.jobs set last_tick = $1 where name = 'draft-cleanup'", midnight)
     await prune(run_job)
-    found = await audit(connection, begin)
+    found = await audit_ticks(connection, begin)
     assert (found.sound, len(found.ticks)) == (True, 30)
     assert found.since > begin

@@ -11,7 +11,7 @@ import pytest
 from bon_scheduler import service
 from bon_scheduler.demo.shaam_simulator import Misbehaviour
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
-from bon_scheduler.ledger.operate import pause_business
+from bon_scheduler.ledger.pauses import pause_business
 from bon_scheduler.mail.deliveries import release
 from bon_scheduler.mail.message import recipient_hash
 from handlers.notify_reauth import NotifyReauth, notify_reauth

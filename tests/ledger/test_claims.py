@@ -12,12 +12,12 @@ import pytest
 from bon_scheduler import Counts, Exclusive, JobContext, NoPayload, Retry, job, service
 from bon_scheduler.database import connections
 from bon_scheduler.database.connections import Pool
-from bon_scheduler.engine import run_once
+from bon_scheduler.engine import AlreadyRunningError
 from bon_scheduler.engine.claiming import CHANNEL, OLDEST_FIRST_EVERY
 from bon_scheduler.jobs import AnyJob, Payload
 from bon_scheduler.ledger.attempts import finish_many, give_back, release_lost
+from bon_scheduler.ledger.changes import Action, change_all
 from bon_scheduler.ledger.claims import Wanted
-from bon_scheduler.ledger.revise import Action, revise_all
 from bon_scheduler.ledger.workers import Worker, register_worker, retire_worker
 from tests.attempting import claim, hold, refs, take_any
 from tests.conftest import Connection, MakeSettings, RunJob
@@ -286,7 +286,7 @@ async def test_whatever_makes_a_run_wait_again_wakes_workers(
     await give_back(connection, await hold(connection, run_id, worker), wait=timedelta(hours=1))
     assert await listener.heard(connection) == 0
     await connection.execute("update bon_scheduler.runs set state = 'dead'")
-    await revise_all(connection, Action.RETRY, [run_id], by="dana", reason="mended")
+    await change_all(connection, Action.RETRY, [run_id], by="dana", reason="mended")
     assert await listener.heard(connection) == 1
     await hold(connection, run_id, worker)
     await retire_worker(connection, worker.id)
@@ -488,7 +488,7 @@ async def test_a_run_once_beside_the_scheduled_run_is_refused(
     await connection.execute("select bon_scheduler.enqueue('overdue-detection', origin => 'schedule')")
     async with service.serving(settings, jobs=[detection]) as serving:
         await until(lambda: _true(serving.engine.active == 1))
-        with pytest.raises(run_once.AlreadyRunningError, match="is already running on"):
+        with pytest.raises(AlreadyRunningError, match="is already running on"):
             await run_job(detection, jobs=[detection])
         over.set()
 
@@ -509,7 +509,7 @@ async def test_a_run_once_whose_environment_knows_of_no_schedule_is_refused_all_
         await connection.execute("select bon_scheduler.enqueue('session-cleanup', origin => 'schedule')")
         await until(lambda: _true(serving.engine.active == 1))
         for _ in range(2):
-            with pytest.raises(run_once.AlreadyRunningError, match="is already running on"):
+            with pytest.raises(AlreadyRunningError, match="is already running on"):
                 await run_job(cleanup, jobs=[cleanup])
         over.set()
 

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from bon_scheduler.database import connections
 from bon_scheduler.jobs import LostRunError
-from bon_scheduler.ledger import attempts, claims, revise
+from bon_scheduler.ledger import attempts, changes, claims
 from bon_scheduler.ledger.attempts import RunRef
+from bon_scheduler.ledger.changes import Action
 from bon_scheduler.ledger.claims import Claimant, Verdict, Wanted
-from bon_scheduler.ledger.revise import Action
 from bon_scheduler.ledger.workers import Worker, declare_dead, register_worker, signs_of_life
 from tests.conftest import Connection
 
@@ -230,7 +230,7 @@ class Life:
     async def change(self) -> None:
         action = self.dice.choice([Action.CANCEL, Action.RETRY])
         some = self.dice.sample(list(self.runs), min(len(self.runs), self.dice.randint(1, 3)))
-        await revise.revise(self.connection, action, some, states=action.changes, by="dana", reason="a test")
+        await changes.change(self.connection, action, some, states=action.changes, by="dana", reason="a test")
         for run in (self.runs[run_id] for run_id in some):
             if run.state not in action.changes:
                 continue

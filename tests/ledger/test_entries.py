@@ -12,10 +12,10 @@ from bon_scheduler.database import connections
 from bon_scheduler.database.connections import Pool
 from bon_scheduler.jobs import BusinessOutcome, LostRunError
 from bon_scheduler.jobs import Connection as AnyConnection
-from bon_scheduler.ledger import attempts, entries, operate, revise
+from bon_scheduler.ledger import attempts, changes, entries, pauses
+from bon_scheduler.ledger.changes import Action
 from bon_scheduler.ledger.claims import Verdict
 from bon_scheduler.ledger.entries import Request, TickVerdict, UnknownJobError
-from bon_scheduler.ledger.revise import Action
 from bon_scheduler.ledger.workers import Worker, beat, declare_dead, register_worker, retire_worker, signs_of_life
 from tests.attempting import claim, claim_one, hold, take_any
 from tests.conftest import Connection
@@ -187,7 +187,7 @@ async def test_two_replicas_that_see_nothing_active_do_not_both_record(pool: Poo
 
 async def test_a_tick_of_a_paused_job_is_a_row_that_says_so(connection: Connection) -> None:
     await owe_since(connection, BEFORE)
-    await operate.pause_job(connection, "draft-cleanup", by="dana", reason="migration")
+    await pauses.pause_job(connection, "draft-cleanup", by="dana", reason="migration")
     assert await account(connection) is TickVerdict.PAUSED
     row = await connection.fetchrow("select state::text, reason from bon_scheduler.runs")
     assert row is not None
@@ -397,7 +397,7 @@ async def test_a_cancel_waits_for_a_fence_that_is_about_to_commit(database_url: 
         await transaction.start()
         await attempts.fence(committing, ref)
         cancelling = asyncio.create_task(
-            revise.revise_all(connection, Action.CANCEL, [run_id], by="dana", reason="wrong")
+            changes.change_all(connection, Action.CANCEL, [run_id], by="dana", reason="wrong")
         )
         done, _ = await asyncio.wait([cancelling], timeout=0.3)
         assert not done
@@ -423,7 +423,7 @@ async def test_a_claim_waits_for_no_row(database_url: str, connection: Connectio
 async def test_a_retried_run_has_its_fresh_budget(connection: Connection) -> None:
     run_id = await ask(connection)
     await connection.execute("update bon_scheduler.runs set state = 'cancelled', attempt = 4, finished_at = now()")
-    await revise.revise_all(connection, Action.RETRY, [run_id], by="dana", reason="mended")
+    await changes.change_all(connection, Action.RETRY, [run_id], by="dana", reason="mended")
     answer = await claim_one(connection, run_id, await be_worker(connection))
     assert answer.claim is not None
     assert (answer.claim.given_back, answer.claim.retried, answer.claim.ref.attempt) == (4, True, 5)

@@ -15,7 +15,7 @@ from aiosmtpd.smtp import SMTP
 from bon_scheduler import Counts, JobContext, NoPayload, NotNowError, job, service
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
 from bon_scheduler.jobs import AnyJob
-from bon_scheduler.ledger import operate
+from bon_scheduler.ledger import changes
 from bon_scheduler.mail import gate
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
 from tests import arrange
@@ -263,7 +263,7 @@ async def test_a_digest_that_waited_past_its_day_is_given_up_and_a_person_may_ha
         assert row is not None
         assert row["state"] == "dead"
         assert "until its day was over" in row["error"]
-        await operate.retry_runs(connection, [run], by="dana", reason="mail is back")
+        await changes.change_all(connection, changes.Action.RETRY, [run], by="dana", reason="mail is back")
         await until(lambda: all_ended(connection))
     assert len(sink.messages) == 1
 

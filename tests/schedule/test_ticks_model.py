@@ -16,7 +16,7 @@ import pytest
 
 from bon_scheduler import CatchUp, Cron
 from bon_scheduler.database.connections import Pool
-from bon_scheduler.ledger import operate
+from bon_scheduler.ledger import pauses
 from bon_scheduler.ledger.entries import last_ticks
 from bon_scheduler.schedule.audit import TICKS, Verdict, judge
 from bon_scheduler.schedule.schedules import read_histories
@@ -89,10 +89,10 @@ class Life:
         )
 
     async def pause(self) -> None:
-        await operate.pause_job(self.connection, JOB, by="a test", reason="to see")
+        await pauses.pause_job(self.connection, JOB, by="a test", reason="to see")
 
     async def resume(self) -> None:
-        await operate.resume_job(self.connection, JOB, by="a test", reason="seen")
+        await pauses.resume_job(self.connection, JOB, by="a test", reason="seen")
 
     async def live(self) -> None:
         happenings: list[Callable[[], Awaitable[None]]] = [

@@ -8,8 +8,8 @@ import pytest
 
 from bon_scheduler import CatchUp, Cron
 from bon_scheduler.database.connections import Pool
-from bon_scheduler.ledger import operate
-from bon_scheduler.schedule.audit import Verdict, audit
+from bon_scheduler.ledger import pauses
+from bon_scheduler.schedule.audit import Verdict, audit_ticks
 from bon_scheduler.schedule.clocks import Clocks
 from tests.conftest import Connection, SetClock
 from tests.replicas import JOB, QUARTERS, Replica
@@ -122,9 +122,9 @@ async def test_with_catch_up_all_each_tick_runs_one_after_the_other(pool: Pool, 
 
 async def test_a_paused_jobs_ticks_are_recorded_and_run_again_after_it(pool: Pool, connection: Connection) -> None:
     replica = await replica_of(pool)
-    await operate.pause_job(connection, JOB, by="dana", reason="migration")
+    await pauses.pause_job(connection, JOB, by="dana", reason="migration")
     await replica.look(FIRST)
-    await operate.resume_job(connection, JOB, by="dana", reason="done")
+    await pauses.resume_job(connection, JOB, by="dana", reason="done")
     await replica.look(FIRST + QUARTER)
     assert [state for _, state in await ticks(connection)] == ["paused", "queued"]
     actions = await connection.fetch(
@@ -251,7 +251,7 @@ async def test_an_audit_names_each_tick_and_what_became_of_it(pool: Pool, connec
     await connection.execute("update bon_scheduler.runs set started_at = fire_time + interval '90 s', attempt = 1")
     await replica.look(FIRST + 2 * QUARTER)
     await connection.execute("delete from bon_scheduler.runs where fire_time = $1", FIRST + QUARTER)
-    found = await audit(connection, START)
+    found = await audit_ticks(connection, START)
     verdicts = [(tick.fire_time, tick.verdict) for tick in found.ticks][:3]
     assert verdicts == [
         (FIRST, Verdict.RAN),
@@ -265,8 +265,8 @@ async def test_an_audit_names_each_tick_and_what_became_of_it(pool: Pool, connec
 async def test_a_miss_is_resolved_by_a_later_tick_that_ran(pool: Pool, connection: Connection) -> None:
     replica = await replica_of(pool)
     await replica.look(FIRST + QUARTER)
-    before = await audit(connection, START)
+    before = await audit_ticks(connection, START)
     assert [tick.resolved for tick in before.of(Verdict.MISSED)] == [False]
     await end_runs(connection)
-    after = await audit(connection, START)
+    after = await audit_ticks(connection, START)
     assert [tick.resolved for tick in after.of(Verdict.MISSED)] == [True]

@@ -15,11 +15,11 @@ from bon_scheduler.database import connections
 from bon_scheduler.database.connections import Pool
 from bon_scheduler.jobs import BusinessOutcome, LostRunError
 from bon_scheduler.jobs import Connection as AnyConnection
-from bon_scheduler.ledger import attempts, entries, history, operate
+from bon_scheduler.ledger import attempts, changes, entries, history
 from bon_scheduler.ledger.attempts import RunRef
+from bon_scheduler.ledger.changes import RefusedError
 from bon_scheduler.ledger.claims import Verdict
 from bon_scheduler.ledger.entries import Request
-from bon_scheduler.ledger.revise import RefusedError
 from bon_scheduler.ledger.workers import Worker, register_worker
 from tests.attempting import claim_one, take_any
 from tests.conftest import Connection, MakeSettings
@@ -72,11 +72,11 @@ async def die(connection: Connection) -> UUID:
 
 
 async def retry(connection: Connection, *run_ids: UUID) -> None:
-    await operate.retry_runs(connection, run_ids, **BY)
+    await changes.change_all(connection, changes.Action.RETRY, run_ids, **BY)
 
 
 async def cancel(connection: Connection, *run_ids: UUID) -> None:
-    await operate.cancel_runs(connection, run_ids, **BY)
+    await changes.change_all(connection, changes.Action.CANCEL, run_ids, **BY)
 
 
 async def run_of(connection: Connection, run_id: UUID) -> asyncpg.Record:
@@ -229,7 +229,7 @@ async def test_each_changed_run_is_audited(connection: Connection) -> None:
 async def test_a_change_that_cannot_be_audited_is_not_made(connection: Connection) -> None:
     run_id = await die(connection)
     with pytest.raises(asyncpg.CheckViolationError):
-        await operate.retry_runs(connection, [run_id], by="dana", reason="")
+        await changes.change_all(connection, changes.Action.RETRY, [run_id], by="dana", reason="")
     assert await state_of(connection, run_id) == "dead"
 
 
@@ -282,25 +282,25 @@ async def test_a_run_in_a_state_that_cannot_change_is_refused_with_why(
 async def test_a_run_that_has_not_gone_well_yet_may_be_cancelled(connection: Connection, state: str) -> None:
     run_id = await ask(connection)
     await connection.execute("update bon_scheduler.runs set state = $1::text::bon_scheduler.run_state", state)
-    (revised,) = await operate.cancel_runs(connection, [run_id], **BY)
-    assert (revised.was, await state_of(connection, run_id)) == (state, "cancelled")
+    (changed,) = await changes.change_all(connection, changes.Action.CANCEL, [run_id], **BY)
+    assert (changed.was, await state_of(connection, run_id)) == (state, "cancelled")
 
 
 @pytest.mark.parametrize("state", ["dead", "partial", "cancelled"])
 async def test_a_tick_that_ended_badly_may_be_retried(connection: Connection, state: str) -> None:
     run_id = await ask(connection, origin=entries.Origin.SCHEDULE)
     await connection.execute("update bon_scheduler.runs set state = $1::text::bon_scheduler.run_state", state)
-    (revised,) = await operate.retry_runs(connection, [run_id], **BY)
-    assert (revised.was, await state_of(connection, run_id)) == (state, "queued")
+    (changed,) = await changes.change_all(connection, changes.Action.RETRY, [run_id], **BY)
+    assert (changed.was, await state_of(connection, run_id)) == (state, "queued")
 
 
 async def test_2500_dead_runs_are_retried_in_seconds_and_audited_one_by_one(connection: Connection) -> None:
     await connection.fetch(MAKE_DEAD, JOB, 2500)
     (other,) = await connection.fetch(MAKE_DEAD, "session-cleanup", 1)
     started = time.perf_counter()
-    revised = await operate.retry_dead(connection, JOB, **BY)
+    changed = await changes.retry_dead(connection, JOB, **BY)
     seconds = time.perf_counter() - started
-    assert len({run.run_id for run in revised}) == 2500
+    assert len({run.run_id for run in changed}) == 2500
     assert await connection.fetchval("select count(*) from bon_scheduler.runs where state = 'queued'") == 2500
     assert await connection.fetchval("select count(distinct target) from bon_scheduler.operator_actions") == 2500
     assert await connection.fetchval("select count(*) from bon_scheduler.operator_actions") == 2500
@@ -314,7 +314,7 @@ async def test_two_people_who_retry_all_dead_runs_at_once_retry_each_once(pool: 
 
     async def retry_all() -> int:
         async with pool.acquire() as mine:
-            return len(await operate.retry_dead(mine, None, **BY))
+            return len(await changes.retry_dead(mine, None, **BY))
 
     assert sum(await asyncio.gather(retry_all(), retry_all())) == 1500
     assert await connection.fetchval("select count(*) from bon_scheduler.operator_actions") == 1500
@@ -325,8 +325,8 @@ async def test_all_that_wait_of_one_job_are_cancelled_and_nothing_else(connectio
     await attempts.fail(connection, later[1], outcome="failed", error="away", wait=timedelta(minutes=5))
     running, dead = (await start(connection))[0], await die(connection)
     other = await connection.fetchval("select bon_scheduler.enqueue('session-cleanup')")
-    revised = await operate.cancel_waiting(connection, JOB, **BY)
-    assert {run.run_id for run in revised} == {queued, later[0]}
+    changed = await changes.cancel_waiting(connection, JOB, **BY)
+    assert {run.run_id for run in changed} == {queued, later[0]}
     assert [await state_of(connection, run_id) for run_id in (running, dead, other)] == ["running", "dead", "queued"]
 
 

@@ -1,9 +1,13 @@
 """
-A person's mind, changed: runs retried or cancelled, whatever state they are in.
+Changes by an operator: runs are retried or cancelled, whatever state they are in.
 
-Called by an operator's commands and by an interrupted `run-once`, beside living workers. Every changed run
-is recorded in `operator_actions` by the statement that changes it. An attempt that has the run needs no
-word: its fence finds a run that is not `running`, or the next attempt's number, and refuses its commit.
+Called by commands and by an interrupted `run-once`, beside living workers. The statement that changes a run also
+records who did it, and why, in `operator_actions`. An attempt that has the run is not told: its fence finds a run that
+is not `running`, or the next attempt's number, and refuses its commit.
+
+Named runs are changed all together or not at all. Those that a state names (`--dead`, `--waiting`) are the ones that
+are in it when asked, changed in batches: each is considered once, so that a run which dies again meanwhile does not
+keep the command busy for ever, and no lock is held for long.
 
 Order of locks, as everywhere: runs (by id), attempts. What a handler recorded of businesses is left
 alone, because a handler that was cancelled may hold it while it waits at its fence for the run.
@@ -17,9 +21,9 @@ from typing import Any, TypeAlias
 from uuid import UUID
 
 from bon_scheduler.jobs import Connection
-from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
+from bon_scheduler.ledger.entries import BULK, CALL_TIMEOUT_SECONDS
 
-__all__ = ["Action", "RefusedError", "Revised", "dead_runs", "revise", "revise_all", "waiting_runs"]
+__all__ = ["Action", "Changed", "RefusedError", "cancel_waiting", "change", "change_all", "retry_dead"]
 
 # $1 runs: uuid[]. Index: runs_pkey. Waits for a fence that is about to commit, but not for a handler that has
 # only recorded a business (which locks its run `for key share`).
@@ -33,24 +37,24 @@ LOCK_RUNS = """
 # $1 runs: uuid[], $2 by, $3 reason. Index: runs_pkey. The attempt's number is the fence, so it goes on; what
 # was tried before, and the businesses that failed then, no longer count.
 RETRY = """
-    with revised as (
+    with changed as (
         update bon_scheduler.runs
            set state = 'queued', given_back = attempt, retried_after = attempt, run_at = null, ready = true,
                finished_at = null, error = null, reason = null, worker = null
          where id = any ($1)
         returning id
     ), woken as (
-        select bon_scheduler.wake_workers() from revised limit 1
+        select bon_scheduler.wake_workers() from changed limit 1
     ), noted as (
         insert into bon_scheduler.operator_actions (by, action, target, reason)
-        select $2, 'retry', id::text, $3 from revised
+        select $2, 'retry', id::text, $3 from changed
     )
     select from woken
 """
 # $1 runs: uuid[], $2 by, $3 reason. Indexes: runs_pkey, attempts_pkey. A dead run keeps the instant and the error of
 # its end.
 CANCEL = """
-    with revised as (
+    with changed as (
         update bon_scheduler.runs
            set state = 'cancelled', reason = $3, finished_at = coalesce(finished_at, clock_timestamp())
          where id = any ($1)
@@ -58,11 +62,11 @@ CANCEL = """
     ), ended as (
         update bon_scheduler.attempts a
            set ended_at = clock_timestamp(), outcome = 'cancelled'
-          from revised r
+          from changed r
          where a.run_id = r.id and a.attempt = r.attempt and a.ended_at is null
     )
     insert into bon_scheduler.operator_actions (by, action, target, reason)
-    select $2, 'cancel', id::text, $3 from revised
+    select $2, 'cancel', id::text, $3 from changed
 """
 # $1 job, or null for all. Index: runs_for_a_person.
 DEAD_RUNS = """
@@ -80,6 +84,8 @@ WAITING_RUNS = """
 """
 
 Row: TypeAlias = Mapping[str, Any]
+DEAD = frozenset({"dead"})
+WAITING = frozenset({"queued", "retrying"})
 COMMAND = "python -m bon_scheduler"
 
 
@@ -127,7 +133,7 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Revised:
+class Changed:
     """A run that was changed, and the state it was in."""
 
     run_id: UUID
@@ -135,18 +141,18 @@ class Revised:
     was: str
 
 
-async def revise(
+async def change(
     connection: Connection, action: Action, run_ids: Collection[UUID], *, states: Collection[str], by: str, reason: str
-) -> list[Revised]:
+) -> list[Changed]:
     """Change those of the runs that are in one of `states`, in one transaction; return them."""
     async with connection.transaction():
         found = await _lock(connection, run_ids)
         return await _change(connection, action, [row for row in found.values() if row["state"] in states], by, reason)
 
 
-async def revise_all(
+async def change_all(
     connection: Connection, action: Action, run_ids: Collection[UUID], *, by: str, reason: str
-) -> list[Revised]:
+) -> list[Changed]:
     """Change all of the runs, in one transaction; raises RefusedError, and changes none, when one cannot be."""
     async with connection.transaction():
         found = await _lock(connection, run_ids)
@@ -156,14 +162,26 @@ async def revise_all(
         return await _change(connection, action, list(found.values()), by, reason)
 
 
-async def dead_runs(connection: Connection, job: str | None) -> list[UUID]:
-    """Return the runs that are dead now, of one job or of all."""
-    return [row["id"] for row in await connection.fetch(DEAD_RUNS, job, timeout=CALL_TIMEOUT_SECONDS)]
+async def retry_dead(connection: Connection, job: str | None, *, by: str, reason: str) -> list[Changed]:
+    """Queue all dead runs again, of one job or of all; return those that were still dead at their turn."""
+    rows = await connection.fetch(DEAD_RUNS, job, timeout=CALL_TIMEOUT_SECONDS)
+    return await _in_batches(connection, Action.RETRY, [row["id"] for row in rows], DEAD, by, reason)
 
 
-async def waiting_runs(connection: Connection, job: str) -> list[UUID]:
-    """Return the job's runs that wait for a worker now, for their first attempt or another."""
-    return [row["id"] for row in await connection.fetch(WAITING_RUNS, job, timeout=CALL_TIMEOUT_SECONDS)]
+async def cancel_waiting(connection: Connection, job: str, *, by: str, reason: str) -> list[Changed]:
+    """Cancel the job's runs that wait for a worker; return those that no worker had taken by their turn."""
+    rows = await connection.fetch(WAITING_RUNS, job, timeout=CALL_TIMEOUT_SECONDS)
+    return await _in_batches(connection, Action.CANCEL, [row["id"] for row in rows], WAITING, by, reason)
+
+
+async def _in_batches(
+    connection: Connection, action: Action, run_ids: Sequence[UUID], states: Collection[str], by: str, reason: str
+) -> list[Changed]:
+    changed: list[Changed] = []
+    for start in range(0, len(run_ids), BULK):
+        batch = run_ids[start : start + BULK]
+        changed += await change(connection, action, batch, states=states, by=by, reason=reason)
+    return changed
 
 
 async def _lock(connection: Connection, run_ids: Collection[UUID]) -> dict[UUID, Row]:
@@ -189,8 +207,8 @@ def _fault(action: Action, run_id: UUID, row: Row | None) -> str | None:
     return f"Run {run_id} {why.format(run_id=run_id, job=row['job'], **instants)}."
 
 
-async def _change(connection: Connection, action: Action, rows: Sequence[Row], by: str, reason: str) -> list[Revised]:
+async def _change(connection: Connection, action: Action, rows: Sequence[Row], by: str, reason: str) -> list[Changed]:
     run_ids = [row["id"] for row in rows]
     statement = RETRY if action is Action.RETRY else CANCEL
     await connection.execute(statement, run_ids, by, reason, timeout=CALL_TIMEOUT_SECONDS)
-    return [Revised(row["id"], row["job"], row["state"]) for row in rows]
+    return [Changed(row["id"], row["job"], row["state"]) for row in rows]

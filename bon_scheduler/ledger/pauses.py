@@ -1,25 +1,13 @@
-"""
-What an operator does: pause and resume jobs and businesses, retry and cancel runs. Each is recorded with who, when
-and why.
+"""Pauses: a job whose ticks are recorded as `paused` instead of run, a business that every job skips."""
 
-Named runs are changed all together or not at all. Those that a state names (`--dead`, `--waiting`) are the ones
-that are in it when asked, changed in batches: each is considered once, so that a run which dies again meanwhile
-does not keep the command busy for ever, and no lock is held for long.
-"""
-
-from collections.abc import Collection, Sequence
 from uuid import UUID
 
 import asyncpg
 
 from bon_scheduler.jobs import Connection
-from bon_scheduler.ledger import revise
-from bon_scheduler.ledger.entries import BULK, CALL_TIMEOUT_SECONDS
-from bon_scheduler.ledger.revise import Action, Revised
+from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
 
 __all__ = [
-    "cancel_runs",
-    "cancel_waiting",
     "knows_business",
     "pause_business",
     "pause_job",
@@ -27,12 +15,7 @@ __all__ = [
     "paused_jobs",
     "resume_business",
     "resume_job",
-    "retry_dead",
-    "retry_runs",
 ]
-
-DEAD = frozenset({"dead"})
-WAITING = frozenset({"queued", "retrying"})
 
 # $1 job, $2 by, $3 reason. Null when it is paused already.
 PAUSE = """
@@ -110,35 +93,3 @@ async def paused_jobs(connection: Connection) -> dict[str, str]:
 
 def _why(row: asyncpg.Record) -> str:
     return f"{row['reason']} (by {row['by']} since {row['since']:%Y-%m-%d %H:%M} UTC)"
-
-
-async def retry_runs(connection: Connection, run_ids: Collection[UUID], *, by: str, reason: str) -> list[Revised]:
-    """Queue these runs again, with a fresh budget of attempts, or none of them; raises RefusedError."""
-    return await revise.revise_all(connection, Action.RETRY, run_ids, by=by, reason=reason)
-
-
-async def retry_dead(connection: Connection, job: str | None, *, by: str, reason: str) -> list[Revised]:
-    """Queue all dead runs again, of one job or of all; return those that were still dead at their turn."""
-    run_ids = await revise.dead_runs(connection, job)
-    return await _in_batches(connection, Action.RETRY, run_ids, DEAD, by, reason)
-
-
-async def cancel_runs(connection: Connection, run_ids: Collection[UUID], *, by: str, reason: str) -> list[Revised]:
-    """Cancel these runs, wherever they are, or none of them; raises RefusedError."""
-    return await revise.revise_all(connection, Action.CANCEL, run_ids, by=by, reason=reason)
-
-
-async def cancel_waiting(connection: Connection, job: str, *, by: str, reason: str) -> list[Revised]:
-    """Cancel the job's runs that wait for a worker; return those that no worker had taken by their turn."""
-    run_ids = await revise.waiting_runs(connection, job)
-    return await _in_batches(connection, Action.CANCEL, run_ids, WAITING, by, reason)
-
-
-async def _in_batches(
-    connection: Connection, action: Action, run_ids: Sequence[UUID], states: Collection[str], by: str, reason: str
-) -> list[Revised]:
-    revised: list[Revised] = []
-    for start in range(0, len(run_ids), BULK):
-        batch = run_ids[start : start + BULK]
-        revised += await revise.revise(connection, action, batch, states=states, by=by, reason=reason)
-    return revised

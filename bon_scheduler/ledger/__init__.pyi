@@ -1,0 +1,96 @@
+# What other packages may use. Each name is imported when it is first asked for.
+
+from .attempts import (
+    Finished as Finished,
+    Released as Released,
+    RunRef as RunRef,
+    fail as fail,
+    fence as fence,
+    finish as finish,
+    finish_many as finish_many,
+    give_back as give_back,
+    give_back_all as give_back_all,
+    held_by as held_by,
+    let_go as let_go,
+    lose as lose,
+    lost_by as lost_by,
+    record_outcomes as record_outcomes,
+    release_lost as release_lost,
+)
+from .changes import (
+    Action as Action,
+    Changed as Changed,
+    RefusedError as RefusedError,
+    cancel_waiting as cancel_waiting,
+    change as change,
+    change_all as change_all,
+    retry_dead as retry_dead,
+)
+from .claims import (
+    Claim as Claim,
+    Claimant as Claimant,
+    Claims as Claims,
+    Foreground as Foreground,
+    MailSlot as MailSlot,
+    UnreadableRunError as UnreadableRunError,
+    Verdict as Verdict,
+    Wanted as Wanted,
+    claim as claim,
+    claim_new as claim_new,
+    claim_one as claim_one,
+)
+from .entries import (
+    CALL_TIMEOUT_SECONDS as CALL_TIMEOUT_SECONDS,
+    DryRun as DryRun,
+    Origin as Origin,
+    Request as Request,
+    TickVerdict as TickVerdict,
+    UnknownJobError as UnknownJobError,
+    enqueue as enqueue,
+    enqueue_many as enqueue_many,
+    exclusive as exclusive,
+    last_ticks as last_ticks,
+    make_overtaken_ready as make_overtaken_ready,
+    record_dry_run as record_dry_run,
+    record_tick as record_tick,
+    register_jobs as register_jobs,
+)
+from .history import (
+    OPEN_STATES as OPEN_STATES,
+    Row as Row,
+    actions_on as actions_on,
+    attempts_of as attempts_of,
+    businesses_of as businesses_of,
+    caused_by as caused_by,
+    descendants as descendants,
+    find_run as find_run,
+    holder_of_key as holder_of_key,
+    job_overview as job_overview,
+    list_runs as list_runs,
+    outcome_totals as outcome_totals,
+    queue_ages as queue_ages,
+    queue_depths as queue_depths,
+)
+from .pauses import (
+    knows_business as knows_business,
+    pause_business as pause_business,
+    pause_job as pause_job,
+    paused_businesses as paused_businesses,
+    paused_jobs as paused_jobs,
+    resume_business as resume_business,
+    resume_job as resume_job,
+)
+from .retention import (
+    Horizon as Horizon,
+    PRUNERS as PRUNERS,
+    mark_horizon as mark_horizon,
+)
+from .workers import (
+    Watch as Watch,
+    Worker as Worker,
+    beat as beat,
+    declare_dead as declare_dead,
+    register_worker as register_worker,
+    retire_worker as retire_worker,
+    signs_of_life as signs_of_life,
+)

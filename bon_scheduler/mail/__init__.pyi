@@ -1,0 +1,29 @@
+# What other packages may use. Each name is imported when it is first asked for.
+
+from .deliveries import (
+    NotUncertainError as NotUncertainError,
+    count_unknown as count_unknown,
+    deliveries_of as deliveries_of,
+    give_up_forsaken as give_up_forsaken,
+    release as release,
+    some_unknown as some_unknown,
+)
+from .gate import (
+    MailGate as MailGate,
+    gate_state as gate_state,
+)
+from .mailer import (
+    Delivery as Delivery,
+    Mailer as Mailer,
+    find_settled as find_settled,
+)
+from .message import (
+    Letter as Letter,
+    is_mailbox as is_mailbox,
+    recipient_hash as recipient_hash,
+    write as write,
+)
+from .smtp import (
+    NotConnectedError as NotConnectedError,
+    try_login as try_login,
+)

@@ -1,0 +1,24 @@
+# What other packages may use. Each name is imported when it is first asked for.
+
+from .cipher import (
+    TokenCipher as TokenCipher,
+    UnreadableTokenError as UnreadableTokenError,
+)
+from .client import (
+    Shaam as Shaam,
+)
+from .refreshes import (
+    Credential as Credential,
+    find_standing as find_standing,
+    summarise as summarise,
+)
+from .results import (
+    Result as Result,
+)
+from .rotation import (
+    Rotator as Rotator,
+    Tell as Tell,
+)
+from .spool import (
+    count_files as count_files,
+)
