@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from datetime import date
 
-from bon_scheduler import database, ledger, service
+from bon_scheduler import database, declared, ledger, service
 from bon_scheduler.config import Settings
 from bon_scheduler.database import Pool
 from bon_scheduler.demo.postgres import find_binaries, running_postgres
@@ -25,8 +25,8 @@ from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger import Request
 from bon_scheduler.log import configure_logging
 from handlers.digest import render_digest
+from handlers.digest.statement import read_recipients, read_statement
 from handlers.overdue_digest import overdue_digest
-from handlers.statement import read_recipients, read_statement
 
 AS_OF = date(2026, 11, 23)
 BULK_RUNS = 100_000
@@ -153,7 +153,7 @@ async def measure_digests(pool: Pool, most: int) -> dict[str, float]:
 
 async def measure(url: str, businesses: int, invoices: int, most: int) -> None:
     """Fill a database and measure everything, a line of JSON each."""
-    settings = service.read_settings({"DATABASE_URL": url, "LOG_LEVEL": "error"})
+    settings = declared.read_settings({"DATABASE_URL": url, "LOG_LEVEL": "error"})
     configure_logging(settings.log_level, settings.log_format)
     async with database.connect(url) as connection:
         await create_tables(connection)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import asyncpg
 
-from bon_scheduler import Counts, JobContext, NoPayload, job, service
+from bon_scheduler import Counts, JobContext, NoPayload, declared, job, service
 from bon_scheduler.config import Settings
 from bon_scheduler.demo.postgres import find_binaries, running_postgres
 from bon_scheduler.jobs import Payload
@@ -122,12 +122,12 @@ def say(text: str) -> None:
 async def _serve(url: str) -> None:
     settings = _settings(url)
     configure_logging(settings.log_level, settings.log_format)
-    async with service.serving(settings, jobs=[*JOBS, *service.JOBS]):
+    async with service.serving(settings, jobs=[*JOBS, *declared.JOBS]):
         await asyncio.Event().wait()
 
 
 def _settings(url: str) -> Settings:
-    return service.read_settings({"DATABASE_URL": url, "HEALTH_PORT": "0", "HEALTH_HOST": "127.0.0.1"})
+    return declared.read_settings({"DATABASE_URL": url, "HEALTH_PORT": "0", "HEALTH_HOST": "127.0.0.1"})
 
 
 @contextmanager
@@ -179,7 +179,7 @@ class Bench:
     async def prepared(self) -> "tuple[str, asyncpg.Connection[asyncpg.Record]]":
         """Create a database with our schema; return its address and a connection."""
         url = await self.database()
-        await service.prepare(_settings(url), jobs=[*JOBS, *service.JOBS])
+        await service.prepare(_settings(url), jobs=[*JOBS, *declared.JOBS])
         return url, await asyncpg.connect(url)
 
     async def drain(self, runs: int, *, pinned: bool = False) -> float:

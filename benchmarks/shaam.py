@@ -20,7 +20,7 @@ from uuid import UUID
 
 import asyncpg
 
-from bon_scheduler import database, service
+from bon_scheduler import database, declared, service
 from bon_scheduler.demo.postgres import find_binaries, running_postgres
 from bon_scheduler.demo.sample import create_tables
 from bon_scheduler.demo.shaam_simulator import Misbehaviour
@@ -110,7 +110,7 @@ async def _world(
             "SHAAM_TIMEOUT_SECONDS": str(TIMEOUT_SECONDS),
             "SHAAM_CONCURRENCY": str(CONCURRENCY),
         }
-        await service.prepare(service.read_settings(settings))
+        await service.prepare(declared.read_settings(settings))
         await _load(connection, one, businesses)
         yield connection, one, settings
 

@@ -2,13 +2,13 @@
 The composition root: everything is built here, in one stack, and nowhere else.
 
 `machinery` is what any process needs that works on runs (`serve`, `run-once`); `serving` adds the
-queue, the triggers and the health server. Nothing else imports handlers or health.
+queue, the triggers and the health server. Nothing else imports health, and only `declared` imports handlers.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,27 +17,24 @@ import structlog
 import health
 from bon_scheduler import database, ledger
 from bon_scheduler.clock import Clock, SystemClock
-from bon_scheduler.config import Settings, ShaamMode, load_settings
+from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool, require_endpoints, require_schema
+from bon_scheduler.declared import JOBS, schedules_of
 from bon_scheduler.engine import Deadman, Engine, Heartbeat, Reconciler, Rehearsal, Runner
 from bon_scheduler.jobs import AnyJob, Cron
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Worker, register_worker, retire_worker
 from bon_scheduler.log import describe_error
 from bon_scheduler.mail import Mailer
 from bon_scheduler.metrics import Metrics
-from bon_scheduler.schedule import Clocks, Triggers, check_cron
+from bon_scheduler.schedule import Clocks, Triggers
 from bon_scheduler.shaam import Rotator, Shaam, TokenCipher
-from handlers import JOBS
 
 __all__ = [
-    "JOBS",
     "Machinery",
     "Serving",
     "machinery",
     "prepare",
-    "read_settings",
     "rehearsal",
-    "schedules_of",
     "serving",
 ]
 
@@ -76,24 +73,6 @@ class Serving:
     machinery: Machinery
     engine: Engine
     port: int
-
-
-def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
-    """Read settings, knowing the jobs; raises SettingsError with every fault."""
-    return load_settings(environ, jobs=[job.name for job in JOBS], check_cron=check_cron)
-
-
-def schedules_of(settings: Settings, jobs: Sequence[AnyJob] = JOBS) -> dict[str, Cron]:
-    """Return the schedule of each job that has one, as declared or as overridden by the environment."""
-    schedules = {}
-    for job in jobs:
-        declared = job.schedule
-        override = settings.schedules.get(job.name)
-        if override is not None:
-            declared = replace(declared or Cron(override), expression=override) if override else None
-        if declared is not None:
-            schedules[job.name] = declared
-    return schedules
 
 
 async def prepare(settings: Settings, jobs: Sequence[AnyJob] = JOBS) -> list[str]:

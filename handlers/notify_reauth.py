@@ -14,9 +14,8 @@ import structlog
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Counts, JobContext, Payload, Retry, job
 from bon_scheduler.mail import Letter
-from handlers.digest import render
-from handlers.mailing import LETTER_COUNTS, deliver_each, told
-from handlers.statement import is_paused, read_recipients
+from handlers import digest
+from handlers.digest import LETTER_COUNTS, deliver_each, is_paused, read_recipients, told
 
 __all__ = ["REAUTH_KIND", "NotifyReauth", "notify_reauth"]
 
@@ -76,7 +75,7 @@ def _write_letters(ctx: JobContext, payload: NotifyReauth, business_name: str, r
     settings = ctx.get(Settings)
     language = settings.email_language
     values = {"business_name": business_name, "link": settings.app_origin, "language": language}
-    subject, text, html = render("reauth", language, values)
+    subject, text, html = digest.render("reauth", language, values)
     return [
         Letter(REAUTH_KIND, payload.business_id, as_of, recipient, subject, text, html, language)
         for recipient in recipients

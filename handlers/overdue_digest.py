@@ -11,7 +11,7 @@ day asks again; the delivery ledger then finds nothing left to send.
 from datetime import date
 
 from bon_scheduler.jobs import Counts, JobContext, NeverRetryError, Payload, job
-from handlers.mailing import refuse_day_to_come
+from handlers.digest import refuse_day_to_come
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
 
 __all__ = ["OverdueDigest", "overdue_digest"]

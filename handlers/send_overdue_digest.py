@@ -15,9 +15,18 @@ import structlog
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Counts, JobContext, NeverRetryError, NotNowError, Payload, Retry, job
 from bon_scheduler.mail import Letter
-from handlers.digest import render_digest
-from handlers.mailing import LETTER_COUNTS, deliver_each, refuse_day_to_come, told
-from handlers.statement import DIGEST_KIND, Statement, is_paused, read_recipients, read_statement
+from handlers import digest
+from handlers.digest import (
+    DIGEST_KIND,
+    LETTER_COUNTS,
+    Statement,
+    deliver_each,
+    is_paused,
+    read_recipients,
+    read_statement,
+    refuse_day_to_come,
+    told,
+)
 
 __all__ = ["SendOverdueDigest", "send_overdue_digest"]
 
@@ -86,7 +95,7 @@ def _write_letters(
     statement: Statement, payload: SendOverdueDigest, recipients: list[str], settings: Settings
 ) -> list[Letter]:
     language = settings.email_language
-    subject, text, html = render_digest(statement, language=language, app_origin=settings.app_origin)
+    subject, text, html = digest.render_digest(statement, language=language, app_origin=settings.app_origin)
     return [
         Letter(DIGEST_KIND, payload.business_id, payload.as_of, recipient, subject, text, html, language)
         for recipient in recipients

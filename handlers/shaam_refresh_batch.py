@@ -18,6 +18,7 @@ from uuid import UUID
 
 import structlog
 
+from bon_scheduler import shaam
 from bon_scheduler.jobs import (
     BusinessOutcome,
     Connection,
@@ -29,7 +30,7 @@ from bon_scheduler.jobs import (
     Retry,
     job,
 )
-from bon_scheduler.shaam import Credential, Result, Rotator, Tell, TokenCipher, UnreadableTokenError
+from bon_scheduler.shaam import Credential, Result
 from handlers.notify_reauth import NotifyReauth, notify_reauth
 
 __all__ = ["COUNTS", "RefreshBatch", "end_run", "read_due", "rotate", "shaam_refresh_batch", "teller"]
@@ -129,7 +130,7 @@ async def rotate(ctx: JobContext, due: Sequence[UUID]) -> list[Result]:
     """
     if not due:
         return []
-    rotator = ctx.get(Rotator)
+    rotator = ctx.get(shaam.Rotator)
     async with ctx.connection() as connection:
         rows = await connection.fetch(READ_TOKENS, list(due))
         credentials = [Credential(*row) for row in rows]
@@ -155,7 +156,7 @@ async def rotate(ctx: JobContext, due: Sequence[UUID]) -> list[Result]:
     ]
 
 
-def teller(ctx: JobContext) -> Tell:
+def teller(ctx: JobContext) -> "shaam.Tell":
     """Return what asks for the letter to a business's owners, in the transaction that flags it."""
 
     async def tell(connection: Connection, business_id: UUID) -> None:
@@ -171,13 +172,13 @@ async def end_run(ctx: JobContext, results: Sequence[Result], *, paused: int = 0
     Raises NeverRetryError where the application is at fault, and NotNowError where this process stops, after recording
     what was done all the same.
     """
-    if ctx.get(Rotator).stopping.is_set() and not all(result.called for result in results):
+    if ctx.get(shaam.Rotator).stopping.is_set() and not all(result.called for result in results):
         await _record(ctx, (result for result in results if result.called))
         raise NotNowError("This process is stopping. Another goes on with the businesses that are left.", after=AT_ONCE)
     counts = _count(results)
     refused = [result for result in results if result.refused]
     accepted = counts["refreshed"] + counts["needs_reauth"]
-    if refused and (ctx.get(Rotator).breaker.refusal is not None or not accepted):
+    if refused and (ctx.get(shaam.Rotator).breaker.refusal is not None or not accepted):
         called = [result for result in results if result.called and not result.refused]
         await _record(ctx, called)
         raise NeverRetryError(
@@ -206,14 +207,14 @@ def _count(results: Iterable[Result]) -> dict[str, int]:
     return {"due": tally.total(), **{name: tally[name] for name in COUNTS}}
 
 
-def _any_readable(cipher: TokenCipher, stored: Iterable[str]) -> bool:
+def _any_readable(cipher: "shaam.TokenCipher", stored: Iterable[str]) -> bool:
     return any(_is_readable(cipher, text) for text in stored)
 
 
-def _is_readable(cipher: TokenCipher, stored: str) -> bool:
+def _is_readable(cipher: "shaam.TokenCipher", stored: str) -> bool:
     try:
         cipher.decrypt(stored)
-    except UnreadableTokenError:
+    except shaam.UnreadableTokenError:
         return False
     return True
 

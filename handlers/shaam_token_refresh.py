@@ -5,7 +5,7 @@ Due is what is, or before the next run will be, within 5 minutes of expiry. With
 is dead a third of the time all the same, so a caller about to use one asks for a run with its `business_id`: it
 refreshes that one whatever its expiry, beside the schedule's runs, and joins a refresh that is under way already.
 
-How a token is rotated without being lost is in `bon_scheduler.rotation`; how many at once, and what the
+How a token is rotated without being lost is in `bon_scheduler.shaam.rotation`; how many at once, and what the
 application's own fault does, in `shaam_refresh_batch`.
 """
 
@@ -14,6 +14,7 @@ from uuid import UUID
 
 import structlog
 
+from bon_scheduler import shaam
 from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.jobs import (
     CatchUp,
@@ -28,7 +29,7 @@ from bon_scheduler.jobs import (
     RetryLaterError,
     job,
 )
-from bon_scheduler.shaam import Credential, Rotator, find_standing
+from bon_scheduler.shaam import Credential, find_standing
 from handlers.shaam_refresh_batch import (
     COUNTS,
     RefreshBatch,
@@ -114,7 +115,7 @@ async def _refresh_one(ctx: JobContext, business_id: UUID) -> Counts:
     """Refresh one business, or join whoever is at it."""
     if ctx.get(Settings).shaam_mode is ShaamMode.MOCK:
         return await _mock(ctx, 1)
-    rotator = ctx.get(Rotator)
+    rotator = ctx.get(shaam.Rotator)
     # Refreshed since this was asked for, by whomever: that is what was asked for.
     result = await rotator.join(business_id, since=ctx.fire_time)
     if result is None:

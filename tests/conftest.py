@@ -25,7 +25,7 @@ import asyncpg
 import pytest
 import structlog
 
-from bon_scheduler import engine, service
+from bon_scheduler import declared, engine, service
 from bon_scheduler.config import LogFormat, LogLevel, Settings, load_settings
 from bon_scheduler.database import connections
 from bon_scheduler.database.connections import Pool
@@ -144,7 +144,7 @@ def make_settings(database_url: str) -> MakeSettings:
 
     def make(**environ: str) -> Settings:
         values = {"DATABASE_URL": database_url, "HEALTH_PORT": "0", "HEALTH_HOST": "127.0.0.1", **environ}
-        return service.read_settings(values)
+        return declared.read_settings(values)
 
     return make
 
@@ -208,7 +208,7 @@ def run_job(make_settings: MakeSettings) -> RunJob:
         *,
         fire_time: datetime | None = None,
         now: datetime | None = None,
-        jobs: Sequence[AnyJob] = service.JOBS,
+        jobs: Sequence[AnyJob] = declared.JOBS,
         **environ: str,
     ) -> RunReport:
         settings = make_settings(**environ)

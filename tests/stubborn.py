@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import suppress
 
-from bon_scheduler import Counts, JobContext, NoPayload, job, service
+from bon_scheduler import Counts, JobContext, NoPayload, declared, job
 from bon_scheduler.cli.signals import run
 from bon_scheduler.cli.work import serve
 from bon_scheduler.log import configure_logging
@@ -53,7 +53,7 @@ JOBS = (sleep, swallow, block, thread)
 
 def main() -> int:
     """Serve."""
-    settings = service.read_settings()
+    settings = declared.read_settings()
     configure_logging(settings.log_level, settings.log_format)
     return run(serve(settings, jobs=JOBS))
 

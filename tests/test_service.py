@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 import health
-from bon_scheduler import Counts, Cron, JobContext, NoPayload, Retry, job, service
+from bon_scheduler import Counts, Cron, JobContext, NoPayload, Retry, declared, job, service
 from bon_scheduler.cli.work import LEAVING
 from bon_scheduler.database import connections
 from bon_scheduler.database.connections import Pool
@@ -182,7 +182,7 @@ async def test_two_services_record_and_run_each_tick_once(make_settings: MakeSet
 
 def test_a_schedule_overridden_with_nothing_never_fires(make_settings: MakeSettings) -> None:
     settings = make_settings(SCHEDULE_SESSION_CLEANUP="", SCHEDULE_DRAFT_CLEANUP="*/5 * * * * *")
-    schedules = service.schedules_of(settings)
+    schedules = declared.schedules_of(settings)
     assert "session-cleanup" not in schedules
     assert schedules["draft-cleanup"].expression == "*/5 * * * * *"
     assert schedules["draft-cleanup"].grace == timedelta(hours=24)
@@ -345,7 +345,7 @@ async def test_where_nothing_can_listen_is_said_with_the_settings_that_mend_it(
 
 
 async def test_a_schema_that_is_behind_is_refused_at_start(empty_database_url: str) -> None:
-    settings = service.read_settings({"DATABASE_URL": empty_database_url, "HEALTH_PORT": "0"})
+    settings = declared.read_settings({"DATABASE_URL": empty_database_url, "HEALTH_PORT": "0"})
     with pytest.raises(SchemaBehindError, match="python -m bon_scheduler migrate"):
         async with service.serving(settings):
             pass

@@ -5,7 +5,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from bon_scheduler import service
+from bon_scheduler import declared
 from bon_scheduler.addresses import describe_database
 from bon_scheduler.config import Settings, SettingsError
 from bon_scheduler.database import connections
@@ -14,7 +14,7 @@ USABLE = {"DATABASE_URL": "postgresql://bon@127.0.0.1/bon"}
 
 
 def read(**environ: str) -> Settings:
-    return service.read_settings(USABLE | environ)
+    return declared.read_settings(USABLE | environ)
 
 
 def faults(**environ: str) -> list[str]:
@@ -110,7 +110,7 @@ def test_a_secrets_file_without_a_usable_secret_is_named(tmp_path: Path, name: s
     file = tmp_path / "secret"
     file.write_bytes(content)
     with pytest.raises(SettingsError) as caught:
-        service.read_settings(
+        declared.read_settings(
             {**({} if name == "DATABASE_URL" else USABLE), **SECRETS[name], f"{name}_FILE": str(file)}
         )
     (fault,) = str(caught.value).splitlines()[1:]

@@ -44,12 +44,12 @@ RunIds = Annotated[list[str] | None, typer.Argument(metavar="RUN_ID…", help="L
 
 
 def _run(as_json: bool, call: "Callable[[Settings, Report], Coroutine[Any, Any, int]]") -> None:
-    from bon_scheduler import service
+    from bon_scheduler import declared
     from bon_scheduler.cli.signals import run
     from bon_scheduler.log import configure_logging
     from bon_scheduler.report import Report
 
-    settings = service.read_settings()
+    settings = declared.read_settings()
     configure_logging(settings.log_level, settings.log_format)
     raise typer.Exit(run(call(settings, Report(as_json=as_json, zone=settings.bon_timezone))))
 
@@ -299,10 +299,10 @@ def cancel(
 @app.command()
 def check(as_json: AsJson = False) -> None:
     """Report whether this deployment is sound, and the remedy where it is not."""
-    from bon_scheduler.cli import look
+    from bon_scheduler.cli import check as checking
     from bon_scheduler.clock import SystemClock
 
-    _run(as_json, lambda settings, report: look.check(settings, report, SystemClock()))
+    _run(as_json, lambda settings, report: checking.check(settings, report, SystemClock()))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from datetime import timedelta
 from enum import StrEnum
 
 from bon_scheduler import database, mail
+from bon_scheduler.cli.parsing import BADLY, DONE
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.database import (
@@ -22,9 +23,10 @@ from bon_scheduler.database import (
 from bon_scheduler.jobs import Connection
 from bon_scheduler.log import describe_error
 from bon_scheduler.mail import NotConnectedError, try_login
+from bon_scheduler.report import Report
 from bon_scheduler.shaam import count_files
 
-__all__ = ["Finding", "Level", "check_deployment"]
+__all__ = ["Finding", "Level", "check", "check_deployment"]
 
 SUPPORTED_VERSIONS = range(15, 19)
 CLOCK_TOLERANCE = timedelta(seconds=5)
@@ -270,3 +272,15 @@ async def _check_schema(connection: Connection) -> Finding:
     except SchemaBehindError as error:
         return Finding("schema", Level.FAILURE, str(error), "Run: python -m bon_scheduler migrate")
     return Finding("schema", Level.OK, f"bon_scheduler is at version {version}")
+
+
+async def check(settings: Settings, report: Report, clock: Clock) -> int:
+    """Report whether this deployment is sound."""
+    findings = await check_deployment(settings, clock)
+    sound = all(finding.level is not Level.FAILURE for finding in findings)
+    if report.as_json:
+        keys = ("name", "level", "what", "remedy")
+        report.document({"sound": sound, "findings": [{key: getattr(f, key) for key in keys} for f in findings]})
+    else:
+        report.table(["", "what", "found", "remedy"], [(f.level, f.name, f.what, f.remedy or "") for f in findings])
+    return DONE if sound else BADLY

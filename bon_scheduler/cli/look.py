@@ -1,11 +1,9 @@
-"""Commands that look: jobs, runs, show, check. They change nothing."""
+"""Commands that read the ledger: jobs, runs, show. They change nothing."""
 
 from itertools import islice
 
-from bon_scheduler import ledger, mail, service
-from bon_scheduler.cli.check import Level, check_deployment
+from bon_scheduler import declared, ledger, mail
 from bon_scheduler.cli.parsing import (
-    BADLY,
     DONE,
     UsageError,
     parse_span,
@@ -20,29 +18,29 @@ from bon_scheduler.jobs import AnyJob, Exclusive
 from bon_scheduler.report import Report, format_counts, format_span
 from bon_scheduler.schedule import describe_cron, fire_times
 
-__all__ = ["check", "jobs", "runs", "show"]
+__all__ = ["jobs", "runs", "show"]
 
 NEXT_SHOWN = 3
 
 
 async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
     """List every job: schedule, next fire time, last run, waiting and dead runs."""
-    schedules = service.schedules_of(settings)
-    declared = {job.name: job for job in service.JOBS}
+    schedules = declared.schedules_of(settings)
+    ours = {job.name: job for job in declared.JOBS}
     async with reading(settings) as connection:
         known = {row["name"]: row for row in await ledger.job_overview(connection)}
         paused = await ledger.paused_jobs(connection)
         left_alone = await ledger.paused_businesses(connection)
     overview = []
-    for name in sorted(declared.keys() | known.keys()):
+    for name in sorted(ours.keys() | known.keys()):
         row, cron = known.get(name, {}), schedules.get(name)
         upcoming = fire_times(cron.expression, settings.bon_timezone, clock.now()) if cron else iter(())
         overview.append(
             {
                 "job": name,
-                "summary": declared[name].summary if name in declared else "its handler comes with other work",
+                "summary": ours[name].summary if name in ours else "its handler comes with other work",
                 "schedule": cron.expression if cron else None,
-                "limits": _limits(declared[name], cron is not None) if name in declared else [],
+                "limits": _limits(ours[name], cron is not None) if name in ours else [],
                 "schedule_in_words": describe_cron(cron.expression) if cron else None,
                 "next_fire_times": list(islice(upcoming, NEXT_SHOWN)),
                 "paused": paused.get(name),
@@ -205,15 +203,3 @@ async def show(settings: Settings, report: Report, *, run: str) -> int:
             title="\nOperators",
         )
     return DONE
-
-
-async def check(settings: Settings, report: Report, clock: Clock) -> int:
-    """Report whether this deployment is sound."""
-    findings = await check_deployment(settings, clock)
-    sound = all(finding.level is not Level.FAILURE for finding in findings)
-    if report.as_json:
-        keys = ("name", "level", "what", "remedy")
-        report.document({"sound": sound, "findings": [{key: getattr(f, key) for key in keys} for f in findings]})
-    else:
-        report.table(["", "what", "found", "remedy"], [(f.level, f.name, f.what, f.remedy or "") for f in findings])
-    return DONE if sound else BADLY

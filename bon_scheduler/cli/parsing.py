@@ -14,7 +14,7 @@ from uuid import UUID
 import orjson
 from pydantic import ValidationError
 
-from bon_scheduler import database, ledger, service
+from bon_scheduler import database, declared, ledger
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.config import Settings
 from bon_scheduler.database import require_endpoints, require_schema
@@ -93,7 +93,7 @@ def person() -> str:
 
 def find_job(name: str) -> AnyJob:
     """Return the job of that name in this version; raises UsageError."""
-    by_name = {job.name: job for job in service.JOBS}
+    by_name = {job.name: job for job in declared.JOBS}
     if name in by_name:
         return by_name[name]
     raise UsageError(f'Unknown job "{name}".{_did_you_mean(name, list(by_name))}')
@@ -103,8 +103,8 @@ async def require_known(connection: Connection, name: str) -> None:
     """Raise UsageError for a job that neither this version nor the database knows."""
     known = [row["name"] for row in await ledger.job_overview(connection)]
     if name not in known:
-        declared = [job.name for job in service.JOBS]
-        raise UsageError(f'Unknown job "{name}".{_did_you_mean(name, [*known, *declared])}')
+        ours = [job.name for job in declared.JOBS]
+        raise UsageError(f'Unknown job "{name}".{_did_you_mean(name, [*known, *ours])}')
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:

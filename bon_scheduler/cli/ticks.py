@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from bon_scheduler import service
+from bon_scheduler import declared
 from bon_scheduler.cli.parsing import BADLY, DONE, is_span, parse_instant, parse_span, reading
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.clock import Clock
@@ -148,7 +148,7 @@ async def timeline(
 ) -> int:
     """Show what will fire when, local and UTC, with the nights that change the clocks marked."""
     begin = parse_instant(start, settings) if start else clock.now()
-    schedules = service.schedules_of(settings)
+    schedules = declared.schedules_of(settings)
     if job is not None and job not in schedules:
         raise UsageError(f'"{job}" has no schedule. Those that have: {", ".join(sorted(schedules))}.')
     if not 0 < days <= MOST_DAYS:

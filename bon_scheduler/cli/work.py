@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from bon_scheduler import engine, ledger, service
+from bon_scheduler import declared, engine, ledger, service
 from bon_scheduler.cli.parsing import (
     BADLY,
     DONE,
@@ -38,7 +38,7 @@ LEAVING = timedelta(seconds=3)
 """How long leaving may take once attempts have had SHUTDOWN_SECONDS to finish."""
 
 
-async def serve(settings: Settings, jobs: Sequence[AnyJob] = service.JOBS) -> int:
+async def serve(settings: Settings, jobs: Sequence[AnyJob] = declared.JOBS) -> int:
     """Run the service until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
     patience = timedelta(seconds=settings.shutdown_seconds) + LEAVING
     with stopping_on_signals(patience) as stop:
@@ -144,9 +144,9 @@ async def enqueue(
 ) -> int:
     """Ask for a run; say its id, or which run holds the key."""
     arguments = read_payload(payload)
-    declared = {job.name: job for job in service.JOBS}
-    if name in declared:
-        arguments = type_payload(declared[name], arguments).model_dump(mode="json")
+    ours = {job.name: job for job in declared.JOBS}
+    if name in ours:
+        arguments = type_payload(ours[name], arguments).model_dump(mode="json")
     request = Request(
         name,
         arguments,
@@ -157,7 +157,7 @@ async def enqueue(
         asked_by=person(),
     )
     async with reading(settings) as connection:
-        if name not in declared:
+        if name not in ours:
             await require_known(connection, name)
         run_id = await ledger.enqueue(connection, request)
         holder = await ledger.holder_of_key(connection, name, key) if run_id is None and key is not None else None

@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
 
-from bon_scheduler import database, ledger, service
+from bon_scheduler import database, declared, ledger, service
 from bon_scheduler.config import Settings
 from bon_scheduler.demo.postgres import find_binaries, running_postgres
 from bon_scheduler.demo.sample import SampleFacts, create_tables, load_sample
@@ -92,15 +92,15 @@ async def _demonstrate(url: str, home: Path, port: int, *, once: bool, report: R
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     async with _world(url, home, port) as world:
-        without_schedules = {f"SCHEDULE_{job.name.replace('-', '_').upper()}": "" for job in service.JOBS}
-        settings = service.read_settings({**world.settings, **without_schedules})
+        without_schedules = {f"SCHEDULE_{job.name.replace('-', '_').upper()}": "" for job in declared.JOBS}
+        settings = declared.read_settings({**world.settings, **without_schedules})
         await service.prepare(settings)
         async with service.serving(settings) as serving:
             ended = await _run_jobs(serving, world.facts, stop, report)
         faults = _compare(ended, world)
         _tell(report, ended, faults, world)
         if not once and not stop.is_set():
-            async with service.serving(service.read_settings(world.settings)) as serving:
+            async with service.serving(declared.read_settings(world.settings)) as serving:
                 _say_where_to_look(report, serving, world, home)
                 await stop.wait()
     return 1 if faults else 0
@@ -129,7 +129,7 @@ async def _world(url: str, home: Path, port: int) -> AsyncIterator[World]:
             "SHAAM_ENCRYPTION_KEY": KEY,
             **CLIENT,
         }
-        facts = await _load(service.read_settings(settings), simulator)
+        facts = await _load(declared.read_settings(settings), simulator)
         yield World(facts, settings, sink)
 
 

@@ -13,7 +13,6 @@ from .gate import (
     gate_state as gate_state,
 )
 from .mailer import (
-    Delivery as Delivery,
     Mailer as Mailer,
     find_settled as find_settled,
 )
@@ -23,6 +22,7 @@ from .message import (
     recipient_hash as recipient_hash,
     write as write,
 )
+from .replies import Delivery as Delivery
 from .smtp import (
     NotConnectedError as NotConnectedError,
     try_login as try_login,

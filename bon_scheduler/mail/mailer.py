@@ -38,8 +38,8 @@ from bon_scheduler.database import TRANSIENT_ERRORS
 from bon_scheduler.jobs import NeverRetryError, Retry, RetryLaterError
 from bon_scheduler.mail.gate import MailGate, MailUnavailableError, Passage
 from bon_scheduler.mail.message import Letter, Written, is_mailbox, message_id, recipient_hash, write
-from bon_scheduler.mail.replies import Answer, Delivery, clean_reply, judge
-from bon_scheduler.mail.smtp import CLOSING, SMTP_TIMEOUT, Line, NotConnectedError, SmtpConnections
+from bon_scheduler.mail.replies import CLOSING, Answer, Delivery, clean_reply, judge
+from bon_scheduler.mail.smtp import SMTP_TIMEOUT, Line, NotConnectedError, SmtpConnections
 
 __all__ = ["Delivery", "Letter", "LetterDeferredError", "MailUnavailableError", "Mailer", "find_settled"]
 

@@ -11,11 +11,12 @@ from enum import StrEnum
 
 from bon_scheduler.log import mask
 from bon_scheduler.mail.message import Letter, printable
-from bon_scheduler.mail.smtp import CLOSING
 
-__all__ = ["Answer", "Delivery", "clean_reply", "judge"]
+__all__ = ["CLOSING", "Answer", "Delivery", "clean_reply", "judge"]
 
 REPLY_LENGTH = 200
+CLOSING = 421
+"""RFC 5321 §3.8: the server closes the connection."""
 ABOUT_OUR_LOGIN = frozenset({530, 534, 535, 538})
 """RFC 4954 §6: these speak about our authentication, whatever command they answer."""
 _WORD = re.compile(r"\w+")

@@ -18,7 +18,7 @@ import aiosmtplib
 
 from bon_scheduler.config import LOOPBACK_HOSTS, Settings, SmtpTls
 
-__all__ = ["CLOSING", "SMTP_TIMEOUT", "Line", "NotConnectedError", "SmtpConnections", "try_login"]
+__all__ = ["SMTP_TIMEOUT", "Line", "NotConnectedError", "SmtpConnections", "try_login"]
 
 SMTP_TIMEOUT = timedelta(seconds=30)
 """For connecting and for each answer of the server."""
@@ -29,8 +29,6 @@ MOST_LETTERS = 100
 IDLE = timedelta(seconds=30)
 """Shorter than servers wait (Postfix: 300 s, under stress 10 s; those are found by asking)."""
 QUIT_TIMEOUT = timedelta(seconds=5)
-CLOSING = 421
-"""RFC 5321 §3.8: the server's last word on a connection."""
 TROUBLE = (aiosmtplib.SMTPException, OSError)
 
 

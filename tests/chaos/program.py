@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import structlog
 
-from bon_scheduler import Counts, Exclusive, JobContext, Payload, Retry, job, service
+from bon_scheduler import Counts, Exclusive, JobContext, Payload, Retry, declared, job
 from bon_scheduler.cli.signals import run
 from bon_scheduler.cli.work import serve
 from bon_scheduler.config import Settings
@@ -140,7 +140,7 @@ async def _serve(settings: Settings) -> int:
 
 def main() -> int:
     """Serve; SIGUSR1 has it say where its attempts are."""
-    settings = service.read_settings()
+    settings = declared.read_settings()
     configure_logging(settings.log_level, settings.log_format)
     return run(_serve(settings))
 

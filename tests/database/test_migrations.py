@@ -2,7 +2,7 @@
 
 import pytest
 
-from bon_scheduler import service
+from bon_scheduler import declared, service
 from bon_scheduler.config import Settings
 from tests.conftest import Connection
 
@@ -20,7 +20,7 @@ async def definitions(connection: Connection) -> dict[str, str]:
 
 
 async def test_a_new_installation_lists_its_tables_alone(empty_database_url: str) -> None:
-    settings = service.read_settings({"DATABASE_URL": empty_database_url})
+    settings = declared.read_settings({"DATABASE_URL": empty_database_url})
     assert await service.prepare(settings) == ["0010 ledger"]
     assert await service.prepare(settings) == []
 

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import pytest
 
-from bon_scheduler import Counts, JobContext, NoPayload, Retry, job, service
+from bon_scheduler import Counts, JobContext, NoPayload, Retry, declared, job, service
 from bon_scheduler.config import Settings
 from bon_scheduler.database import connections
 from bon_scheduler.database.migrations import SchemaBehindError
@@ -100,7 +100,7 @@ async def old(empty_database_url: str) -> AsyncIterator[Connection]:
 
 @pytest.fixture
 def settings(empty_database_url: str) -> Settings:
-    return service.read_settings(
+    return declared.read_settings(
         {"DATABASE_URL": empty_database_url, "HEALTH_PORT": "0", "HEALTH_HOST": "127.0.0.1", "LEASE_SECONDS": "2"}
     )
 
@@ -205,7 +205,7 @@ async def mark(ctx: JobContext, _: NoPayload) -> Counts:
         await tx.execute("insert into marks (run_id, by) values ($1, $2)", ctx.run_id, sys.argv[1])
         return await ctx.finish({}, on=tx)
 
-settings = service.read_settings()
+settings = declared.read_settings()
 configure_logging(settings.log_level, settings.log_format)
 sys.exit(asyncio.run(serve(settings, [mark])))
 '''

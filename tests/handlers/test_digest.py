@@ -11,11 +11,10 @@ import pytest
 from babel.messages.extract import extract_from_file
 from babel.messages.pofile import read_po
 
-import handlers.digest
-from handlers.digest import render as render_letter
+import handlers.digest.rendering
 from handlers.digest import render_digest
-from handlers.overdue_digest import FIND_OWED
-from handlers.statement import (
+from handlers.digest.rendering import render as render_letter
+from handlers.digest.statement import (
     MAX_ROWS,
     Ageing,
     OverdueInvoice,
@@ -23,6 +22,7 @@ from handlers.statement import (
     read_recipients,
     read_statement,
 )
+from handlers.overdue_digest import FIND_OWED
 from tests import arrange
 from tests.conftest import Connection
 

@@ -62,7 +62,7 @@ def test_the_search_for_statements_finds_those_of_every_kind_of_module() -> None
     assert names >= {
         "bon_scheduler.ledger.entries.ENQUEUE",
         "bon_scheduler.mail.mailer.INTEND",
-        "handlers.statement.READ_STATEMENT",
+        "handlers.digest.statement.READ_STATEMENT",
         "handlers.draft_cleanup.LOCK_STALE",
     }
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bon_scheduler.database import connections
+from handlers.digest.statement import Statement, read_statement
 from handlers.overdue_digest import FIND_OWED
-from handlers.statement import Statement, read_statement
 from tests import arrange
 from tests.conftest import Connection
 

@@ -15,8 +15,8 @@ import pytest
 import trustme
 from aiosmtpd.smtp import SMTP
 
+from bon_scheduler.declared import JOBS
 from bon_scheduler.mail.message import recipient_hash
-from bon_scheduler.service import JOBS
 from tests import arrange
 from tests.conftest import Connection
 from tests.mailserver import PASSWORD, Server

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from aiosmtpd.smtp import SMTP
 
-from bon_scheduler import Counts, JobContext, NoPayload, NotNowError, job, service
+from bon_scheduler import Counts, JobContext, NoPayload, NotNowError, declared, job, service
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
 from bon_scheduler.jobs import AnyJob
 from bon_scheduler.ledger import changes
@@ -24,7 +24,7 @@ from tests.mailserver import Server
 from tests.process import serve
 from tests.waiting import until
 
-NO_SCHEDULES = {f"SCHEDULE_{job.name.replace('-', '_').upper()}": "" for job in service.JOBS}
+NO_SCHEDULES = {f"SCHEDULE_{job.name.replace('-', '_').upper()}": "" for job in declared.JOBS}
 BUSINESSES = 40
 UNFINISHED = "select count(*) from bon_scheduler.runs where state in ('queued', 'running', 'retrying')"
 TAKEN_WHILE_CLOSED = """

@@ -11,7 +11,7 @@ import aiohttp
 import asyncpg
 import pytest
 
-from bon_scheduler import service
+from bon_scheduler import declared, service
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
 from bon_scheduler.mail.mailer import Delivery
 from bon_scheduler.mail.message import recipient_hash
@@ -168,7 +168,7 @@ async def test_an_unknown_letter_is_sent_once_more_when_a_person_says_so(
     assert again.status == 2
     assert "was released already" in again.err
     environ = {"SMTP_HOST": sink.host, "SMTP_PORT": str(sink.port), "SMTP_TLS": "none"}
-    settings = service.read_settings({"DATABASE_URL": database_url, "HEALTH_PORT": "0", **environ})
+    settings = declared.read_settings({"DATABASE_URL": database_url, "HEALTH_PORT": "0", **environ})
     async with service.serving(settings):
 
         async def sent() -> bool:

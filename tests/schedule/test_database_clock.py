@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bon_scheduler import Counts, JobContext, NoPayload, Retry, job, service
+from bon_scheduler import Counts, JobContext, NoPayload, Retry, declared, job, service
 from bon_scheduler.database import connections
 from bon_scheduler.demo.postgres import find_binaries, running_postgres
 from tests.faketime import WallClock, needs_faketime, wall_clock
@@ -36,7 +36,7 @@ async def test_a_step_forwards_takes_no_run_from_a_living_worker(world: tuple[st
         await asyncio.sleep(2.5)
         return {}
 
-    settings = service.read_settings(
+    settings = declared.read_settings(
         {"DATABASE_URL": url, "HEALTH_PORT": "0", "HEALTH_HOST": "127.0.0.1", "LEASE_SECONDS": "2"}
     )
     await service.prepare(settings, jobs=[slow])

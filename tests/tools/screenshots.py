@@ -15,7 +15,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 from handlers.digest import render_digest
-from handlers.statement import Ageing, OverdueInvoice, Statement
+from handlers.digest.statement import Ageing, OverdueInvoice, Statement
 
 AS_OF = date(2026, 11, 23)
 HERE = Path(__file__).resolve().parents[2] / "docs" / "screenshots"

@@ -19,7 +19,7 @@ from babel.messages.pofile import read_po
 from babel.numbers import format_currency, format_decimal, get_currency_precision
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from handlers.statement import Statement
+from handlers.digest.statement import Statement
 
 __all__ = ["render", "render_digest"]
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from datetime import date
 from uuid import UUID
 
+from bon_scheduler import mail
 from bon_scheduler.jobs import BusinessOutcome, Counts, JobContext, NeverRetryError, RetryLaterError
-from bon_scheduler.mail import Delivery, Letter, Mailer
+from bon_scheduler.mail import Delivery, Letter
 
 __all__ = ["LETTER_COUNTS", "deliver_each", "refuse_day_to_come", "told"]
 
@@ -28,7 +29,7 @@ async def deliver_each(ctx: JobContext, letters: Iterable[Letter]) -> Counts:
     trouble: RetryLaterError | None = None
     for letter in letters:
         try:
-            delivery = await ctx.get(Mailer).deliver(letter, run_id=ctx.run_id, attempt=ctx.attempt)
+            delivery = await ctx.get(mail.Mailer).deliver(letter, run_id=ctx.run_id, attempt=ctx.attempt)
         except RetryLaterError as error:
             trouble = error
         else:

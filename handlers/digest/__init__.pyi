@@ -1,0 +1,21 @@
+# What jobs use. Each name is imported when it is first asked for.
+
+from .mailing import (
+    LETTER_COUNTS as LETTER_COUNTS,
+    deliver_each as deliver_each,
+    refuse_day_to_come as refuse_day_to_come,
+    told as told,
+)
+from .rendering import (
+    render as render,
+    render_digest as render_digest,
+)
+from .statement import (
+    DIGEST_KIND as DIGEST_KIND,
+    Ageing as Ageing,
+    OverdueInvoice as OverdueInvoice,
+    Statement as Statement,
+    is_paused as is_paused,
+    read_recipients as read_recipients,
+    read_statement as read_statement,
+)
