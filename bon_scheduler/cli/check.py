@@ -23,7 +23,7 @@ from bon_scheduler.database import (
 from bon_scheduler.jobs import Connection
 from bon_scheduler.log import describe_error
 from bon_scheduler.mail import NotConnectedError, try_login
-from bon_scheduler.report import Report
+from bon_scheduler.report import Column, Report
 from bon_scheduler.shaam import count_files
 
 __all__ = ["Finding", "Level", "check", "check_deployment"]
@@ -282,5 +282,6 @@ async def check(settings: Settings, report: Report, clock: Clock) -> int:
         keys = ("name", "level", "what", "remedy")
         report.document({"sound": sound, "findings": [{key: getattr(f, key) for key in keys} for f in findings]})
     else:
-        report.table(["", "what", "found", "remedy"], [(f.level, f.name, f.what, f.remedy or "") for f in findings])
+        rows = [(f.level, f.name, f"{f.what}\n→ {f.remedy}" if f.remedy else f.what) for f in findings]
+        report.table(["", "what", Column("found", wraps=24)], rows)
     return DONE if sound else BADLY

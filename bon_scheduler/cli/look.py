@@ -1,13 +1,19 @@
 """Commands that read the ledger: jobs, runs, show. They change nothing."""
 
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from itertools import islice
+from typing import Any, TypeAlias
+from uuid import UUID
+
+import orjson
 
 from bon_scheduler import declared, ledger, mail
+from bon_scheduler.cli.ids import Kind, find_ids, shorten
 from bon_scheduler.cli.parsing import (
     DONE,
     UsageError,
     parse_span,
-    read_run_ids,
     reading,
     require_known,
 )
@@ -15,12 +21,32 @@ from bon_scheduler.cli.usage import STATES
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import AnyJob, Exclusive
-from bon_scheduler.report import Report, format_counts, format_span
+from bon_scheduler.report import Column, Report, format_counts, format_distance, format_span
 from bon_scheduler.schedule import describe_cron, fire_times
 
 __all__ = ["jobs", "runs", "show"]
 
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
 NEXT_SHOWN = 3
+JOBS_COLUMNS = (
+    "job",
+    Column("schedule", wraps=9),
+    "next",
+    Column("last run", wraps=10),
+    "waiting",
+    "dead",
+    Column("limits", wraps=10, importance=1),
+)
+RUNS_COLUMNS = (
+    "run",
+    "job",
+    Column("fire time", importance=4),
+    "outcome",
+    Column("ended", importance=3),
+    Column("took", importance=2),
+    Column("attempt", importance=1),
+    Column("what it did, or why not", wraps=24),
+)
 
 
 async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
@@ -54,22 +80,7 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
     if report.as_json:
         report.document({"jobs": overview, "paused_businesses": {str(key): why for key, why in left_alone.items()}})
         return DONE
-    report.table(
-        ["job", "schedule", f"next ({settings.bon_timezone.key})", "limits", "last run", "ended", "waiting", "dead"],
-        [
-            (
-                row["job"],
-                row["schedule_in_words"] or "on demand",
-                ", ".join(f"{report.instant(instant)[5:-3]}" for instant in row["next_fire_times"]) or "—",
-                ", ".join(row["limits"]) or "—",
-                "paused" if row["paused"] else row["last_state"] or "—",
-                report.instant(row["last_finished_at"]),
-                row["waiting"],
-                row["dead"],
-            )
-            for row in overview
-        ],
-    )
+    report.table(JOBS_COLUMNS, [_job_row(row, clock.now()) for row in overview], empty="No jobs are declared.")
     if left_alone:
         report.table(["paused business", "why"], list(left_alone.items()), title="\nSkipped by every job")
     if any(row["dead"] for row in overview):
@@ -78,6 +89,20 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
             "`retry RUN_ID --reason …` or `retry --dead --job JOB --reason …`."
         )
     return DONE
+
+
+def _job_row(row: Mapping[str, Any], now: datetime) -> list[object]:
+    upcoming = [format_distance(instant, now) for instant in row["next_fire_times"][:1]]
+    ended = format_distance(row["last_finished_at"], now) if row["last_finished_at"] else ""
+    return [
+        row["job"],
+        (row["schedule_in_words"] or "on demand").removeprefix("At "),
+        "paused" if row["paused"] else upcoming[0] if upcoming else "—",
+        f"{row['last_state']} {ended}".rstrip() if row["last_state"] else "—",
+        row["waiting"] or "—",
+        row["dead"] or "—",
+        ", ".join(row["limits"]) or "—",
+    ]
 
 
 def _limits(job: AnyJob, scheduled: bool) -> list[str]:
@@ -110,55 +135,80 @@ async def runs(
         if job is not None:
             await require_known(connection, job)
         rows = await ledger.list_runs(connection, job=job, state=state, since=started, limit=limit)
+        short = await shorten(connection, Kind.RUN, [row["run_id"] for row in rows])
     if report.as_json:
         report.document({"runs": rows})
         return DONE
+    asked = [f"{name} {value}" for name, value in (("job", job), ("state", state), ("since", since)) if value]
     report.table(
-        ["run", "job", "fire time", "outcome", "attempt", "took", "counts", "error"],
-        [
-            (
-                row["run_id"],
-                row["job"],
-                report.instant(row["fire_time"]),
-                f"{row['state']} (dry run)" if row["dry_run"] else row["state"],
-                row["attempt"],
-                format_span(row["started_at"], row["finished_at"]),
-                format_counts(row["counts"]),
-                row["error"] or "",
-            )
-            for row in rows
-        ],
+        RUNS_COLUMNS,
+        [_run_row(row, short, report, clock.now()) for row in rows],
+        empty=f"No run matches: {', '.join(asked)}." if asked else "No runs yet.",
     )
     return DONE
 
 
-async def show(settings: Settings, report: Report, *, run: str) -> int:
+def _run_row(row: ledger.Row, short: Mapping[UUID | None, str], report: Report, now: datetime) -> list[object]:
+    return [
+        short[row["run_id"]],
+        row["job"],
+        report.day_and_time(row["fire_time"], now),
+        f"{row['state']} (dry run)" if row["dry_run"] else row["state"],
+        format_distance(row["finished_at"], now),
+        format_span(row["started_at"], row["finished_at"]),
+        row["attempt"],
+        _did(row),
+    ]
+
+
+def _did(row: Mapping[str, Any]) -> str:
+    """Return a run's or an outcome's counts, and its error, as far as there are any."""
+    counts = format_counts(row["counts"], brief=True) if row["counts"] else ""
+    return "; ".join(part for part in (counts, row.get("error")) if part) or "—"
+
+
+async def show(settings: Settings, report: Report, clock: Clock, *, run: str) -> int:
     """Show one run: attempts, businesses, what caused it and what it caused, what operators did to it."""
-    (run_id,) = read_run_ids([run])
     async with reading(settings) as connection:
+        (run_id,) = await find_ids(connection, Kind.RUN, [run])
         found = await ledger.find_run(connection, run_id)
         if found is None:
             raise UsageError(f"No run {run_id}. List runs with: python -m bon_scheduler runs")
-        attempts = await ledger.attempts_of(connection, run_id)
-        businesses = await ledger.businesses_of(connection, run_id)
-        caused = await ledger.caused_by(connection, run_id)
-        actions = await ledger.actions_on(connection, run_id)
-        letters = await mail.deliveries_of(connection, run_id)
-    if report.as_json:
-        lists = {"attempts": attempts, "businesses": businesses, "caused": caused, "actions": actions}
-        report.document({**found, **lists, "deliveries": letters})
-        return DONE
-    instants = ("fire_time", "run_at", "enqueued_at", "started_at", "finished_at")
-    report.facts(
-        {
-            **{
-                name: report.instant(found[name]) if name in instants and found[name] else found[name] for name in found
-            },
-            "counts": format_counts(found["counts"]),
+        lists = {
+            "attempts": await ledger.attempts_of(connection, run_id),
+            "businesses": await ledger.businesses_of(connection, run_id),
+            "caused": await ledger.caused_by(connection, run_id),
+            "actions": await ledger.actions_on(connection, run_id),
+            "deliveries": await mail.deliveries_of(connection, run_id),
         }
-    )
+        short = {
+            **await shorten(connection, Kind.RUN, [row["run_id"] for row in lists["caused"]]),
+            **await shorten(connection, Kind.DELIVERY, [row["delivery_id"] for row in lists["deliveries"]]),
+        }
+    if report.as_json:
+        report.document({**found, **lists})
+        return DONE
+    _show_facts(report, found, clock.now())
+    _show_lists(report, lists, short)
+    return DONE
+
+
+def _show_facts(report: Report, run: ledger.Row, now: datetime) -> None:
+    instants = ("fire_time", "run_at", "enqueued_at", "started_at", "finished_at")
+    facts = dict(run)
+    for name in instants:
+        if run[name] is not None:
+            facts[name] = f"{report.instant(run[name])} ({format_distance(run[name], now)})"
+    facts["payload"] = orjson.dumps(run["payload"]).decode() if run["payload"] else None
+    facts["counts"] = format_counts(run["counts"]) if run["counts"] else None
+    report.facts(facts)
+
+
+def _show_lists(
+    report: Report, lists: Mapping[str, Sequence[Mapping[str, Any]]], short: Mapping[UUID | None, str]
+) -> None:
     report.table(
-        ["attempt", "outcome", "started", "took", "host", "error"],
+        ["attempt", "outcome", "started", "took", Column("host", importance=1), Column("error", wraps=16)],
         [
             (
                 row["attempt"],
@@ -168,38 +218,43 @@ async def show(settings: Settings, report: Report, *, run: str) -> int:
                 row["host"],
                 row["error"] or "",
             )
-            for row in attempts
+            for row in lists["attempts"]
         ],
         title="\nAttempts",
+        empty="\nNobody has begun it.",
     )
-    if businesses:
-        report.table(
-            ["business", "outcome", "counts", "error"],
-            [
-                (row["business_id"], row["outcome"], format_counts(row["counts"]), row["error"] or "")
-                for row in businesses
-            ],
-            title="\nBusinesses",
-        )
-    if letters:
-        report.table(
-            ["delivery", "business", "day", "outcome", "reply"],
-            [
-                (row["delivery_id"], row["business_id"], row["as_of"], row["state"], row["reply"] or "")
-                for row in letters
-            ],
-            title="\nDeliveries",
-        )
-    if caused:
-        report.table(
-            ["run", "job", "outcome", "counts"],
-            [(row["run_id"], row["job"], row["state"], format_counts(row["counts"])) for row in caused],
-            title="\nCaused",
-        )
-    if actions:
-        report.table(
-            ["when", "action", "by", "reason"],
-            [(report.instant(row["at"]), row["action"], row["by"], row["reason"]) for row in actions],
-            title="\nOperators",
-        )
-    return DONE
+    tables: list[tuple[str, str, Sequence[Column | str], Callable[[Mapping[str, Any]], Sequence[object]]]] = [
+        (
+            "businesses",
+            "Businesses",
+            ["business", "outcome", Column("what it did, or why not", wraps=20)],
+            lambda row: (row["business_id"], row["outcome"], _did(row)),
+        ),
+        (
+            "deliveries",
+            "Letters",
+            ["delivery", "business", "day", "outcome", Column("reply", wraps=12)],
+            lambda row: (
+                short[row["delivery_id"]],
+                row["business_id"],
+                row["as_of"],
+                row["state"],
+                row["reply"] or "",
+            ),
+        ),
+        (
+            "caused",
+            "Caused",
+            ["run", "job", "outcome", Column("counts", wraps=20)],
+            lambda row: (short[row["run_id"]], row["job"], row["state"], format_counts(row["counts"], brief=True)),
+        ),
+        (
+            "actions",
+            "Operators",
+            ["when", "action", "by", Column("reason", wraps=20)],
+            lambda row: (report.instant(row["at"]), row["action"], row["by"], row["reason"]),
+        ),
+    ]
+    for name, title, columns, cells in tables:
+        if lists[name]:
+            report.table(columns, [cells(row) for row in lists[name]], title=f"\n{title}")

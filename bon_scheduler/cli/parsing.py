@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import orjson
 from pydantic import ValidationError
@@ -30,11 +29,9 @@ __all__ = [
     "parse_instant",
     "parse_span",
     "person",
-    "read_id",
     "read_key",
     "read_payload",
     "read_reason",
-    "read_run_ids",
     "reading",
     "require_known",
     "type_payload",
@@ -111,29 +108,6 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     guess = f' Did you mean "{close[0]}"?' if close else ""
     return f"{guess} List them with: python -m bon_scheduler jobs"
-
-
-def read_run_ids(texts: Sequence[str]) -> list[UUID]:
-    """Read runs' ids, each once, in their order; raises UsageError that names all that are none."""
-    run_ids: dict[UUID, None] = {}
-    faults = []
-    for text in texts:
-        try:
-            run_ids[UUID(text)] = None
-        except ValueError:
-            faults.append(f'"{text}"')
-    if faults:
-        what = "is not a run's id" if len(faults) == 1 else "are not runs' ids"
-        raise UsageError(f"{', '.join(faults)} {what}. List runs with: python -m bon_scheduler runs")
-    return list(run_ids)
-
-
-def read_id(text: str, what: str) -> UUID:
-    """Read one id; raises UsageError that says what it should have been."""
-    try:
-        return UUID(text)
-    except ValueError as error:
-        raise UsageError(f'"{text}" is not {what}. Write it as 01234567-89ab-cdef-0123-456789abcdef.') from error
 
 
 def read_reason(text: str) -> str:

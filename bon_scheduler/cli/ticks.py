@@ -11,7 +11,7 @@ from bon_scheduler.cli.parsing import BADLY, DONE, is_span, parse_instant, parse
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
-from bon_scheduler.report import Report
+from bon_scheduler.report import Column, Report
 from bon_scheduler.schedule import Audit, AuditedTick, Transition, Verdict, audit_ticks, fire_times, transitions
 
 __all__ = ["audit", "timeline"]
@@ -28,6 +28,21 @@ LISTED = (
 MOST_SHOWN = 50
 MOST_NAMED = 3
 MOST_DAYS = 3660
+NOTHING_EXPECTED = (
+    "No tick was expected in this span: none fell into it, or no `serve` had declared a schedule before it."
+)
+SUMMARY_COLUMNS = (
+    *("job", "expected", "ran", "late"),
+    Column("median lateness", importance=1),
+    Column("worst", importance=4),
+    *("missed", Column("resolved", importance=5), Column("paused", importance=3), "dead"),
+    *(Column("cancelled", importance=2), "gaps"),
+)
+DETAIL_COLUMNS = (
+    *("fire time", "job", "verdict", "late"),
+    *(Column("host", importance=1), Column("attempts", importance=2), Column("resolved", importance=3)),
+    Column("reason", wraps=16),
+)
 
 
 async def audit(settings: Settings, report: Report, clock: Clock, *, since: str) -> int:
@@ -76,35 +91,22 @@ def _as_document(found: Audit) -> dict[str, Any]:
 
 def _show(report: Report, found: Audit) -> None:
     jobs = sorted({tick.job for tick in found.ticks})
-    report.table(
-        [
-            *("job", "expected", "ran", "late", "median lateness", "worst"),
-            *("missed", "resolved", "paused", "dead", "cancelled", "gaps"),
-        ],
-        [_summary(job, found) for job in jobs],
-        title=f"Ticks from {report.instant(found.since)} to {report.instant(found.until)}",
-    )
+    report.say(f"Ticks from {report.instant(found.since)} to {report.instant(found.until)}\n")
+    report.table(SUMMARY_COLUMNS, [_summary(job, found) for job in jobs], empty=NOTHING_EXPECTED)
     worth_naming = [*found.late, *found.of(*LISTED)]
     if worth_naming:
         report.table(
-            ["fire time", "job", "verdict", "late", "host", "attempts", "resolved", "reason"],
-            [_detail(report, tick) for tick in worth_naming[:MOST_SHOWN]],
-            title="\nNot as scheduled",
+            DETAIL_COLUMNS, [_detail(report, tick) for tick in worth_naming[:MOST_SHOWN]], title="\nNot as scheduled"
         )
     if (more := len(worth_naming) - MOST_SHOWN) > 0:
         report.say(f"and {more} more; all of them with --json")
-    report.say(f"\n{_conclude(found)}")
+    if found.ticks:
+        report.say(f"\n{'Every' if found.sound else 'Not every'} tick is accounted for.")
     if dead := found.of(Verdict.DEAD):
         report.say(
             "Once the cause is mended, dead ticks run again with: python -m bon_scheduler retry RUN_ID --reason …"
         )
         report.say(f"Dead, the latest first: {', '.join(str(tick.run_id) for tick in dead[: -MOST_NAMED - 1 : -1])}")
-
-
-def _conclude(found: Audit) -> str:
-    if not found.ticks:
-        return "No tick was expected in this span: none fell into it, or no `serve` had declared a schedule before it."
-    return "Every tick is accounted for." if found.sound else "Not every tick is accounted for."
 
 
 def _summary(job: str, found: Audit) -> list[object]:
@@ -174,8 +176,9 @@ async def timeline(
     lines = [(instant, name, _note(instant, zone) or "") for instant, name in ticks]
     lines += [(change.instant, "", _describe(change)) for change in changes]
     report.table(
-        ["UTC", zone.key, "job", "note"],
-        [(f"{at:%Y-%m-%d %H:%M:%S}", _local(at, zone), name, note) for at, name, note in sorted(lines)],
+        [zone.key, Column("UTC", importance=1), "job", Column("note", wraps=16)],
+        [(_local(at, zone), f"{at:%Y-%m-%d %H:%M:%S}", name, note) for at, name, note in sorted(lines)],
+        empty=f"Nothing fires in these {days} days.",
     )
     return DONE
 

@@ -28,7 +28,7 @@ from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import AnyJob
 from bon_scheduler.ledger import Origin, Request
-from bon_scheduler.report import Report, add_counts, format_counts
+from bon_scheduler.report import Column, Report, add_counts, format_counts
 
 __all__ = ["enqueue", "run_once", "serve"]
 
@@ -123,7 +123,7 @@ def _show_result(report: Report, result: engine.RunReport) -> None:
     for run in [result.run, *result.caused]:
         alike.setdefault((run["job"], run["state"], run["error"] or ""), []).append(run["counts"])
     report.table(
-        ["job", "outcome", "runs", "counts", "error"],
+        ["job", "outcome", "runs", Column("counts", wraps=20), Column("error", wraps=20)],
         [(job, state, len(c), format_counts(add_counts(c)), error) for (job, state, error), c in alike.items()],
     )
     if result.run["dry_run"]:
