@@ -15,8 +15,9 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 
 from bon_scheduler import Counts, JobContext, NoPayload, database, job, service
-from bon_scheduler.config import Settings, load_settings
+from bon_scheduler.config import Settings
 from bon_scheduler.demo.postgres import find_binaries, running_postgres
+from bon_scheduler.environment import load_settings
 from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger import PRUNERS, Horizon
 from bon_scheduler.log import configure_logging

@@ -1,17 +1,15 @@
 """
-Settings: read from the environment once, and every fault in it reported at once.
+Settings: what the service can be told from outside, what each means, and which values are usable.
 
-Names are `interface.md`'s. A secret may also be given as `NAME_FILE`, the path
-of a file that holds it. No secret is ever part of an error.
+Names are `interface.md`'s. The docstrings below the settings are the reference that `docs/reference.md` prints.
 """
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
@@ -20,37 +18,21 @@ from pydantic import (
     Field,
     PlainSerializer,
     SecretStr,
-    ValidationError,
     field_validator,
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from bon_scheduler.addresses import fault_of_database_url, fault_of_host, fault_of_web_address
 
-__all__ = ["ClientAuth", "Settings", "SettingsError", "ShaamMode", "SmtpTls", "load_settings"]
+__all__ = ["LOOPBACK_HOSTS", "ClientAuth", "LogFormat", "LogLevel", "Settings", "ShaamMode", "SmtpTls"]
 
 SHAAM_HOST = "https://ita-api.taxes.gov.il"
-SECRETS = frozenset(
-    {
-        "DATABASE_URL",
-        "DATABASE_LISTEN_URL",
-        "METRICS_TOKEN",
-        "SMTP_PASSWORD",
-        "SHAAM_ENCRYPTION_KEY",
-        "SHAAM_CLIENT_ID",
-        "SHAAM_CLIENT_SECRET",
-    }
-)
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 KEY_LENGTH_HEX = 64
 _ADDRESS = re.compile(
     r"[\w!#$%&'*+/?^`{|}~-]+(\.[\w!#$%&'*+/?^`{|}~-]+)*@[^\W_]([\w-]*[^\W_])?(\.[^\W_]([\w-]*[^\W_])?)*", re.ASCII
 )
 """RFC 5321 §4.1.2, without quoted local parts: its domain is also what we call ourselves in SMTP."""
-
-
-class SettingsError(Exception):
-    """The environment is not usable; the message lists every fault."""
 
 
 class SmtpTls(StrEnum):
@@ -111,48 +93,87 @@ Zone = Annotated[ZoneInfo, BeforeValidator(_zone), PlainSerializer(str)]
 class Settings(BaseSettings):
     """Everything the service can be told from outside, validated."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", arbitrary_types_allowed=True)
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", arbitrary_types_allowed=True, use_attribute_docstrings=True
+    )
 
     database_url: SecretStr
+    """`postgresql://…`, as libpq writes it. In the password write `#`, `/`, `?`, `@`, `[` and `]` as `%23`, `%2F`,
+    `%3F`, `%40`, `%5B` and `%5D`."""
     database_listen_url: SecretStr | None = None
+    """The server's own address, where `DATABASE_URL` goes through a pooler in transaction mode. Both must lead to the
+    same database. Unset: `DATABASE_URL`."""
     database_pool_size: int = Field(10, ge=2, le=200)
+    """Connections for handlers. A replica uses up to six more, on the server's own address: one listens and claims,
+    one is the heartbeat, four are for the ledger, ticks and probes."""
     bon_timezone: Zone = ZoneInfo("Asia/Jerusalem")
+    """Of schedules and business dates."""
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = LogLevel.INFO
+    """The least severe event that is logged."""
     log_format: LogFormat = LogFormat.JSON
+    """How log lines are written."""
     health_host: str = "0.0.0.0"  # noqa: S104 - a container's probes come from outside it
+    """Where probes and metrics answer."""
     health_port: int = Field(8080, ge=0, le=65535)
+    """Their port; 0 for any that is free."""
     metrics_token: SecretStr | None = None
+    """The bearer token that `/metrics` then asks for."""
     worker_concurrency: int = Field(20, ge=2, le=1000)
+    """Handlers at a time, a replica. A quarter of the places is kept for jobs of which nothing runs there."""
     shutdown_seconds: float = Field(25, gt=0, le=3600)
+    """How long attempts may finish after SIGTERM. Then their runs are given back, and three seconds later the process
+    has ended."""
     lease_seconds: float = Field(15, ge=2, le=3600)
+    """After so long without a heartbeat a worker's runs are taken over. While replicas differ, the longer counts."""
     run_retention_days: int = Field(400, ge=1, le=36500)
+    """How long runs and deliveries are kept once they have ended."""
 
     email_from: str = "noreply@bon.co.il"
+    """The sender: one address in ASCII and nothing beside it."""
     email_rate_per_second: float = Field(5, ge=0.001, le=1000)
+    """Letters a second, of all replicas together. A run that sends a letter is not begun before one may go."""
     email_language: Literal["he", "en"] = "he"
+    """Of letters."""
     app_origin: str | None = None
+    """BON's web address, for the link to the invoice list."""
     unsubscribe_url: str | None = None
+    """`List-Unsubscribe` of letters, in ASCII, as it is to stand there."""
     smtp_host: str | None = None
+    """The mail server. Unset: digests are logged and counted as `logged`, not sent."""
     smtp_port: int = Field(587, ge=1, le=65535)
+    """Its port."""
     smtp_username: str | None = None
+    """The login; together with `SMTP_PASSWORD`."""
     smtp_password: SecretStr | None = None
+    """Its password."""
     smtp_tls: SmtpTls = SmtpTls.STARTTLS
+    """How the connection is protected. `starttls` refuses a server without it."""
 
     shaam_mode: ShaamMode = ShaamMode.MOCK
+    """Which of the authority's systems is called. `mock` calls nobody and changes nothing."""
     shaam_encryption_key: SecretStr | None = None
+    """The key with which BON encrypts tokens, 64 hexadecimal characters."""
     shaam_client_id: SecretStr | None = None
+    """BON's id at the authority."""
     shaam_client_secret: SecretStr | None = None
+    """Its secret."""
     shaam_token_url: str | None = None
+    """The token endpoint, https; plain http to loopback only. Unset: the authority's."""
     shaam_client_auth: ClientAuth = ClientAuth.BODY
+    """Where id and secret travel."""
     shaam_concurrency: int = Field(50, ge=1, le=1000)
+    """Requests at a time, a replica. Five more are for refreshes on demand."""
     shaam_timeout_seconds: float = Field(20, gt=0, le=300)
+    """How long to wait for an answer; keep it below `SHUTDOWN_SECONDS`."""
     spool_dir: Path | None = None
-    """Where rotated tokens wait, encrypted, that the database does not take; a persistent volume."""
+    """A directory where rotated tokens wait, encrypted, that the database does not take: on a persistent volume, of
+    this replica or shared. Unset: they are in memory only."""
 
     deadman_urls: Mapping[str, SecretStr] = Field(default_factory=dict, exclude=True)
-    """Where a job's dead man's switch is, by job name, from `DEADMAN_URL_<JOB_NAME>`."""
+    """Pinged after each success of the job, `/start` and `/fail` beside it (healthchecks.io's convention); without `?`
+    and `#`."""
     schedules: Mapping[str, str] = Field(default_factory=dict, exclude=True)
-    """Cron expressions by job name, from `SCHEDULE_<JOB_NAME>`; empty means no schedule."""
+    """The job's schedule, instead of its own: five fields, or six with seconds first. Empty: no schedule."""
 
     @field_validator("database_url", "database_listen_url")
     @classmethod
@@ -247,138 +268,3 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read only what `load_settings` passes: it names every fault, also of `NAME_FILE`."""
         return (init_settings,)
-
-
-@dataclass(frozen=True, slots=True)
-class _Faults:
-    """Collects one line for each thing that is wrong."""
-
-    lines: list[str]
-
-    def add(self, name: str, what: str) -> None:
-        self.lines.append(f"{name}: {what}")
-
-
-def _read_values(environ: Mapping[str, str], faults: _Faults) -> dict[str, str]:
-    values = {}
-    for field in Settings.model_fields:
-        name = field.upper()
-        if environ.get(name, "") != "":
-            values[field] = environ[name]
-        if name in SECRETS and environ.get(f"{name}_FILE"):
-            if field in values:
-                faults.add(name, f"is set twice, as {name} and as {name}_FILE; keep one")
-                continue
-            path = Path(environ[f"{name}_FILE"])
-            values[field], what = _read_secret(path)
-            if what:
-                faults.add(f"{name}_FILE", f'"{path}" {what}')
-    return values
-
-
-def _read_secret(path: Path) -> tuple[str, str | None]:
-    """Return what a file holds, without the end of its last line, and what is wrong with it, if anything."""
-    try:
-        secret = path.read_text("utf-8").rstrip("\r\n")
-    except OSError as error:
-        return "", f"cannot be read ({error.strerror})"
-    except UnicodeDecodeError:
-        return "", "is not text (UTF-8)"
-    return secret, None if secret.strip() else "is empty; write the secret to it, or leave the setting out"
-
-
-def _check_together(values: Mapping[str, str], faults: _Faults) -> None:
-    """Check what no field can know alone. On the raw values, so that it is said beside the fields' own faults."""
-    mode = values.get("shaam_mode", ShaamMode.MOCK)
-    if mode in {ShaamMode.SANDBOX, ShaamMode.PRODUCTION}:
-        for name in ("shaam_encryption_key", "shaam_client_id", "shaam_client_secret"):
-            if name not in values:
-                faults.add(name.upper(), f"is not set; SHAAM_MODE={mode} needs it")
-    if ("smtp_username" in values) != ("smtp_password" in values):
-        missing = "SMTP_PASSWORD" if "smtp_username" in values else "SMTP_USERNAME"
-        faults.add(missing, "is not set; SMTP_USERNAME and SMTP_PASSWORD go together")
-    in_the_clear = values.get("smtp_tls") == SmtpTls.NONE and values.get("smtp_host") not in LOOPBACK_HOSTS
-    if "smtp_username" in values and in_the_clear:
-        faults.add("SMTP_TLS", "none would send SMTP_PASSWORD in the clear; use starttls or implicit")
-
-
-def _read_by_job(
-    prefix: str, environ: Mapping[str, str], jobs: Collection[str], faults: _Faults
-) -> dict[str, tuple[str, str]]:
-    """Return (variable, value) by job of the variables that begin with `prefix` and end with a job's name."""
-    by_variable = {f"{prefix}{name.replace('-', '_').upper()}": name for name in jobs}
-    found = {}
-    for variable, value in environ.items():
-        if variable.startswith(prefix) and variable not in by_variable:
-            faults.add(variable, f"no such job; there are {', '.join(sorted(by_variable))}")
-        elif variable in by_variable:
-            found[by_variable[variable]] = (variable, value.strip())
-    return found
-
-
-def _read_schedules(
-    environ: Mapping[str, str],
-    jobs: Collection[str],
-    check_cron: Callable[[str], str | None],
-    faults: _Faults,
-) -> dict[str, str]:
-    schedules = _read_by_job("SCHEDULE_", environ, jobs, faults)
-    for variable, text in schedules.values():
-        if text and (what := check_cron(text)):
-            faults.add(variable, f'"{text}" {what}')
-    return {job: text for job, (_, text) in schedules.items()}
-
-
-def _read_deadman_urls(environ: Mapping[str, str], jobs: Collection[str], faults: _Faults) -> dict[str, str]:
-    urls = {job: found for job, found in _read_by_job("DEADMAN_URL_", environ, jobs, faults).items() if found[1]}
-    for variable, url in urls.values():
-        if what := fault_of_web_address(url, begins=True, secret=True):
-            faults.add(variable, what)  # not shown: whoever has it can ping it
-    return {job: url for job, (_, url) in urls.items()}
-
-
-def load_settings(
-    environ: Mapping[str, str] | None = None,
-    *,
-    jobs: Collection[str] = (),
-    check_cron: Callable[[str], str | None] = lambda _: None,
-) -> Settings:
-    """
-    Read settings from `environ` (the process's own by default).
-
-    `jobs` are the names a `SCHEDULE_<JOB_NAME>` may override; `check_cron` says what is wrong
-    with an expression, or None. Raises SettingsError naming every fault, not only the first.
-    """
-    environ = os.environ if environ is None else environ
-    faults = _Faults([])
-    values: dict[str, Any] = dict(_read_values(environ, faults))
-    _check_together(values, faults)
-    values["deadman_urls"] = _read_deadman_urls(environ, jobs, faults)
-    values["schedules"] = _read_schedules(environ, jobs, check_cron, faults)
-    try:
-        settings = Settings(**values)
-    except ValidationError as error:
-        for item in error.errors(include_url=False):
-            name = str(item["loc"][0]).upper()
-            if f"{name}_FILE:" in "\n".join(faults.lines):
-                continue
-            faults.add(name, _explain(name, item["type"], item["msg"], item.get("input")))
-        raise SettingsError(_message(faults)) from None
-    if faults.lines:
-        raise SettingsError(_message(faults))
-    return settings
-
-
-def _explain(name: str, kind: str, message: str, value: object) -> str:
-    if kind == "missing":
-        return "is not set"
-    text = message.removeprefix("Value error, ")
-    text = text[:1].lower() + text[1:] if text.startswith("Input") else text
-    # An address may hold a password.
-    return text if name in SECRETS or ("://" in str(value) and "@" in str(value)) else f'{text} (it is "{value}")'
-
-
-def _message(faults: _Faults) -> str:
-    count = len(faults.lines)
-    head = "One setting is wrong" if count == 1 else f"{count} settings are wrong"
-    return "\n".join([f"{head}:", *(f"  - {line}" for line in faults.lines)])

@@ -7,7 +7,8 @@ Imports what jobs declare and nothing that works on runs, so that commands which
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from bon_scheduler.config import Settings, load_settings
+from bon_scheduler.config import Settings
+from bon_scheduler.environment import load_settings
 from bon_scheduler.jobs import AnyJob, Cron
 from bon_scheduler.schedule import check_cron
 from handlers import JOBS

@@ -26,12 +26,13 @@ import pytest
 import structlog
 
 from bon_scheduler import declared, engine, service
-from bon_scheduler.config import LogFormat, LogLevel, Settings, load_settings
+from bon_scheduler.config import LogFormat, LogLevel, Settings
 from bon_scheduler.database import connections
 from bon_scheduler.database.connections import Pool
 from bon_scheduler.demo.postgres import PostgresUnavailableError, find_binaries, running_postgres
 from bon_scheduler.demo.sample import create_tables
 from bon_scheduler.engine.run_once import RunReport
+from bon_scheduler.environment import load_settings
 from bon_scheduler.jobs import AnyJob, Payload
 from bon_scheduler.log import configure_logging
 from tests.chaos.figures import pytest_terminal_summary  # noqa: F401 - a hook: only this file is read by who reports

@@ -7,8 +7,9 @@ import pytest
 
 from bon_scheduler import declared
 from bon_scheduler.addresses import describe_database
-from bon_scheduler.config import Settings, SettingsError
+from bon_scheduler.config import Settings
 from bon_scheduler.database import connections
+from bon_scheduler.environment import SettingsError
 
 USABLE = {"DATABASE_URL": "postgresql://bon@127.0.0.1/bon"}
 

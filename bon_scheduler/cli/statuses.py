@@ -2,9 +2,9 @@
 
 import health
 from bon_scheduler.cli.usage import UsageError
-from bon_scheduler.config import SettingsError
 from bon_scheduler.database import DatabaseUnavailableError, OtherDatabaseError, PoolerError, SchemaBehindError
 from bon_scheduler.engine import AlreadyRunningError
+from bon_scheduler.environment import SettingsError
 from bon_scheduler.ledger import RefusedError, UnknownJobError
 from bon_scheduler.mail import NotUncertainError
 

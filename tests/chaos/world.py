@@ -20,8 +20,8 @@ import asyncpg
 import orjson
 
 from bon_scheduler import service
-from bon_scheduler.config import load_settings
 from bon_scheduler.database import connections
+from bon_scheduler.environment import load_settings
 from tests.chaos.cluster import Cluster, running_cluster
 from tests.chaos.program import JOBS
 from tests.chaos.proxy import Proxy

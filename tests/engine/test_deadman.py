@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 
 from bon_scheduler import Counts, JobContext, NoPayload, Retry, job, service
-from bon_scheduler.config import SettingsError
+from bon_scheduler.environment import SettingsError
 from bon_scheduler.jobs import AnyJob
 from tests.conftest import Connection, MakeSettings, RunJob
 from tests.waiting import until

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bon_scheduler.config import SettingsError, load_settings
+from bon_scheduler.environment import SettingsError, load_settings
 from bon_scheduler.mail.message import Letter, compose, write
 from tests.mailworld import LETTER, NOW, RECIPIENT, settings
 

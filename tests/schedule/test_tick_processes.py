@@ -27,10 +27,10 @@ import asyncpg
 import pytest
 
 from bon_scheduler import service
-from bon_scheduler.config import load_settings
 from bon_scheduler.database import connections
 from bon_scheduler.demo.postgres import PostgresUnavailableError, find_binaries, running_postgres
 from bon_scheduler.demo.sample import create_tables
+from bon_scheduler.environment import load_settings
 from tests.conftest import Connection
 from tests.faketime import needs_faketime, running_from, wall_clock
 from tests.process import Service, run_command, serve

@@ -1,0 +1,129 @@
+"""
+Write `docs/reference.md` from the code: settings, commands, exit statuses, metrics.
+
+Run as `python -m tests.tools.reference`.
+"""
+
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import annotated_types
+import typer.main
+from prometheus_client import Metric
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from bon_scheduler.cli.app import app
+from bon_scheduler.cli.usage import EXIT_STATUSES
+from bon_scheduler.config import Settings
+from bon_scheduler.environment import SECRETS
+from bon_scheduler.metrics import Metrics
+
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
+BY_JOB = {"schedules": "SCHEDULE_<JOB_NAME>", "deadman_urls": "DEADMAN_URL_<JOB_NAME>"}
+HEAD = """# Reference
+
+Written from the code by `python -m tests.tools.reference`; a test compares the two.
+
+"""
+
+
+def reference() -> str:
+    """Return the page."""
+    return HEAD + "\n".join([*_settings(), *_commands(), *_statuses(), *_metrics()]) + "\n"
+
+
+def _settings() -> Iterator[str]:
+    yield "## Settings\n"
+    yield "Environment variables. Every fault is named at once, and nothing starts. Those marked * are secrets: each"
+    yield "may also be given as `NAME_FILE`, a text file that is not empty.\n"
+    yield "| variable | default | values | |"
+    yield "|---|---|---|---|"
+    for field, info in Settings.model_fields.items():
+        name = BY_JOB.get(field, field.upper())
+        star = " *" if name in SECRETS else ""
+        meaning = " ".join((info.description or "").split())
+        yield f"| `{name}`{star} | {_default(info)} | {_values(info)} | {meaning} |"
+    yield ""
+
+
+def _default(info: FieldInfo) -> str:
+    if info.default is PydanticUndefined or info.default is None:
+        return "needed" if info.is_required() else ""
+    value = info.default.value if isinstance(info.default, StrEnum) else info.default
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _values(info: FieldInfo) -> str:
+    kind = info.annotation
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return ", ".join(kind)
+    if get_origin(kind) is Literal:
+        return ", ".join(get_args(kind))
+    low = next((m.ge for m in info.metadata if isinstance(m, annotated_types.Ge)), None)
+    above = next((m.gt for m in info.metadata if isinstance(m, annotated_types.Gt)), None)
+    high = next((m.le for m in info.metadata if isinstance(m, annotated_types.Le)), None)
+    if high is None:
+        return ""
+    return f"{low} to {high}" if low is not None else f"more than {above}, to {high}"
+
+
+def _commands() -> Iterator[str]:
+    yield "## Commands\n"
+    yield "`python -m bon_scheduler COMMAND`, or `bon-scheduler COMMAND`.\n"
+    group = typer.main.get_command(app)
+    for name, command in vars(group)["commands"].items():
+        yield f"### {name}\n"
+        yield f"{command.help}\n"
+        options = [_parameter(vars(each)) for each in command.params]
+        if options:
+            yield "| | |\n|---|---|"
+            yield from options
+            yield ""
+
+
+def _parameter(parameter: dict[str, Any]) -> str:
+    metavar = (parameter["metavar"] or "").replace("|", "\\|")
+    option = parameter["opts"][-1]
+    if not option.startswith("-"):
+        name = metavar or option.upper()
+    else:
+        name = option if parameter["is_flag"] else f"{option} {metavar or option.strip('-').upper()}"
+    default = parameter["default"]
+    shown = f" Default: {default}." if default not in {None, False} else ""
+    needed = " Needed." if parameter["required"] else ""
+    return f"| `{name}` | {parameter['help'] or ''}{needed}{shown} |"
+
+
+def _statuses() -> Iterator[str]:
+    yield "## Exit statuses\n"
+    yield "| | |\n|---|---|"
+    yield from (f"| {status} | {meaning} |" for status, meaning in EXIT_STATUSES.items())
+    yield ""
+
+
+def _metrics() -> Iterator[str]:
+    yield "## Metrics\n"
+    yield "At `/metrics`, as Prometheus text or OpenMetrics. No label holds a business, a person or an address.\n"
+    yield "| metric | type | labels | |"
+    yield "|---|---|---|---|"
+    for family, labels in sorted(_families(), key=lambda each: each[0].name):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        yield f"| `{name}` | {family.type} | {', '.join(labels)} | {family.documentation} |"
+
+
+def _families() -> Iterator[tuple[Metric, Sequence[str]]]:
+    """Each metric with its labels, which the library keeps to itself."""
+    for collector in Metrics().registry._collector_to_names:
+        yield next(iter(collector.collect())), getattr(collector, "_labelnames", ())
+
+
+def write() -> None:
+    """Write the page anew."""
+    REFERENCE.write_text(reference(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
