@@ -34,7 +34,8 @@ def example_job(directory: Path) -> AnyJob:
     path = directory / "address_cleanup.py"
     path.write_text(match.group(1), "utf-8")
     spec = importlib.util.spec_from_file_location("address_cleanup", path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     job: AnyJob = module.address_cleanup
