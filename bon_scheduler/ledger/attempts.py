@@ -30,6 +30,7 @@ __all__ = [
     "let_go",
     "lose",
     "lost_by",
+    "pretend",
     "record_outcomes",
     "release_lost",
 ]
@@ -65,6 +66,11 @@ FINISH = """
          where a.run_id = f.id and a.attempt = f.attempt
     )
     select id, state::text, xmin <> pg_current_xact_id()::xid as nested from finished
+"""
+# $1 run, $2 attempt, $3 worker, $4 job.
+PRETEND = """
+    insert into bon_scheduler.runs (id, attempt, worker, job, origin, state, dry_run)
+    values ($1, $2, $3, $4, 'person', 'running', true)
 """
 # $1 run, $2 attempt, $3 worker, $4 outcome of the attempt, $5 error, $6 wait before the next: interval,
 # null when there is none. Index: runs_pkey.
@@ -197,6 +203,11 @@ async def fence(connection: Connection, ref: RunRef, *, finished: bool = False) 
     if state is None:
         raise _lost(ref)
     return None if state == "running" else state
+
+
+async def pretend(connection: Connection, ref: RunRef, job: str) -> None:
+    """Make a run that this attempt owns, in a transaction that is rolled back: a dry run's."""
+    await connection.execute(PRETEND, ref.run_id, ref.attempt, ref.worker, job, timeout=CALL_TIMEOUT_SECONDS)
 
 
 def _lost(ref: RunRef) -> LostRunError:

@@ -7,13 +7,16 @@ from datetime import UTC, datetime, timedelta
 from email import message_from_bytes, policy
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
+from bon_scheduler import BusinessOutcome, Counts, JobContext, NoPayload, job, service
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
+from bon_scheduler.jobs import AnyJob
 from handlers.session_cleanup import BATCH
 from tests import arrange
-from tests.conftest import Connection
+from tests.conftest import Connection, MakeSettings, RunJob
 from tests.process import Finished, run_command, run_program
 
 # Everything that a run could change, as one text: BON's tables and the ledger, but for what the dry run says of itself.
@@ -231,3 +234,31 @@ async def test_out_without_dry_run_is_refused(environ: dict[str, str], tmp_path:
     refused = await run_command("run-once", "overdue-detection", "--out", str(tmp_path), **environ)
     assert refused.status == 2
     assert "--dry-run" in refused.err
+
+
+@job("too-much")
+async def too_much(ctx: JobContext, _: NoPayload) -> Counts:
+    """Ends its run with what no ledger takes."""
+    async with ctx.transaction() as tx:
+        return await ctx.finish({"deleted": 2**70}, on=tx)
+
+
+@job("nobodys")
+async def nobodys(ctx: JobContext, _: NoPayload) -> Counts:
+    """Records what the ledger refuses."""
+    async with ctx.transaction() as tx:
+        await ctx.record([BusinessOutcome(uuid4(), "no-such-outcome")], on=tx)  # type: ignore[arg-type]
+        return await ctx.finish({}, on=tx)
+
+
+@pytest.mark.parametrize("each", [too_much, nobodys], ids=lambda each: each.name)
+async def test_what_the_ledger_would_refuse_of_a_run_it_refuses_of_a_dry_run(
+    make_settings: MakeSettings, connection: Connection, run_job: RunJob, each: AnyJob
+) -> None:
+    settings = make_settings()
+    real = await run_job(each, jobs=[each])
+    async with service.rehearsal(settings) as rehearsal:
+        dry = await rehearsal.run(each, NoPayload(), fire_time=datetime.now(UTC), asked_by="a test")
+    assert (dry.run["state"], real.run["state"]) == ("dead", "dead")
+    assert dry.run["error"].split(":")[0] == real.run["error"].split(":")[0]
+    assert await connection.fetchval("select count(*) from bon_scheduler.runs where state = 'running'") == 0
