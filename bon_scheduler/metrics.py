@@ -7,6 +7,7 @@ holds a business, a person or an address.
 
 from collections.abc import Mapping
 from datetime import datetime
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -14,12 +15,12 @@ from bon_scheduler.jobs import Counts
 
 __all__ = ["Metrics"]
 
-RUN_SECONDS_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 180, 600)
-LATENESS_SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 5, 15, 60, 300, 3600)
-LETTER_SECONDS_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 30, 60)
-PROBE_SECONDS_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 3)
-ANSWER_SECONDS_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
-LAG_SECONDS_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
+RUN_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 180, 600)
+LATENESS_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 5, 15, 60, 300, 3600)
+LETTER_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 30, 60)
+PROBE_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 3)
+ANSWER_SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+LAG_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 
 
 class Metrics:
@@ -27,119 +28,48 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
         one_job = ["job_name"]
-        self._runs = Counter("bon_job_runs", "Runs that ended", [*one_job, "state"], registry=self.registry)
-        self._duration = Histogram(
-            "bon_job_duration_seconds",
-            "Time of one attempt",
-            one_job,
-            buckets=RUN_SECONDS_BUCKETS,
-            registry=self.registry,
-        )
-        self._rows = Counter(
-            "bon_job_rows",
-            "What runs did, by their counts",
-            [*one_job, "count"],
-            registry=self.registry,
-        )
-        self._last_success = Gauge(
-            "bon_job_last_success_timestamp_seconds",
-            "When a run of the job last succeeded on this replica",
-            one_job,
-            registry=self.registry,
-        )
-        self.next_fire = Gauge(
-            "bon_job_next_fire_timestamp_seconds", "When the job fires next", one_job, registry=self.registry
-        )
-        self.tick_lateness = Histogram(
-            "bon_tick_lateness_seconds",
-            "From fire time to the handler's first line",
-            one_job,
-            buckets=LATENESS_SECONDS_BUCKETS,
-            registry=self.registry,
-        )
-        self.ticks_missed = Counter("bon_ticks_missed", "Ticks recorded as missed", one_job, registry=self.registry)
-        self.ticks_unaccounted = Gauge(
-            "bon_ticks_unaccounted", "Ticks that are due and not in the ledger", one_job, registry=self.registry
-        )
-        self.queue_depth = Gauge(
-            "bon_queue_depth",
-            "Runs that have not ended, or wait for a person",
-            [*one_job, "state"],
-            registry=self.registry,
-        )
-        self.queue_oldest_age = Gauge(
-            "bon_queue_oldest_age_seconds",
-            "How long the run that waits longest has been due",
-            one_job,
-            registry=self.registry,
-        )
-        self.rescued = Counter(
-            "bon_runs_rescued",
-            "Runs delivered again for want of a worker",
-            one_job,
-            registry=self.registry,
-        )
-        self.fenced = Counter(
-            "bon_fenced_commits",
-            "Commits refused to an attempt without its run",
-            one_job,
-            registry=self.registry,
-        )
-        self._email_sent = Counter(
-            "email_sent", "Letters tried, by what became of them", ["status"], registry=self.registry
-        )
-        self._email_duration = Histogram(
-            "email_send_duration_seconds",
-            "Time of one letter's conversation with the mail server, and of recording its end",
-            buckets=LETTER_SECONDS_BUCKETS,
-            registry=self.registry,
-        )
-        self.email_unknown = Gauge(
-            "email_unknown",
-            "Letters of the last seven days that may or may not have arrived",
-            registry=self.registry,
-        )
-        self.pool_connections = Gauge(
-            "db_pool_connections", "Connections of the pool", ["state"], registry=self.registry
-        )
-        self.check_status = Gauge(
-            "health_check_status", "1 when the dependency is up", ["dependency"], registry=self.registry
-        )
-        self.check_duration = Histogram(
-            "health_check_duration_seconds",
-            "Time of a dependency's check",
-            ["dependency"],
-            buckets=PROBE_SECONDS_BUCKETS,
-            registry=self.registry,
-        )
-        self.loop_lag = Histogram(
-            "event_loop_lag_seconds",
-            "How late the event loop wakes a sleeper",
-            buckets=LAG_SECONDS_BUCKETS,
-            registry=self.registry,
-        )
+        self._runs = counter("bon_job_runs", "Runs that ended", [*one_job, "state"])
+        self._duration = histogram("bon_job_duration_seconds", "Time of one attempt", one_job, buckets=RUN_SECONDS)
+        self._rows = counter("bon_job_rows", "What runs did, by their counts", [*one_job, "count"])
+        text = "When a run of the job last succeeded on this replica"
+        self._last_success = gauge("bon_job_last_success_timestamp_seconds", text, one_job)
+        self.next_fire = gauge("bon_job_next_fire_timestamp_seconds", "When the job fires next", one_job)
+        text = "From fire time to the handler's first line"
+        self.tick_lateness = histogram("bon_tick_lateness_seconds", text, one_job, buckets=LATENESS_SECONDS)
+        self.ticks_missed = counter("bon_ticks_missed", "Ticks recorded as missed", one_job)
+        text = "Ticks that are due and not in the ledger"
+        self.ticks_unaccounted = gauge("bon_ticks_unaccounted", text, one_job)
+        text = "Runs that have not ended, or wait for a person"
+        self.queue_depth = gauge("bon_queue_depth", text, [*one_job, "state"])
+        text = "How long the run that waits longest has been due"
+        self.queue_oldest_age = gauge("bon_queue_oldest_age_seconds", text, one_job)
+        self.rescued = counter("bon_runs_rescued", "Runs released because their worker was declared dead", one_job)
+        self.fenced = counter("bon_fenced_commits", "Commits refused to an attempt without its run", one_job)
 
-        self._shaam_requests = Counter(
-            "shaam_requests", "Answers of the tax authority, by what they mean", ["result"], registry=self.registry
-        )
-        self._shaam_duration = Histogram(
-            "shaam_request_duration_seconds",
-            "From a request to its answer or time-out",
-            buckets=ANSWER_SECONDS_BUCKETS,
-            registry=self.registry,
-        )
-        self.shaam_min_ttl = Gauge(
-            "shaam_token_min_ttl_seconds",
-            "Until the first access token expires of an active business that needs no consent",
-            registry=self.registry,
-        )
-        self.shaam_needs_reauth = Gauge(
-            "shaam_needs_reauth", "Active businesses whose owner must consent again", registry=self.registry
-        )
-        self.shaam_failing = Gauge(
-            "shaam_failing", "Active businesses whose last refresh failed", registry=self.registry
-        )
+        self._email_sent = counter("email_sent", "Letters tried, by what became of them", ["status"])
+        text = "Time of one letter's conversation with the mail server, and of recording its end"
+        self._email_duration = histogram("email_send_duration_seconds", text, buckets=LETTER_SECONDS)
+        text = "Letters of the last seven days that may or may not have arrived"
+        self.email_unknown = gauge("email_unknown", text)
+
+        self.pool_connections = gauge("db_pool_connections", "Connections of the pool", ["state"])
+        self.check_status = gauge("health_check_status", "1 when the dependency is up", ["dependency"])
+        text = "Time of a dependency's check"
+        self.check_duration = histogram("health_check_duration_seconds", text, ["dependency"], buckets=PROBE_SECONDS)
+        text = "How late the event loop wakes a sleeper"
+        self.loop_lag = histogram("event_loop_lag_seconds", text, buckets=LAG_SECONDS)
+
+        text = "Answers of the tax authority, by what they mean"
+        self._shaam_requests = counter("shaam_requests", text, ["result"])
+        text = "From a request to its answer or time-out"
+        self._shaam_duration = histogram("shaam_request_duration_seconds", text, buckets=ANSWER_SECONDS)
+        text = "Until the first access token expires of an active business that needs no consent"
+        self.shaam_min_ttl = gauge("shaam_token_min_ttl_seconds", text)
+        self.shaam_needs_reauth = gauge("shaam_needs_reauth", "Active businesses whose owner must consent again")
+        self.shaam_failing = gauge("shaam_failing", "Active businesses whose last refresh failed")
 
     def shaam_answered(self, result: str, seconds: float) -> None:
         """Account for one request to the tax authority."""

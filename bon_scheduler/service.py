@@ -20,21 +20,21 @@ from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool, require_endpoints, require_schema
 from bon_scheduler.declared import JOBS, schedules_of
-from bon_scheduler.engine import Deadman, Engine, Heartbeat, Reconciler, Rehearsal, Runner
+from bon_scheduler.engine import Deadman, DryRunner, Engine, Heartbeat, Reconciler, Runner, RunnerParts
 from bon_scheduler.jobs import AnyJob, Cron
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Worker, register_worker, retire_worker
 from bon_scheduler.log import describe_error
 from bon_scheduler.mail import Mailer
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.schedule import Clocks, Triggers
-from bon_scheduler.shaam import Rotator, Shaam, TokenCipher
+from bon_scheduler.shaam import Rotator, Shaam
 
 __all__ = [
     "Machinery",
     "Serving",
+    "dry_runner",
     "machinery",
     "prepare",
-    "rehearsal",
     "serving",
 ]
 
@@ -110,17 +110,19 @@ async def machinery(
         resources = await stack.enter_async_context(_resources(settings, pool, metrics, clock, stopping))
         mailer = resources[Mailer]
         runner = Runner(
-            pool=pool,
-            control=control,
-            worker=worker,
-            resources=resources,
-            gate=mailer.gate if isinstance(mailer, Mailer) and settings.smtp_host is not None else None,
-            schedules=schedules,
-            zone=settings.bon_timezone,
-            clock=clock,
-            metrics=metrics,
-            deadman=await stack.enter_async_context(Deadman.watching(settings.deadman_urls)),
-            farewell=SERVICE_FAREWELL if serves else PERSON_FAREWELL,
+            RunnerParts(
+                pool=pool,
+                control=control,
+                worker=worker,
+                resources=resources,
+                gate=mailer.gate if isinstance(mailer, Mailer) and settings.smtp_host is not None else None,
+                schedules=schedules,
+                zone=settings.bon_timezone,
+                clock=clock,
+                metrics=metrics,
+                deadman=await stack.enter_async_context(Deadman.watching(settings.deadman_urls)),
+                farewell=SERVICE_FAREWELL if serves else PERSON_FAREWELL,
+            )
         )
         reconciler = await stack.enter_async_context(Reconciler(pool=control, runner=runner, worker=worker).running())
         by_name = {job.name: job for job in jobs}
@@ -128,15 +130,15 @@ async def machinery(
 
 
 @asynccontextmanager
-async def rehearsal(
+async def dry_runner(
     settings: Settings, *, clock: Clock | None = None, out: Path | None = None
-) -> AsyncIterator[Rehearsal]:
+) -> AsyncIterator[DryRunner]:
     """Make dry runs for the duration of the context: nothing is opened but the database, and this is no worker."""
     await require_endpoints(settings)
     async with database.open_pool(settings) as pool:
         async with pool.acquire() as connection:
             await require_schema(connection)
-        yield Rehearsal(pool, settings, clock or SystemClock(), schedules_of(settings), out)
+        yield DryRunner(pool, settings, clock or SystemClock(), schedules_of(settings), out)
 
 
 @asynccontextmanager
@@ -164,12 +166,10 @@ async def _resources(
         mailer = await stack.enter_async_context(Mailer(settings, pool, observe=metrics.letter_tried))
         resources: dict[type, object] = {Settings: settings, Shaam: shaam, Mailer: mailer}
         if settings.shaam_mode is not ShaamMode.MOCK and settings.shaam_encryption_key is not None:
-            cipher = TokenCipher(settings.shaam_encryption_key.get_secret_value())
             rotator = Rotator(
                 settings=settings,
                 pool=pool,
                 shaam=shaam,
-                cipher=cipher,
                 metrics=metrics,
                 clock=clock,
                 stopping=stopping,

@@ -45,14 +45,16 @@ async def claim(
     """Claim what there is of these jobs, by name or with what bounds them."""
     return await claims.claim(
         connection,
-        worker=worker.id,
-        host=worker.host,
-        room=room,
-        reserve=reserve,
-        wanted=[Wanted(each, room, 0, None, False) if isinstance(each, str) else each for each in wanted],
-        letters_apart=letters_apart,
-        look_at_clock=True,
-        oldest_first=oldest_first,
+        claims.Demand(
+            worker=worker.id,
+            host=worker.host,
+            room=room,
+            reserve=reserve,
+            wanted=[Wanted(each, room, 0, None, False) if isinstance(each, str) else each for each in wanted],
+            letters_apart=letters_apart,
+            look_at_clock=True,
+            oldest_first=oldest_first,
+        ),
     )
 
 

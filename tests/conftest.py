@@ -219,10 +219,12 @@ def run_job(make_settings: MakeSettings) -> RunJob:
                 parts.pool,
                 parts.runner,
                 parts.jobs,
-                job=job,
-                payload=payload if payload is not None else job.payload(),
-                fire_time=instant,
-                asked_by="a test",
+                engine.Order(
+                    job=job,
+                    payload=payload if payload is not None else job.payload(),
+                    fire_time=instant,
+                    asked_by="a test",
+                ),
                 concurrency=5,
             )
 

@@ -222,7 +222,6 @@ class Replica:
             settings=self.settings,
             pool=cast("Pool", FatedPool(self.pool, self.fate)),
             shaam=self._shaam,
-            cipher=CIPHER,
             metrics=Metrics(),
             clock=SystemClock(),
             stopping=asyncio.Event(),
@@ -230,7 +229,7 @@ class Replica:
         self._rotator.breaker.seconds = self.seconds
         if self.spool is not None:
             spool = FatedSpool(self.spool, self.fate)
-            self._rotator.keeper._spool, self._rotator._spool_id = spool, spool.id
+            self._rotator.unsaved._spool, self._rotator._spool_id = spool, spool.id
         await self._stack.enter_async_context(self._rotator.running())
 
     async def stop(self) -> None:
@@ -277,7 +276,7 @@ class Replica:
     async def offer(self) -> None:
         """Offer what this process keeps to the database."""
         assert self._rotator is not None
-        await self._rotator.keeper.offer()
+        await self._rotator.unsaved.offer()
 
     def kept(self) -> set[str]:
         """The refresh tokens in the spool, opened."""

@@ -102,19 +102,10 @@ def run_once(
     from bon_scheduler.cli import work
     from bon_scheduler.clock import SystemClock
 
+    told = work.RunOnce(name=job, payload=payload, fire_time=fire_time, send=send, dry_run=dry_run, out=out)
     _run(
         as_json,
-        lambda settings, report: work.run_once(
-            settings,
-            report,
-            SystemClock(),
-            name=job,
-            payload=payload,
-            fire_time=fire_time,
-            send=send,
-            dry_run=dry_run,
-            out=out,
-        ),
+        lambda settings, report: work.run_once(settings, report, SystemClock(), told),
     )
 
 
@@ -142,19 +133,8 @@ def enqueue(
     from bon_scheduler.cli import work
     from bon_scheduler.clock import SystemClock
 
-    _run(
-        as_json,
-        lambda settings, report: work.enqueue(
-            settings,
-            report,
-            SystemClock(),
-            name=job,
-            payload=payload,
-            key=key,
-            after=after,
-            priority=priority,
-        ),
-    )
+    told = work.Enqueue(name=job, payload=payload, key=key, after=after, priority=priority)
+    _run(as_json, lambda settings, report: work.enqueue(settings, report, SystemClock(), told))
 
 
 @app.command()
@@ -169,12 +149,8 @@ def runs(
     from bon_scheduler.cli import look
     from bon_scheduler.clock import SystemClock
 
-    _run(
-        as_json,
-        lambda settings, report: look.runs(
-            settings, report, SystemClock(), job=job, state=state, since=since, limit=limit
-        ),
-    )
+    which = look.Which(job=job, state=state, since=since, limit=limit)
+    _run(as_json, lambda settings, report: look.runs(settings, report, SystemClock(), which))
 
 
 @app.command()

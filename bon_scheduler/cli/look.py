@@ -1,6 +1,7 @@
 """Commands that read the ledger: jobs, runs, show. They change nothing."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from typing import Any, TypeAlias
@@ -24,7 +25,7 @@ from bon_scheduler.jobs import AnyJob, Exclusive
 from bon_scheduler.report import Column, Report, format_counts, format_distance, format_span
 from bon_scheduler.schedule import describe_cron, fire_times
 
-__all__ = ["jobs", "runs", "show"]
+__all__ = ["Which", "jobs", "runs", "show"]
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 NEXT_SHOWN = 3
@@ -117,24 +118,26 @@ def _limits(job: AnyJob, scheduled: bool) -> list[str]:
     ]
 
 
-async def runs(
-    settings: Settings,
-    report: Report,
-    clock: Clock,
-    *,
-    job: str | None,
-    state: str | None,
-    since: str | None,
-    limit: int,
-) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Which:
+    """Which runs `runs` was told to list, as it was typed."""
+
+    job: str | None
+    state: str | None
+    since: str | None
+    limit: int
+
+
+async def runs(settings: Settings, report: Report, clock: Clock, which: Which) -> int:
     """List runs, newest first."""
+    job, state, since = which.job, which.state, which.since
     if state is not None and state not in STATES.split(", "):
         raise UsageError(f'"{state}" is not a state. The states are: {STATES}.')
     started = clock.now() - parse_span(since) if since else None
     async with reading(settings) as connection:
         if job is not None:
             await require_known(connection, job)
-        rows = await ledger.list_runs(connection, job=job, state=state, since=started, limit=limit)
+        rows = await ledger.list_runs(connection, job=job, state=state, since=started, limit=which.limit)
         short = await shorten(connection, Kind.RUN, [row["run_id"] for row in rows])
     if report.as_json:
         report.document({"runs": rows})

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from bon_scheduler.jobs import AnyJob
 from bon_scheduler.ledger import Origin, Request
 from bon_scheduler.report import Column, Report, add_counts, format_counts
 
-__all__ = ["enqueue", "run_once", "serve"]
+__all__ = ["Enqueue", "RunOnce", "enqueue", "run_once", "serve"]
 
 log = structlog.get_logger()
 WHY_NO_LETTER = ("already_sent", "no_recipient", "refused", "unknown", "paused")
@@ -53,36 +54,37 @@ async def serve(settings: Settings, jobs: Sequence[AnyJob] = declared.JOBS) -> i
     return DONE
 
 
-async def run_once(
-    settings: Settings,
-    report: Report,
-    clock: Clock,
-    *,
-    name: str,
-    payload: str,
-    fire_time: str | None,
-    send: bool,
-    dry_run: bool,
-    out: Path | None,
-) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOnce:
+    """What `run-once` was told, as it was typed."""
+
+    name: str
+    payload: str
+    fire_time: str | None
+    send: bool
+    dry_run: bool
+    out: Path | None
+
+
+async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOnce) -> int:
     """Make one run now, or pretend to, work through what it causes, and report."""
-    job = find_job(name)
-    arguments = read_payload(payload)
-    if send:
+    job, out = find_job(told.name), told.out
+    arguments = read_payload(told.payload)
+    if told.send:
         if "send" not in job.payload.model_fields:
-            raise UsageError(f'"{name}" sends nothing by itself, so --send means nothing to it. Leave it out.')
+            raise UsageError(f'"{told.name}" sends nothing by itself, so --send means nothing to it. Leave it out.')
         arguments["send"] = True
     now = clock.now()
-    instant = parse_instant(fire_time, settings) if fire_time else now
+    instant = parse_instant(told.fire_time, settings) if told.fire_time else now
     if instant > now:
-        raise UsageError(f"--fire-time {fire_time} is in the future. Give one that has passed, or none for now.")
+        raise UsageError(f"--fire-time {told.fire_time} is in the future. Give one that has passed, or none for now.")
     typed = type_payload(job, arguments)
     letters = 0
-    if dry_run:
+    if told.dry_run:
         directory = None if out is None else make_directory("--out", out)
-        async with service.rehearsal(settings, clock=clock, out=directory) as rehearsal:
-            result = await rehearsal.run(job, typed, fire_time=instant, asked_by=person())
-        letters = rehearsal.kept.total()
+        async with service.dry_runner(settings, clock=clock, out=directory) as dry_runner:
+            result = await dry_runner.run(job, typed, fire_time=instant, asked_by=person())
+        letters = dry_runner.kept.total()
     else:
         if out is not None:
             raise UsageError(
@@ -93,10 +95,7 @@ async def run_once(
                 parts.pool,
                 parts.runner,
                 parts.jobs,
-                job=job,
-                payload=typed,
-                fire_time=instant,
-                asked_by=person(),
+                engine.Order(job=job, payload=typed, fire_time=instant, asked_by=person()),
                 concurrency=settings.worker_concurrency,
             )
     if report.as_json:
@@ -131,19 +130,21 @@ def _show_result(report: Report, result: engine.RunReport) -> None:
     report.say(f"run {result.run['run_id']}; more with: python -m bon_scheduler show {result.run['run_id']}")
 
 
-async def enqueue(
-    settings: Settings,
-    report: Report,
-    clock: Clock,
-    *,
-    name: str,
-    payload: str,
-    key: str | None,
-    after: str | None,
-    priority: int,
-) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enqueue:
+    """What `enqueue` was told, as it was typed."""
+
+    name: str
+    payload: str
+    key: str | None
+    after: str | None
+    priority: int
+
+
+async def enqueue(settings: Settings, report: Report, clock: Clock, told: Enqueue) -> int:
     """Ask for a run; say its id, or which run holds the key."""
-    arguments = read_payload(payload)
+    name, key = told.name, told.key
+    arguments = read_payload(told.payload)
     ours = {job.name: job for job in declared.JOBS}
     if name in ours:
         arguments = type_payload(ours[name], arguments).model_dump(mode="json")
@@ -151,8 +152,8 @@ async def enqueue(
         name,
         arguments,
         dedupe_key=None if key is None else read_key(key),
-        run_at=clock.now() + parse_span(after) if after else None,
-        priority=priority,
+        run_at=clock.now() + parse_span(told.after) if told.after else None,
+        priority=told.priority,
         origin=Origin.PERSON,
         asked_by=person(),
     )

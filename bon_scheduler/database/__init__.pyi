@@ -1,6 +1,7 @@
 # What other packages may use. Each name is imported when it is first asked for.
 
 from .connections import (
+    Limits as Limits,
     DatabaseUnavailableError as DatabaseUnavailableError,
     Pool as Pool,
     PoolerError as PoolerError,

@@ -10,7 +10,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 
 import asyncpg
@@ -25,6 +25,7 @@ from bon_scheduler.jobs import Connection
 __all__ = [
     "TRANSIENT_ERRORS",
     "DatabaseUnavailableError",
+    "Limits",
     "Pool",
     "PoolerError",
     "connect",
@@ -211,6 +212,16 @@ async def _pool(url: str, size: int, options: Mapping[str, Any]) -> AsyncIterato
             pool.terminate()
 
 
+class Limits(NamedTuple):
+    """How many seconds a connection may take to be made, and each of its statements."""
+
+    connect_seconds: float
+    command_seconds: float
+
+
+PATIENT = Limits(CONNECT_TIMEOUT_SECONDS, COMMAND_TIMEOUT_SECONDS)
+
+
 @asynccontextmanager
 async def connect(
     url: str,
@@ -219,8 +230,7 @@ async def connect(
     session: Mapping[str, str] | None = None,
     codecs: bool = True,
     pooled: bool = False,
-    connect_seconds: float = CONNECT_TIMEOUT_SECONDS,
-    command_seconds: float = COMMAND_TIMEOUT_SECONDS,
+    limits: Limits = PATIENT,
 ) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """
     Open one connection of its own; raises DatabaseUnavailableError.
@@ -230,8 +240,8 @@ async def connect(
     """
     with explain_unavailable(url):
         session = session or (_session(settings) if settings else None)
-        options = _options(command_seconds=command_seconds, session=session)
-        options |= {"timeout": connect_seconds, **(POOLED if pooled else {})}
+        options = _options(command_seconds=limits.command_seconds, session=session)
+        options |= {"timeout": limits.connect_seconds, **(POOLED if pooled else {})}
         connection = await asyncpg.connect(url, **options)
     try:
         _watch_peer(connection)
@@ -253,8 +263,7 @@ def connect_worker(
         settings.listen_url,
         session=_session(settings, worker),
         codecs=False,
-        connect_seconds=SERVICE_CONNECT_SECONDS,
-        command_seconds=CONTROL_TIMEOUT_SECONDS,
+        limits=Limits(SERVICE_CONNECT_SECONDS, CONTROL_TIMEOUT_SECONDS),
     )
 
 

@@ -11,7 +11,14 @@ import asyncpg
 
 from bon_scheduler.addresses import describe_database
 from bon_scheduler.config import Settings
-from bon_scheduler.database.connections import CONTROL_TIMEOUT_SECONDS, PoolerError, connect, idle_limit_ms
+from bon_scheduler.database.connections import (
+    CONNECT_TIMEOUT_SECONDS,
+    CONTROL_TIMEOUT_SECONDS,
+    Limits,
+    PoolerError,
+    connect,
+    idle_limit_ms,
+)
 from bon_scheduler.database.pooling import keeps_sessions, same_database
 
 __all__ = ["OtherDatabaseError", "require_endpoints", "require_same_database", "require_sessions"]
@@ -63,4 +70,10 @@ def _probe(
     url: str, settings: Settings | None = None
 ) -> AbstractAsyncContextManager["asyncpg.Connection[asyncpg.Record]"]:
     """Connect so that nothing stays on the server, whatever lies in between."""
-    return connect(url, settings=settings, codecs=False, pooled=True, command_seconds=CONTROL_TIMEOUT_SECONDS)
+    return connect(
+        url,
+        settings=settings,
+        codecs=False,
+        pooled=True,
+        limits=Limits(CONNECT_TIMEOUT_SECONDS, CONTROL_TIMEOUT_SECONDS),
+    )

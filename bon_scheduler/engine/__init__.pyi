@@ -7,7 +7,7 @@ from .deadman import (
     Deadman as Deadman,
 )
 from .dry_run import (
-    Rehearsal as Rehearsal,
+    DryRunner as DryRunner,
 )
 from .heartbeat import (
     Heartbeat as Heartbeat,
@@ -18,9 +18,11 @@ from .reconcile import (
 )
 from .run_once import (
     AlreadyRunningError as AlreadyRunningError,
+    Order as Order,
     RunReport as RunReport,
     run_once as run_once,
 )
 from .runner import (
     Runner as Runner,
+    RunnerParts as RunnerParts,
 )

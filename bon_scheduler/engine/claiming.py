@@ -22,7 +22,7 @@ import structlog
 from bon_scheduler import ledger
 from bon_scheduler.engine.runner import Runner
 from bon_scheduler.jobs import AnyJob
-from bon_scheduler.ledger import Claim, Claims, RunRef, Wanted
+from bon_scheduler.ledger import Claim, Claims, Demand, RunRef, Wanted
 from bon_scheduler.log import describe_error
 
 __all__ = ["CHANNEL", "Engine"]
@@ -190,14 +190,16 @@ class Engine:
             wanted.append(Wanted(name, mine, active, job.at_once, job.sends_mail))
         return await ledger.claim(
             connection,
-            worker=self._runner.worker.id,
-            host=self._runner.worker.host,
-            room=room,
-            reserve=self._reserve,
-            wanted=wanted,
-            letters_apart=self._runner.letters_apart,
-            look_at_clock=look_at_clock,
-            oldest_first=next(self._numbers) % OLDEST_FIRST_EVERY == 0,
+            Demand(
+                worker=self._runner.worker.id,
+                host=self._runner.worker.host,
+                room=room,
+                reserve=self._reserve,
+                wanted=wanted,
+                letters_apart=self._runner.letters_apart,
+                look_at_clock=look_at_clock,
+                oldest_first=next(self._numbers) % OLDEST_FIRST_EVERY == 0,
+            ),
         )
 
     def _begin(self, taken: Claim) -> None:

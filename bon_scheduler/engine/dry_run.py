@@ -30,7 +30,7 @@ from bon_scheduler.log import describe_error
 from bon_scheduler.mail import Delivery, Letter, Mailer, find_settled, is_mailbox, recipient_hash, write
 from bon_scheduler.schedule import next_fire_time
 
-__all__ = ["Rehearsal"]
+__all__ = ["DryRunner"]
 
 log = structlog.get_logger()
 SAMPLE = 20
@@ -134,7 +134,7 @@ class DryContext(AttemptContext):
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsal:
+class DryRunner:
     """What dry runs of one process share."""
 
     pool: Pool
@@ -157,9 +157,9 @@ class Rehearsal:
         while waiting:
             job_asked_for, its_payload = waiting.popleft()
             ctx = self._context(job_asked_for, self.clock.now())
-            ending = await _attempt(job_asked_for, ctx, its_payload)
+            outcome = await _attempt(job_asked_for, ctx, its_payload)
             names = ("run_id", "job", "state", "counts", "error")
-            caused.append(dict(zip(names, (None, job_asked_for.name, *ending), strict=True)))
+            caused.append(dict(zip(names, (None, job_asked_for.name, *outcome), strict=True)))
             sample += _sampled(job_asked_for, ctx, SAMPLE - len(sample))
             waiting.extend(ctx.asked_for)
         async with self.pool.acquire() as connection:

@@ -84,7 +84,7 @@ class Heartbeat:
     async def _beat(self) -> None:
         seconds = self._seconds / BEATS_A_LEASE
         wait = max(seconds, SHORTEST_WAIT_SECONDS)
-        async with database.connect(self._url, codecs=False, connect_seconds=wait, command_seconds=wait) as connection:
+        async with database.connect(self._url, codecs=False, limits=database.Limits(wait, wait)) as connection:
             while not self._stopping.is_set():
                 if not await beat(connection, self._worker.id):
                     await register_worker(connection, self._worker)

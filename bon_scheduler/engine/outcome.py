@@ -25,17 +25,17 @@ from bon_scheduler.jobs import (
 )
 from bon_scheduler.log import describe_error, where
 
-__all__ = ["Ending", "invoke", "judge"]
+__all__ = ["Outcome", "invoke", "judge"]
 
 log = structlog.get_logger()
 LARGEST_COUNT = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class Outcome:
     """How an attempt ended: its outcome, and what the run becomes."""
 
-    outcome: str
+    name: str
     """One of the ledger's outcomes of an attempt, or `dead`: a failure that no other attempt may mend."""
     counts: Counts = field(default_factory=dict)
     error: str | None = None
@@ -79,19 +79,19 @@ def _are_counts(result: object) -> bool:
     )
 
 
-def judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> Ending:
+def judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> Outcome:
     """Return what a handler's own end means for the run; `wait` is its policy's."""
     error = handler.exception()
     if error is None:
-        return Ending("succeeded", handler.result())
+        return Outcome("succeeded", handler.result())
     if isinstance(error, LostRunError):
-        return Ending("lost", error=str(error))
+        return Outcome("lost", error=str(error))
     if isinstance(error, NotNowError):
-        return Ending("given_back", error=describe_error(error), wait=error.after)
+        return Outcome("given_back", error=describe_error(error), wait=error.after)
     if isinstance(error, NeverRetryError):
-        return Ending("dead", error=describe_error(error))
+        return Outcome("dead", error=describe_error(error))
     if isinstance(error, RetryLaterError):
-        return Ending("failed", error=describe_error(error), wait=None if wait is None else error.after)
+        return Outcome("failed", error=describe_error(error), wait=None if wait is None else error.after)
     text = str(error) if isinstance(error, _EscapedError) else _explain(error)
     log.warning("handler.raised", error=text, where=where(error))
-    return Ending("failed", error=text, wait=wait)
+    return Outcome("failed", error=text, wait=wait)

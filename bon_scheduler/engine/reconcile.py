@@ -19,7 +19,7 @@ from bon_scheduler import ledger, mail
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool
 from bon_scheduler.engine.runner import Runner
 from bon_scheduler.jobs import Connection
-from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Watch, Worker, declare_dead, make_overtaken_ready, signs_of_life
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Watch, Worker, declare_dead, last_beats, make_overtaken_ready
 from bon_scheduler.log import describe_error
 
 __all__ = ["Reconciler", "pass_seconds"]
@@ -114,10 +114,10 @@ class Reconciler:
 
     async def _release(self, connection: Connection) -> None:
         async with connection.transaction():
-            silent = self._watch.silent(await signs_of_life(connection))
+            silent = self._watch.silent(await last_beats(connection))
             dead = await declare_dead(connection, silent) if silent else []
             released = await ledger.release_lost(connection)
-            unanswered = await mail.give_up_forsaken(connection)
+            unanswered = await mail.give_up_unanswered(connection)
         for worker in dead:
             log.warning("worker.taken_for_dead", worker=str(worker.id), host=worker.host, pid=worker.pid)
         for run in released:

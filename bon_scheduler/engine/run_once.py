@@ -20,7 +20,7 @@ from bon_scheduler.engine.runner import Runner, to_its_end
 from bon_scheduler.jobs import AnyJob, Connection, Payload, Retry
 from bon_scheduler.ledger import OPEN_STATES, Action, Claim, Foreground, Row, RunRef, Verdict
 
-__all__ = ["AlreadyRunningError", "RunReport", "run_once"]
+__all__ = ["AlreadyRunningError", "Order", "RunReport", "run_once"]
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -67,18 +67,26 @@ class RunReport:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A run that a person asks for in the foreground."""
+
+    job: AnyJob
+    payload: Payload
+    fire_time: datetime
+    asked_by: str
+
+
 async def run_once(
     pool: Pool,
     runner: Runner,
     jobs: Mapping[str, AnyJob],
+    order: Order,
     *,
-    job: AnyJob,
-    payload: Payload,
-    fire_time: datetime,
-    asked_by: str,
     concurrency: int,
 ) -> RunReport:
-    """Make one attempt at a new run of `job`, work through what it causes, and report when all has ended."""
+    """Make one attempt at a new run, work through what it causes, and report when all has ended."""
+    job, asked_by = order.job, order.asked_by
 
     async def cancel(connection: Connection, ref: RunRef) -> None:
         # Never given back: a person who interrupts does not want another replica to go on with it.
@@ -88,7 +96,7 @@ async def run_once(
 
     async def ask() -> Foreground:
         async with pool.acquire() as connection:
-            return await runner.claim_new(connection, job, payload, fire_time=fire_time, asked_by=asked_by)
+            return await runner.claim_new(connection, job, order.payload, fire_time=order.fire_time, asked_by=asked_by)
 
     async def undo(answer: Foreground) -> None:
         if answer.claim is not None:

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypeAlias
@@ -26,7 +26,7 @@ from bon_scheduler.clock import Clock
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool
 from bon_scheduler.engine.context import AttemptContext
 from bon_scheduler.engine.deadman import Deadman
-from bon_scheduler.engine.outcome import Ending, invoke, judge
+from bon_scheduler.engine.outcome import Outcome, invoke, judge
 from bon_scheduler.engine.recorder import Recorder
 from bon_scheduler.jobs import AnyJob, Connection, Counts, Cron, LostRunError, Payload, Retry, explain_payload
 from bon_scheduler.ledger import Claim, Claimant, Foreground, Origin, Released, RunRef, UnreadableRunError, Worker
@@ -35,7 +35,7 @@ from bon_scheduler.mail import MailGate
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.schedule import next_fire_time
 
-__all__ = ["Runner", "to_its_end"]
+__all__ = ["Runner", "RunnerParts", "to_its_end"]
 
 Leave: TypeAlias = Callable[[Connection, RunRef], Awaitable[object]]
 """What becomes of a run whose attempt is cut short because its process stops."""
@@ -53,41 +53,41 @@ async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
     task.result()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerParts:
+    """What a runner needs of its process."""
+
+    pool: Pool
+    """For handlers."""
+    control: Pool
+    """For the ledger."""
+    worker: Worker
+    resources: Mapping[type, object]
+    """What handlers get, by type."""
+    gate: MailGate | None
+    """None while letters are only logged."""
+    schedules: Mapping[str, Cron]
+    zone: ZoneInfo
+    clock: Clock
+    metrics: Metrics
+    deadman: Deadman
+    farewell: timedelta
+    """How long a handler may take to end when this process is stopping."""
+
+
 class Runner:
     """
     Makes attempts for one worker; safe to call concurrently.
 
-    `farewell` is how long a handler may take to end when this process is stopping. Whoever claims holds `claiming`
+    Whoever claims holds `claiming`
     until the answer is registered, so that nobody takes a run for one that this process knows nothing of.
     """
 
-    def __init__(
-        self,
-        *,
-        pool: Pool,
-        control: Pool,
-        worker: Worker,
-        resources: Mapping[type, object],
-        gate: MailGate | None,
-        schedules: Mapping[str, Cron],
-        zone: ZoneInfo,
-        clock: Clock,
-        metrics: Metrics,
-        deadman: Deadman,
-        farewell: timedelta,
-    ) -> None:
+    def __init__(self, parts: RunnerParts) -> None:
         self.claiming = asyncio.Lock()
-        self.worker = worker
-        self._pool = pool
-        self._recorder = Recorder(control)
-        self._resources = resources
-        self._gate = gate
-        self._schedules = schedules
-        self._zone = zone
-        self._clock = clock
-        self._metrics = metrics
-        self._deadman = deadman
-        self._farewell = farewell
+        self.worker = parts.worker
+        self._parts = parts
+        self._recorder = Recorder(parts.control)
         self._under_way: dict[RunRef, asyncio.Future[None]] = {}
         self._unrecorded: set[RunRef] = set()
         self._abandoned: set[asyncio.Task[Counts]] = set()
@@ -95,7 +95,7 @@ class Runner:
     @property
     def letters_apart(self) -> timedelta | None:
         """The time between two letters of all replicas; None while letters are only logged."""
-        return self._gate.apart if self._gate else None
+        return self._parts.gate.apart if self._parts.gate else None
 
     @property
     def under_way(self) -> frozenset[RunRef]:
@@ -181,8 +181,8 @@ class Runner:
         `handled` is called once, when its handler has ended.
         """
         run_id = claim.ref.run_id
-        if self._gate is not None and claim.mail_slot is not None:
-            self._gate.admit(run_id, claim.mail_slot)
+        if self._parts.gate is not None and claim.mail_slot is not None:
+            self._parts.gate.admit(run_id, claim.mail_slot)
         try:
             return await self._execute(job, claim, retry, leave, handled)
         except Exception:
@@ -194,28 +194,28 @@ class Runner:
                 self.forget(claim.ref)
             else:
                 pending.add_done_callback(lambda _: self.forget(claim.ref))
-            if self._gate is not None and claim.mail_slot is not None:
-                await self._gate.dismiss(run_id)
+            if self._parts.gate is not None and claim.mail_slot is not None:
+                await self._parts.gate.dismiss(run_id)
 
     async def give_back(self, taken: Iterable[Claim]) -> None:
         """Give back runs whose attempts have not begun, and the places of their letters."""
         for claim in taken:
             await self._recorder.write(claim.ref, partial(ledger.give_back, ref=claim.ref))
             self.forget(claim.ref)
-            if self._gate is not None and claim.mail_slot is not None:
-                self._gate.admit(claim.ref.run_id, claim.mail_slot)
-                await self._gate.dismiss(claim.ref.run_id)
+            if self._parts.gate is not None and claim.mail_slot is not None:
+                self._parts.gate.admit(claim.ref.run_id, claim.mail_slot)
+                await self._parts.gate.dismiss(claim.ref.run_id)
 
     def report_released(self, run: Released) -> None:
         """Report a run that a dead worker had, and that this process has released."""
         if run.state != "dead":
             log.warning("run.rescued", job=run.job, run_id=str(run.run_id), attempt=run.attempt)
-            self._metrics.rescued.labels(run.job).inc()
+            self._parts.metrics.rescued.labels(run.job).inc()
             return
         error = "its worker died in every attempt"
         log.error("run.ended", job=run.job, run_id=str(run.run_id), attempt=run.attempt, outcome="dead", error=error)
-        self._metrics.attempt_ended(run.job, "dead", 0.0, {}, self._clock.now())
-        self._deadman.ended(run.job, "dead")
+        self._parts.metrics.attempt_ended(run.job, "dead", 0.0, {}, self._parts.clock.now())
+        self._parts.deadman.ended(run.job, "dead")
 
     async def _execute(self, job: AnyJob, claim: Claim, retry: Retry, leave: Leave, handled: Callable[[], None]) -> str:
         with bound_contextvars(job=job.name, run_id=str(claim.ref.run_id), attempt=claim.ref.attempt):
@@ -223,16 +223,16 @@ class Runner:
             ctx = self._context(job, claim)
             with bound_contextvars(fire_time=ctx.fire_time.isoformat()):
                 log.info("run.started", origin=claim.origin)
-                self._deadman.started(job.name)
+                self._parts.deadman.started(job.name)
                 if claim.origin is Origin.SCHEDULE and ctx.attempt == 1:
                     lateness = ctx.now - ctx.fire_time
-                    self._metrics.tick_lateness.labels(job.name).observe(max(0.0, lateness.total_seconds()))
+                    self._parts.metrics.tick_lateness.labels(job.name).observe(max(0.0, lateness.total_seconds()))
                 try:
-                    ending = await self._call(job, claim, ctx, retry, leave)
+                    outcome = await self._call(job, claim, ctx, retry, leave)
                 finally:
                     handled()
-                state = await self._settle(ctx, ending)
-                self._report(job, state, ending, time.perf_counter() - started)
+                state = await self._settle(ctx, outcome)
+                self._report(job, state, outcome, time.perf_counter() - started)
                 return state
 
     async def settled(self) -> None:
@@ -240,29 +240,29 @@ class Runner:
         await self._recorder.settled()
 
     def _context(self, job: AnyJob, claim: Claim) -> AttemptContext:
-        now = self._clock.now()
-        cron = self._schedules.get(job.name)
+        now = self._parts.clock.now()
+        cron = self._parts.schedules.get(job.name)
         return AttemptContext(
             ref=claim.ref,
             job_name=job.name,
             fire_time=_readable_fire_time(claim) or now,
             now=now,
-            next_fire_time=next_fire_time(cron.expression, self._zone, now) if cron else None,
+            next_fire_time=next_fire_time(cron.expression, self._parts.zone, now) if cron else None,
             replay=claim.origin is Origin.PERSON and claim.fire_time_text is not None,
             retried=claim.retried,
-            zone=self._zone,
-            pool=self._pool,
-            resources=self._resources,
+            zone=self._parts.zone,
+            pool=self._parts.pool,
+            resources=self._parts.resources,
         )
 
-    async def _call(self, job: AnyJob, claim: Claim, ctx: AttemptContext, retry: Retry, leave: Leave) -> Ending:
+    async def _call(self, job: AnyJob, claim: Claim, ctx: AttemptContext, retry: Retry, leave: Leave) -> Outcome:
         try:
             _ = claim.fire_time
             payload: Payload = job.payload.model_validate(claim.payload)
         except ValidationError as error:
-            return Ending("dead", error=explain_payload(job, error))
+            return Outcome("dead", error=explain_payload(job, error))
         except UnreadableRunError as error:
-            return Ending("dead", error=str(error))
+            return Outcome("dead", error=str(error))
         handler = asyncio.create_task(invoke(job, ctx, payload), name=f"{job.name} {ctx.run_id}/{ctx.attempt}")
         try:
             stopped = await self._watch(job, ctx, handler)
@@ -275,20 +275,20 @@ class Runner:
             return replace(stopped, wait=wait)
         return judge(handler, wait)
 
-    async def _watch(self, job: AnyJob, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> Ending | None:
+    async def _watch(self, job: AnyJob, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> Outcome | None:
         """Wait for the handler, and stop it when its time is over or its run is lost; then say why."""
         dropped = self._under_way[ctx.ref]
         either: set[asyncio.Future[Any]] = {handler, dropped}
         await asyncio.wait(either, timeout=job.timeout.total_seconds(), return_when=asyncio.FIRST_COMPLETED)
         if handler.done():
             return None
-        ending = (
-            Ending("lost", error="another attempt owns the run")
+        outcome = (
+            Outcome("lost", error="another attempt owns the run")
             if dropped.done()
-            else Ending("timed_out", error=f"timed out after {job.timeout}")
+            else Outcome("timed_out", error=f"timed out after {job.timeout}")
         )
         await self._stop(ctx, handler, DEADLINE_GRACE_SECONDS)
-        return ending
+        return outcome
 
     async def _stop(self, ctx: AttemptContext, handler: asyncio.Task[Counts], grace_seconds: float) -> None:
         """Cancel a handler; abandon it, its transactions cut, when it has not ended after the grace."""
@@ -309,63 +309,63 @@ class Runner:
     async def _leave(self, ctx: AttemptContext, handler: asyncio.Task[Counts], leave: Leave) -> None:
         """Stop the handler and let go of the run, because this process is stopping."""
         if not handler.done():
-            await self._stop(ctx, handler, self._farewell.total_seconds())
+            await self._stop(ctx, handler, self._parts.farewell.total_seconds())
         if ctx.ended is None:
             await self._recorder.write(ctx.ref, lambda connection: leave(connection, ctx.ref))
         log.info("run.left" if ctx.ended is None else "run.ended", outcome=ctx.ended)
 
-    async def _settle(self, ctx: AttemptContext, ending: Ending) -> str:
+    async def _settle(self, ctx: AttemptContext, outcome: Outcome) -> str:
         """Record how the attempt ended; return the run's state, or how the run was lost."""
         if ctx.ended is not None:
-            if ending.outcome != "succeeded":
-                log.error("handler.raised_after_finish", error=ending.error)
+            if outcome.name != "succeeded":
+                log.error("handler.raised_after_finish", error=outcome.error)
             return ctx.ended
         try:
-            return await self._settle_as(ctx, ending)
+            return await self._settle_as(ctx, outcome)
         except TRANSIENT_ERRORS:
             raise
         except Exception as error:  # noqa: BLE001 - whatever the database refuses, it is not tried for ever
-            log.error("attempt.unrecordable", outcome=ending.outcome, error=describe_error(error))  # noqa: TRY400
-            why = f"how it ended ({ending.outcome}) cannot be recorded: {type(error).__name__}"
-            return await self._settle_as(ctx, Ending("dead", error=why))
+            log.error("attempt.unrecordable", outcome=outcome.name, error=describe_error(error))  # noqa: TRY400
+            why = f"how it ended ({outcome.name}) cannot be recorded: {type(error).__name__}"
+            return await self._settle_as(ctx, Outcome("dead", error=why))
 
-    async def _settle_as(self, ctx: AttemptContext, ending: Ending) -> str:
+    async def _settle_as(self, ctx: AttemptContext, outcome: Outcome) -> str:
         try:
-            if ending.outcome == "succeeded":
-                return await self._recorder.finish(ctx.ref, ending.counts)
-            error, wait = ending.error or "", ending.wait
-            if ending.outcome == "given_back":
+            if outcome.name == "succeeded":
+                return await self._recorder.finish(ctx.ref, outcome.counts)
+            error, wait = outcome.error or "", outcome.wait
+            if outcome.name == "given_back":
                 give_back = partial(ledger.give_back, ref=ctx.ref, wait=wait, why=error)
                 if await self._recorder.write(ctx.ref, give_back):
-                    return ending.outcome
-            elif ending.outcome != "lost":
-                fail = partial(ledger.fail, ref=ctx.ref, outcome=ending.outcome, error=error, wait=wait)
+                    return outcome.name
+            elif outcome.name != "lost":
+                fail = partial(ledger.fail, ref=ctx.ref, outcome=outcome.name, error=error, wait=wait)
                 return await self._recorder.write(ctx.ref, fail)
         except LostRunError:
             pass
         lose = partial(ledger.lose, ref=ctx.ref, error="another attempt owns the run")
-        outcome = await self._recorder.write(ctx.ref, lose)
-        if outcome == ending.outcome and outcome not in {"succeeded", "lost"}:
+        recorded = await self._recorder.write(ctx.ref, lose)
+        if recorded == outcome.name and recorded not in {"succeeded", "lost"}:
             # The first try at recording a failure took effect, and only its answer was lost.
-            return outcome if outcome == "given_back" else "dead" if ending.wait is None else "retrying"
-        if outcome == "lost":
-            self._metrics.fenced.labels(ctx.job_name).inc()
-        return outcome
+            return recorded if recorded == "given_back" else "dead" if outcome.wait is None else "retrying"
+        if recorded == "lost":
+            self._parts.metrics.fenced.labels(ctx.job_name).inc()
+        return recorded
 
-    def _report(self, job: AnyJob, state: str, ending: Ending, seconds: float) -> None:
-        retry_in = round(ending.wait.total_seconds(), 1) if ending.wait else None
+    def _report(self, job: AnyJob, state: str, outcome: Outcome, seconds: float) -> None:
+        retry_in = round(outcome.wait.total_seconds(), 1) if outcome.wait else None
         if state == "given_back":
             # Not a warning for each: whoever knows what is lacking says it once.
-            log.info("run.given_back", error=ending.error, retry_in_seconds=retry_in)
+            log.info("run.given_back", error=outcome.error, retry_in_seconds=retry_in)
             return
-        fields = {"outcome": state, "duration_ms": round(seconds * 1000), "counts": dict(ending.counts)}
+        fields = {"outcome": state, "duration_ms": round(seconds * 1000), "counts": dict(outcome.counts)}
         if state in {"succeeded", "partial", "cancelled"}:
             log.info("run.ended", **fields)
         else:
             level = log.error if state == "dead" else log.warning
-            level("run.ended", **fields, error=ending.error, retry_in_seconds=retry_in)
-        self._metrics.attempt_ended(job.name, state, seconds, ending.counts, self._clock.now())
-        self._deadman.ended(job.name, state)
+            level("run.ended", **fields, error=outcome.error, retry_in_seconds=retry_in)
+        self._parts.metrics.attempt_ended(job.name, state, seconds, outcome.counts, self._parts.clock.now())
+        self._parts.deadman.ended(job.name, state)
 
 
 def _readable_fire_time(claim: Claim) -> datetime | None:

@@ -31,6 +31,7 @@ from .claims import (
     Claim as Claim,
     Claimant as Claimant,
     Claims as Claims,
+    Demand as Demand,
     Foreground as Foreground,
     MailSlot as MailSlot,
     UnreadableRunError as UnreadableRunError,
@@ -93,5 +94,5 @@ from .workers import (
     declare_dead as declare_dead,
     register_worker as register_worker,
     retire_worker as retire_worker,
-    signs_of_life as signs_of_life,
+    last_beats as last_beats,
 )

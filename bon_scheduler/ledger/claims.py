@@ -24,6 +24,7 @@ __all__ = [
     "Claim",
     "Claimant",
     "Claims",
+    "Demand",
     "Foreground",
     "MailSlot",
     "UnreadableRunError",
@@ -179,35 +180,38 @@ def _claim(row: asyncpg.Record, worker: UUID) -> Claim:
     )
 
 
-async def claim(
-    connection: Connection,
-    *,
-    worker: UUID,
-    host: str,
-    room: int,
-    reserve: int,
-    wanted: Sequence[Wanted],
-    letters_apart: timedelta | None,
-    look_at_clock: bool,
-    oldest_first: bool,
-) -> Claims:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What a worker has room for; see the SQL function `claim`."""
+
+    worker: UUID
+    host: str
+    room: int
+    reserve: int
+    wanted: Sequence[Wanted]
+    letters_apart: timedelta | None
+    look_at_clock: bool
+    oldest_first: bool
+
+
+async def claim(connection: Connection, demand: Demand) -> Claims:
     """Take waiting runs for a worker, counting their attempts from now; see the SQL function `claim`."""
     rows = await connection.fetch(
         CLAIM,
-        worker,
-        host,
-        room,
-        reserve,
-        [w.job for w in wanted],
-        [w.room for w in wanted],
-        [w.active for w in wanted],
-        [w.total for w in wanted],
-        [w.sends_mail for w in wanted],
-        letters_apart,
-        look_at_clock,
-        oldest_first,
+        demand.worker,
+        demand.host,
+        demand.room,
+        demand.reserve,
+        [w.job for w in demand.wanted],
+        [w.room for w in demand.wanted],
+        [w.active for w in demand.wanted],
+        [w.total for w in demand.wanted],
+        [w.sends_mail for w in demand.wanted],
+        demand.letters_apart,
+        demand.look_at_clock,
+        demand.oldest_first,
     )
-    taken = [_claim(row, worker) for row in rows if row["run_id"] is not None]
+    taken = [_claim(row, demand.worker) for row in rows if row["run_id"] is not None]
     return Claims(taken, rows[0]["wait"], rows[0]["listens"] is not False)
 
 

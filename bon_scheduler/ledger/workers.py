@@ -1,9 +1,9 @@
 """
 This process as a worker, and which of the others are silent.
 
-A worker's row holds its last word, another with each beat (`heartbeat`). Nobody is judged by a clock that can be set,
-the database's least of all: `Watch` keeps for how long a process has seen the same word, by its own clock since boot.
-A worker that is silent for a lease is declared dead: it loses its word and, in the same transaction, its runs.
+A worker's row holds a random id that each heartbeat replaces. Nobody is judged by a clock that can be set, least of
+all the database's: `Watch` keeps for how long a process has seen the same id, by its own clock since boot. A worker
+that is silent for a lease is declared dead: it loses that id and, in the same transaction, its runs.
 """
 
 import os
@@ -18,7 +18,7 @@ from bon_scheduler.clock import seconds_since_boot
 from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
 
-__all__ = ["Sign", "Watch", "Worker", "beat", "declare_dead", "register_worker", "retire_worker", "signs_of_life"]
+__all__ = ["LastBeat", "Watch", "Worker", "beat", "declare_dead", "last_beats", "register_worker", "retire_worker"]
 
 # $1 worker, $2 host, $3 process id, $4 version, $5 whether it is a `serve`: boolean, $6 lease: interval.
 REGISTER_WORKER = """
@@ -37,8 +37,8 @@ RETIRE_WORKER = """
     delete from bon_scheduler.workers
      where id = $1 or (last_word is null and seen_at < clock_timestamp() - interval '1 day')
 """
-SIGNS_OF_LIFE = "select id as worker, last_word as word, lease from bon_scheduler.workers where last_word is not null"
-# $1 last words: uuid[]; see the SQL functions.
+LAST_BEATS = "select id as worker, last_word as id, lease from bon_scheduler.workers where last_word is not null"
+# $1 last beats: uuid[]; see the SQL functions.
 DECLARE_DEAD = "select id, host, pid from bon_scheduler.declare_dead($1)"
 
 
@@ -57,11 +57,12 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
-class Sign:
-    """The last that was heard of a worker."""
+class LastBeat:
+    """The last heartbeat of a worker."""
 
     worker: UUID
-    word: UUID
+    id: UUID
+    """Another with each heartbeat."""
     lease: timedelta
 
 
@@ -86,7 +87,7 @@ class Watch:
         self._worker = worker
         self._elapsed = elapsed
         self._heard: dict[UUID, float] = {}
-        self._own_word: UUID | None = None
+        self._own_beat: UUID | None = None
         self._spoke = self._looked = self._began = elapsed()
 
     @property
@@ -94,22 +95,22 @@ class Watch:
         """Whether it has watched for a lease without a break."""
         return self._elapsed() - self._began >= self._worker.lease.total_seconds()
 
-    def silent(self, signs: Iterable[Sign]) -> list[UUID]:
-        """Note what is heard now of all workers; return the last words of those that are silent."""
+    def silent(self, beats: Iterable[LastBeat]) -> list[UUID]:
+        """Note what is heard now of all workers; return the last beats of those that are silent."""
         now, half = self._elapsed(), self._worker.lease.total_seconds() / 2
-        words = {sign.worker: sign for sign in signs}
-        own = words.pop(self._worker.id, None)
-        if own is not None and own.word != self._own_word:
-            self._own_word, self._spoke = own.word, now
+        by_worker = {each.worker: each for each in beats}
+        own = by_worker.pop(self._worker.id, None)
+        if own is not None and own.id != self._own_beat:
+            self._own_beat, self._spoke = own.id, now
         if max(now - self._looked, now - self._spoke) > half:
             self._began = now
             self._heard.clear()
         self._looked = now
-        self._heard = {sign.word: self._heard.get(sign.word, now) for sign in words.values()}
+        self._heard = {each.id: self._heard.get(each.id, now) for each in by_worker.values()}
         return [
-            sign.word
-            for sign in words.values()
-            if now - self._heard[sign.word] >= max(sign.lease, self._worker.lease).total_seconds()
+            each.id
+            for each in by_worker.values()
+            if now - self._heard[each.id] >= max(each.lease, self._worker.lease).total_seconds()
         ]
 
 
@@ -124,14 +125,14 @@ async def beat(connection: Connection, worker: UUID) -> bool:
     return await connection.fetchval(BEAT, worker) is not None
 
 
-async def signs_of_life(connection: Connection) -> list[Sign]:
-    """Return the last word of each worker that is not taken for dead."""
-    return [Sign(*row) for row in await connection.fetch(SIGNS_OF_LIFE, timeout=CALL_TIMEOUT_SECONDS)]
+async def last_beats(connection: Connection) -> list[LastBeat]:
+    """Return the last heartbeat of each worker that is not taken for dead."""
+    return [LastBeat(*row) for row in await connection.fetch(LAST_BEATS, timeout=CALL_TIMEOUT_SECONDS)]
 
 
-async def declare_dead(connection: Connection, last_words: Collection[UUID]) -> list[DeadWorker]:
-    """Declare those dead whose last word it still is; return them."""
-    rows = await connection.fetch(DECLARE_DEAD, list(last_words), timeout=CALL_TIMEOUT_SECONDS)
+async def declare_dead(connection: Connection, beats: Collection[UUID]) -> list[DeadWorker]:
+    """Declare those dead of whom these are still the last heartbeats; return them."""
+    rows = await connection.fetch(DECLARE_DEAD, list(beats), timeout=CALL_TIMEOUT_SECONDS)
     return [DeadWorker(*row) for row in rows]
 
 

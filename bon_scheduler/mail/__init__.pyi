@@ -4,7 +4,7 @@ from .deliveries import (
     NotUncertainError as NotUncertainError,
     count_unknown as count_unknown,
     deliveries_of as deliveries_of,
-    give_up_forsaken as give_up_forsaken,
+    give_up_unanswered as give_up_unanswered,
     release as release,
     some_unknown as some_unknown,
 )

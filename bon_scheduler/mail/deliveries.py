@@ -20,7 +20,7 @@ __all__ = [
     "Uncertain",
     "count_unknown",
     "deliveries_of",
-    "give_up_forsaken",
+    "give_up_unanswered",
     "release",
     "some_unknown",
 ]
@@ -31,7 +31,7 @@ RECENT = timedelta(days=7)
 # An intention whose attempt is over can no longer be answered; mail.GIVE_UP does the same for one letter, when
 # somebody comes across it first. If an answer is recorded after all, it settles the row.
 # Indexes: deliveries_uncertain, runs_pkey.
-GIVE_UP_FORSAKEN = """
+GIVE_UP_UNANSWERED = """
     update bon_scheduler.deliveries d
        set state = 'unknown', reply = 'the attempt ended before the answer was recorded', settled_at = now()
      where d.state = 'intended'
@@ -104,9 +104,9 @@ class Uncertain:
     as_of: date
 
 
-async def give_up_forsaken(connection: Connection) -> list[Uncertain]:
+async def give_up_unanswered(connection: Connection) -> list[Uncertain]:
     """Mark as `unknown` what no attempt of a living worker is sending any more; return those letters."""
-    rows = await connection.fetch(GIVE_UP_FORSAKEN, timeout=CALL_TIMEOUT_SECONDS)
+    rows = await connection.fetch(GIVE_UP_UNANSWERED, timeout=CALL_TIMEOUT_SECONDS)
     return [Uncertain(*row) for row in rows]
 
 

@@ -23,7 +23,7 @@ from bon_scheduler.jobs import Connection, NotNowError
 from bon_scheduler.ledger import MailSlot
 from bon_scheduler.log import describe_error
 
-__all__ = ["GateState", "MailGate", "MailUnavailableError", "Passage", "gate_state"]
+__all__ = ["GateState", "MailGate", "MailUnavailableError", "Slot", "gate_state"]
 
 log = structlog.get_logger()
 
@@ -50,7 +50,7 @@ class MailUnavailableError(NotNowError):
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
+class Slot:
     """The leave to send one letter now."""
 
     trial: bool
@@ -79,12 +79,12 @@ class MailGate:
     def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]", *, rate_per_second: float) -> None:
         self.apart = timedelta(seconds=1 / rate_per_second)
         self._pool = pool
-        self._admitted: dict[UUID, tuple[float, Passage]] = {}
+        self._admitted: dict[UUID, tuple[float, Slot]] = {}
 
     def admit(self, run_id: UUID, slot: MailSlot) -> None:
         """Note the place of the run's first letter, which came with its claim just now."""
         opens = asyncio.get_running_loop().time() + slot.wait.total_seconds()
-        self._admitted[run_id] = (opens, Passage(slot.trial, slot.after_failures))
+        self._admitted[run_id] = (opens, Slot(slot.trial, slot.after_failures))
 
     async def dismiss(self, run_id: UUID) -> None:
         """Give back the run's place, if it sent no letter: the next may go at once, and a trial is anybody's."""
@@ -96,36 +96,36 @@ class MailGate:
         except TRANSIENT_ERRORS as error:
             log.info("mail.slot_not_returned", error=describe_error(error))  # it is lost: a letter's time, or a trial's
 
-    async def pass_through(self, run_id: UUID | None = None) -> Passage:
+    async def pass_through(self, run_id: UUID | None = None) -> Slot:
         """
         Wait for this letter's turn: the one its run came with, or another. Raises MailUnavailableError while the
         server is away, and NotNowError while more letters wait than the rate lets go in two minutes.
         """
         admitted = self._admitted.pop(run_id, None) if run_id else None
         if admitted is not None:
-            opens, passage = admitted
+            opens, slot = admitted
             await asyncio.sleep(opens - asyncio.get_running_loop().time())
-            return passage
+            return slot
         gate = await self._pool.fetchrow(TAKE_TURN, self.apart, TRIAL)
         if gate is None:
             raise LookupError("pass_mail_gate always returns one row")
         if gate["verdict"] == "closed":
             raise _full() if gate["trouble"] is None else _unavailable(gate["trouble"], gate["wait"])
         await asyncio.sleep(gate["wait"].total_seconds())
-        return Passage(gate["verdict"] == "trial", gate["failures"] > 0)
+        return Slot(gate["verdict"] == "trial", gate["failures"] > 0)
 
-    async def report_away(self, passage: Passage, trouble: str) -> MailUnavailableError:
+    async def report_away(self, slot: Slot, trouble: str) -> MailUnavailableError:
         """Report that the server was away for a letter; return what to raise. `trouble` names no address."""
-        closing = await self._pool.fetchval(CLOSE_GATE, trouble, passage.trial, TOLERATED, FIRST_WAIT, LONGEST_WAIT)
+        closing = await self._pool.fetchval(CLOSE_GATE, trouble, slot.trial, TOLERATED, FIRST_WAIT, LONGEST_WAIT)
         if closing:
             log.error("mail.unavailable", reply=trouble)
-        elif passage.trial:
+        elif slot.trial:
             log.info("mail.still_unavailable", reply=trouble)
         return _unavailable(trouble, FIRST_WAIT)
 
-    async def report_back(self, passage: Passage) -> None:
+    async def report_back(self, slot: Slot) -> None:
         """Report that the server took part in a conversation to its end."""
-        if not (passage.after_failures or passage.trial):
+        if not (slot.after_failures or slot.trial):
             return
         since = await self._pool.fetchval(OPEN_GATE)
         if since is not None:

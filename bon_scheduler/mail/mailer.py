@@ -36,7 +36,7 @@ from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings
 from bon_scheduler.database import TRANSIENT_ERRORS
 from bon_scheduler.jobs import NeverRetryError, Retry, RetryLaterError
-from bon_scheduler.mail.gate import MailGate, MailUnavailableError, Passage
+from bon_scheduler.mail.gate import MailGate, MailUnavailableError, Slot
 from bon_scheduler.mail.message import Letter, Written, is_mailbox, message_id, recipient_hash, write
 from bon_scheduler.mail.replies import CLOSING, Answer, Delivery, clean_reply, judge
 from bon_scheduler.mail.smtp import SMTP_TIMEOUT, Line, NotConnectedError, SmtpConnections
@@ -206,7 +206,7 @@ class Mailer:
             return settled  # BEFORE the gate: it takes nobody's turn
         # What is no address is refused without the server, and says nothing about it.
         written = await self._write(letter) if is_mailbox(letter.recipient) else None
-        passage = await self.gate.pass_through(run_id) if written else None
+        slot = await self.gate.pass_through(run_id) if written else None
         claim = await self._claim(letter, run_id, attempt)
         if isinstance(claim, Delivery):
             return claim
@@ -214,8 +214,8 @@ class Mailer:
         answer = await self._send_whole(letter, written, claim)
         self._observe(answer.delivery or DEFERRED, time.perf_counter() - started)
         events = events.bind(delivery_id=str(claim.id), reply=answer.reply)
-        if passage is not None:
-            await self._tell_gate(passage, answer)
+        if slot is not None:
+            await self._tell_gate(slot, answer)
         if answer.delivery is None:
             events.info("delivery.deferred")
             raise LetterDeferredError(
@@ -240,12 +240,12 @@ class Mailer:
                 "forgotten, so it is not sent again."
             )
 
-    async def _tell_gate(self, passage: Passage, answer: Answer) -> None:
+    async def _tell_gate(self, slot: Slot, answer: Answer) -> None:
         """Raise MailUnavailableError where the server was the trouble."""
         if answer.away:
-            raise await self.gate.report_away(passage, answer.reply)
+            raise await self.gate.report_away(slot, answer.reply)
         if answer.delivery is not Delivery.UNKNOWN:
-            await self.gate.report_back(passage)
+            await self.gate.report_back(slot)
 
     async def _claim(self, letter: Letter, run_id: UUID, attempt: int) -> _Intention | Delivery:
         """Commit the intention to send, or find out what became of an earlier one."""

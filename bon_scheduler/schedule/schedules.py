@@ -8,6 +8,7 @@ nothing; after a rollback, when the newer ones are gone, it becomes the one that
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -18,7 +19,7 @@ from bon_scheduler.jobs import CatchUp, Connection, Cron
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
 from bon_scheduler.schedule.timing import Period
 
-__all__ = ["declare", "read_histories"]
+__all__ = ["Declaration", "declare", "read_histories"]
 
 log = structlog.get_logger()
 
@@ -64,30 +65,40 @@ HISTORIES = """
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """The schedules of one worker's version."""
+
+    schedules: Mapping[str, Cron | None]
+    """Every job of this version, None where it has no schedule."""
+    zone: ZoneInfo
+    worker: UUID
+    version: str
+
+
 async def declare(
     connection: Connection,
-    schedules: Mapping[str, Cron | None],
+    declaration: Declaration,
     histories: Mapping[str, Sequence[Period]],
     *,
-    zone: ZoneInfo,
     now: datetime,
     first: datetime,
-    worker: UUID,
-    version: str,
 ) -> list[str]:
     """
     Put these schedules in force from `now` (UTC, aware) on, where they differ from what is.
 
-    `schedules` holds every job of this version, None where it has no schedule; `histories` is what
-    `read_histories` gave. A job's first is in force from `first` on, which one clock names for all replicas.
-    Does nothing unless this worker is the one whose schedules count. Returns the jobs whose schedule changed.
+    `histories` is what `read_histories` gave. A job's first is in force from `first` on, which one clock names for all
+    replicas. Does nothing unless this worker is the one whose schedules count. Returns the jobs whose schedule changed.
     """
-    differing = {job: cron for job, cron in schedules.items() if _differs(histories.get(job, ()), cron, zone)}
-    if not differing or not await connection.fetchval(IS_DECLARER, worker, timeout=CALL_TIMEOUT_SECONDS):
+    zone = declaration.zone
+    differing = {
+        job: cron for job, cron in declaration.schedules.items() if _differs(histories.get(job, ()), cron, zone)
+    }
+    if not differing or not await connection.fetchval(IS_DECLARER, declaration.worker, timeout=CALL_TIMEOUT_SECONDS):
         return []
     for job, cron in sorted(differing.items()):
         begin = now if job in histories else first
-        await _declare_one(connection, job, _as_row(cron, zone), begin, version)
+        await _declare_one(connection, job, _as_row(cron, zone), begin, declaration.version)
     return sorted(differing)
 
 

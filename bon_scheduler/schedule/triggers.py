@@ -127,13 +127,10 @@ class Triggers:
             histories = await schedules.read_histories(connection)
             changed = await schedules.declare(
                 connection,
-                self._declared,
+                schedules.Declaration(self._declared, self._zone, self._worker.id, self._worker.version),
                 histories,
-                zone=self._zone,
                 now=now,
                 first=self._clocks.database,
-                worker=self._worker.id,
-                version=self._worker.version,
             )
             if changed:
                 histories = await schedules.read_histories(connection)

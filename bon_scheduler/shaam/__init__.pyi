@@ -9,8 +9,6 @@ from .client import (
 )
 from .refreshes import (
     Credential as Credential,
-    find_standing as find_standing,
-    summarise as summarise,
 )
 from .results import (
     Result as Result,
@@ -21,4 +19,8 @@ from .rotation import (
 )
 from .spool import (
     count_files as count_files,
+)
+from .standing import (
+    find_standing as find_standing,
+    summarise as summarise,
 )

@@ -1,10 +1,10 @@
 """
-Lanes: how many exchanges of tokens are under way at once, and how many of them wait for the authority.
+The limiter: how many exchanges of tokens are under way at once, and how many of them wait for the authority.
 
-A lane that was empty lets a handful of requests out, and no more before one of them has shown that the application
+A limiter that was empty lets a handful of requests out, and no more before one of them has shown that the application
 is accepted. The breaker alone could not see to it that a wrong secret is tried a handful of times: it counts answers,
 and by the first of them all other requests would be on their way. Whatever is no refusal of the application opens
-the lane, a time-out too: the authority's slowness must not make a run slower than it has to be.
+the limiter, a time-out too: the authority's slowness must not make a run slower than it has to be.
 """
 
 import asyncio
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 
 from bon_scheduler.shaam.breaker import HANDFUL
 
-__all__ = ["Lane", "Turn"]
+__all__ = ["Limiter", "Slot"]
 
 
 @dataclass(slots=True)
-class Turn:
+class Slot:
     """Leave to send one request; whoever has it says whether the application was `refused`."""
 
     refused: bool = False
 
 
-class Lane:
-    """The turns of one process's exchanges."""
+class Limiter:
+    """The slots of one process's exchanges."""
 
     def __init__(self, requests: int) -> None:
         """Allow so many requests; some exchanges more, so that no request waits for the database."""
@@ -37,7 +37,7 @@ class Lane:
         self._open = asyncio.Event()
 
     async def __aenter__(self) -> None:
-        """Wait for a turn to exchange a token, and hold it for the duration of the context."""
+        """Wait for a slot to exchange a token, and hold it for the duration of the context."""
         # Not a generator: ten thousand may wait here, and each of theirs would be one more for the collector.
         if self._inside == 0:
             self._sent = self._refused = 0
@@ -54,18 +54,18 @@ class Lane:
         self._inside -= 1
 
     @asynccontextmanager
-    async def request(self) -> AsyncIterator[Turn]:
-        """Wait for a turn to send a request, and hold it for the duration of the context."""
+    async def request(self) -> AsyncIterator[Slot]:
+        """Wait for a slot to send a request, and hold it for the duration of the context."""
         async with self._requests:
             if self._sent < HANDFUL:
                 self._sent += 1
             else:
                 await self._open.wait()
-            turn = Turn()
+            slot = Slot()
             try:
-                yield turn
+                yield slot
             finally:
-                self._refused += turn.refused
+                self._refused += slot.refused
                 # Once all of the handful are refused the breaker decides; nobody may be left waiting here.
-                if not turn.refused or self._refused >= HANDFUL:
+                if not slot.refused or self._refused >= HANDFUL:
                     self._open.set()

@@ -21,14 +21,12 @@ from bon_scheduler.jobs import Connection
 __all__ = [
     "Claimed",
     "Credential",
+    "End",
     "Exchange",
     "Rotated",
-    "Standing",
     "State",
-    "Summary",
     "Verdict",
     "claim",
-    "find_standing",
     "flag",
     "is_claimed",
     "is_flagged",
@@ -36,7 +34,6 @@ __all__ = [
     "release_abandoned",
     "save",
     "settle",
-    "summarise",
 ]
 
 CALL_TIMEOUT_SECONDS = 10.0
@@ -181,27 +178,6 @@ RELEASE_ABANDONED = """
        and lease_until <= clock_timestamp()
 """
 
-# $1 business. Index: shaam_refreshes_pkey.
-FIND_STANDING = """
-    select state, error, changed_at, holder is not null and lease_until > clock_timestamp() as held,
-           greatest(silent_until - clock_timestamp(), '0') as silence
-      from bon_scheduler.shaam_refreshes
-     where business_id = $1
-"""
-
-# One row a business, read once a scrape.
-SUMMARISE = """
-    select extract(epoch from min(c.token_expires_at) filter (where not c.needs_reauth) - clock_timestamp())::float8
-               as min_ttl_seconds,
-           count(*) filter (where c.needs_reauth) as needs_reauth,
-           count(*) filter (where not c.needs_reauth and r.state in ('deferred', 'failed')) as failing
-      from business_shaam_credentials c
-      join businesses b on b.id = c.business_id
-      left join bon_scheduler.shaam_refreshes r on r.business_id = c.business_id
-     where b.is_active = true
-       and b.deleted_at is null
-"""
-
 
 class State(StrEnum):
     """How a business's last exchange stands or ended."""
@@ -273,28 +249,6 @@ class Rotated:
         return lifetime - max(timedelta(0), now - self.received_at)
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """Where a business's refreshes stand."""
-
-    state: State
-    error: str | None
-    held: bool
-    """Whether an exchange is under way."""
-    changed_at: datetime
-    silence: timedelta
-    """For how long the authority asked to be left alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """All businesses at a glance."""
-
-    min_ttl_seconds: float | None
-    needs_reauth: int
-    failing: int
-
-
 async def claim(
     connection: Connection, exchange: Exchange, *, lease: timedelta, spool: UUID | None, patience: timedelta
 ) -> Claimed | Verdict:
@@ -344,26 +298,35 @@ async def is_flagged(connection: Connection, credential: Credential) -> bool:
     return bool(await connection.fetchval(IS_FLAGGED, credential.business_id, credential.stored))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How an exchange ended that brought no tokens."""
+
+    state: State
+    unspent: bool
+    """Whether the token that was sent is known not to be spent."""
+    wait: timedelta | None = None
+    """Before the next attempt."""
+    silence: timedelta | None = None
+    """For how long the authority asked to be left alone."""
+    error: str | None = None
+
+
 async def settle(
     connection: Connection,
     exchange: Exchange,
-    state: State,
-    *,
-    unspent: bool,
-    wait: timedelta | None = None,
-    silence: timedelta | None = None,
-    error: str | None = None,
+    end: End,
 ) -> None:
     """End an exchange that brought no tokens; nothing happens if another took the lease over."""
     await connection.execute(
         SETTLE,
         exchange.credential.business_id,
         exchange.id,
-        state,
-        unspent,
-        wait,
-        silence,
-        error,
+        end.state,
+        end.unspent,
+        end.wait,
+        end.silence,
+        end.error,
         timeout=CALL_TIMEOUT_SECONDS,
     )
 
@@ -376,21 +339,3 @@ async def note(connection: Connection, business_id: UUID, state: State, error: s
 async def release_abandoned(connection: Connection, spool: UUID, here: Sequence[bytes]) -> None:
     """Let every replica try the tokens again whose answers are not in this spool, which was applied but for `here`."""
     await connection.execute(RELEASE_ABANDONED, spool, list(here), timeout=CALL_TIMEOUT_SECONDS)
-
-
-async def find_standing(connection: Connection, business_id: UUID) -> Standing | None:
-    """Read where a business stands; None when it was never tried."""
-    row = await connection.fetchrow(FIND_STANDING, business_id, timeout=CALL_TIMEOUT_SECONDS)
-    if row is None:
-        return None
-    return Standing(
-        State(row["state"]), row["error"], row["held"] or False, row["changed_at"], row["silence"] or timedelta(0)
-    )
-
-
-async def summarise(connection: Connection) -> Summary:
-    """Read all businesses at a glance."""
-    row = await connection.fetchrow(SUMMARISE, timeout=CALL_TIMEOUT_SECONDS)
-    if row is None:
-        raise LookupError("an aggregate always returns one row")
-    return Summary(row["min_ttl_seconds"], row["needs_reauth"], row["failing"])

@@ -4,7 +4,7 @@ Rotation: one business's refresh token sent once, and its successor saved whatev
 A refresh token works once: from the moment the request is sent the old one may be spent, and the new one exists
 only here. So an exchange runs in a task that no deadline and no shutdown reaches; it is claimed and the intent
 committed BEFORE the request, saved before anything else, and kept in the spool where the database fails
-(`keeper`). Whoever finds an intent whose answer never came tries the old token once: if it is refused now, the
+(`unsaved`). Whoever finds an intent whose answer never came tries the old token once: if it is refused now, the
 rotation was lost, and the owner is told the truth.
 
 Only an answer about this business's grant asks its owner to consent again. The application's faults and the
@@ -42,11 +42,21 @@ from bon_scheduler.shaam.client import (
     Transient,
     name_of,
 )
-from bon_scheduler.shaam.limiter import Lane
-from bon_scheduler.shaam.refreshes import CALL_TIMEOUT_SECONDS, Claimed, Credential, Exchange, Rotated, State, Verdict
+from bon_scheduler.shaam.limiter import Limiter
+from bon_scheduler.shaam.refreshes import (
+    CALL_TIMEOUT_SECONDS,
+    Claimed,
+    Credential,
+    End,
+    Exchange,
+    Rotated,
+    State,
+    Verdict,
+)
 from bon_scheduler.shaam.results import Count, Result, not_called, superseded, waits
 from bon_scheduler.shaam.spool import Spool
-from bon_scheduler.shaam.unsaved import Keeper
+from bon_scheduler.shaam.standing import find_standing
+from bon_scheduler.shaam.unsaved import UnsavedTokens
 
 __all__ = ["Rotator", "Tell"]
 
@@ -79,17 +89,18 @@ class Rotator:
         settings: Settings,
         pool: Pool,
         shaam: Shaam,
-        cipher: TokenCipher,
         metrics: Metrics,
         clock: Clock,
         stopping: asyncio.Event,
     ) -> None:
         """Once it is `stopping` this process calls nobody more, so that what is under way ends in time."""
         self.stopping = stopping
-        spool = None if settings.spool_dir is None else Spool(settings.spool_dir, cipher)
-        self.cipher = cipher
+        if settings.shaam_encryption_key is None:
+            raise ValueError("tokens cannot be read without SHAAM_ENCRYPTION_KEY")
+        self.cipher = TokenCipher(settings.shaam_encryption_key.get_secret_value())
+        spool = None if settings.spool_dir is None else Spool(settings.spool_dir, self.cipher)
         self.breaker = Breaker()
-        self.keeper = Keeper(pool, spool, clock)
+        self.unsaved = UnsavedTokens(pool, spool, clock)
         self._pool = pool
         self._shaam = shaam
         self._metrics = metrics
@@ -98,15 +109,15 @@ class Rotator:
         self._save_waits = SPOOLED_SAVE_WAITS_SECONDS if spool else SAVE_WAITS_SECONDS
         self._answer_limit = timedelta(seconds=settings.shaam_timeout_seconds)
         self._lease = self._answer_limit + LEASE_BEYOND_ANSWER
-        self._scheduled = Lane(settings.shaam_concurrency)
-        self._on_demand = Lane(ON_DEMAND_SLOTS)
+        self._scheduled = Limiter(settings.shaam_concurrency)
+        self._on_demand = Limiter(ON_DEMAND_SLOTS)
         # The loop keeps only weak references to tasks; these must end whoever is cancelled.
         self._under_way: set[asyncio.Task[Result]] = set()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Rotator"]:
         """Rotate for the duration of the context. At its end every exchange that has begun is seen to its end."""
-        async with self.keeper.running():
+        async with self.unsaved.running():
             try:
                 yield self
             finally:
@@ -119,15 +130,15 @@ class Rotator:
 
         BEFORE a token is spent; raises what the database raises.
         """
-        await self.keeper.recover()
-        await self.keeper.rehearse()
+        await self.unsaved.recover()
+        await self.unsaved.rehearse()
 
     async def rotate(self, credential: Credential, tell: Tell, *, on_demand: bool = False) -> Result:
         """Wait for a turn and exchange one business's token, once; cancelled, what was sent is seen to its end."""
-        lane = self._on_demand if on_demand else self._scheduled
-        async with lane:
+        limiter = self._on_demand if on_demand else self._scheduled
+        async with limiter:
             stopped = asyncio.Event()
-            work = self._exchange(credential, tell, lane, stopped)
+            work = self._exchange(credential, tell, limiter, stopped)
             task = asyncio.create_task(work, name=f"exchange {credential.business_id}")
             self._under_way.add(task)
             task.add_done_callback(self._forget)
@@ -147,7 +158,7 @@ class Rotator:
         deadline = time.monotonic() + self._answer_limit.total_seconds() + JOIN_BEYOND_ANSWER_SECONDS
         while True:
             async with self._pool.acquire() as connection:
-                standing = await refreshes.find_standing(connection, business_id)
+                standing = await find_standing(connection, business_id)
             if standing is None or (standing.state is State.SENDING and not standing.held):
                 return None
             if not standing.held:
@@ -168,11 +179,11 @@ class Rotator:
             # The caller sees it as well, unless it was cancelled. Its text may quote a statement's values.
             log.error("token.failed", error=type(error).__name__)
 
-    async def _exchange(self, credential: Credential, tell: Tell, lane: Lane, stopped: asyncio.Event) -> Result:
+    async def _exchange(self, credential: Credential, tell: Tell, limiter: Limiter, stopped: asyncio.Event) -> Result:
         business_id = credential.business_id
         if (reason := self._why_not()) is not None:
             return not_called(business_id, reason)
-        if self.keeper.holds(credential):
+        if self.unsaved.holds(credential):
             return await self._report(business_id, "token.refused", REFUSED)
         try:
             token = self.cipher.decrypt(credential.stored)
@@ -183,14 +194,14 @@ class Rotator:
         claimed = await self._prepare_to_send(exchange, tell)
         if isinstance(claimed, Result):
             return claimed
-        async with lane.request() as turn:
+        async with limiter.request() as turn:
             # Frozen meanwhile, this process must not send: its lease may be another's soon.
             late = seconds_since_boot() - began > self._lease.total_seconds() / 2
             reason = "its run was stopped" if late or stopped.is_set() else self._why_not() or self.breaker.admit()
             answer = await self._send(token) if reason is None else None
             turn.refused = isinstance(answer, Misconfigured)
         if answer is None:
-            await self._settle(exchange, State.DEFERRED, unspent=True)
+            await self._settle(exchange, End(state=State.DEFERRED, unspent=True))
             return not_called(business_id, reason or "")
         return await self._conclude(exchange, claimed, answer, tell)
 
@@ -205,7 +216,7 @@ class Rotator:
         """Return why nobody may be called now."""
         if self.stopping.is_set():
             return "this process is stopping"
-        if self.keeper.unsafe:
+        if self.unsaved.unsafe:
             # Neither the database nor a spool takes anything: one more call would risk one more token.
             return "another business's tokens could not be saved"
         return self.breaker.why_not()
@@ -217,7 +228,7 @@ class Rotator:
             claimed = await self._claim(exchange)
         except TRANSIENT_ERRORS as error:
             # The claim may have committed, and only its answer be lost.
-            await self._settle(exchange, State.DEFERRED, unspent=True)
+            await self._settle(exchange, End(state=State.DEFERRED, unspent=True))
             text = f"not called: the database did not take the intent ({type(error).__name__})"
             return Result(business_id, "deferred", "failed", text)
         if isinstance(claimed, Verdict):
@@ -233,11 +244,11 @@ class Rotator:
     async def _find_answer(self, exchange: Exchange) -> Result | None:
         """Apply what is kept; a result says that the answer to the earlier request was there, or may be."""
         business_id = exchange.credential.business_id
-        await self.keeper.offer()
+        await self.unsaved.offer()
         # The claim is not given back in these two: another replica would send the token.
-        if self.keeper.holds(exchange.credential):
+        if self.unsaved.holds(exchange.credential):
             return await self._report(business_id, "token.refused", REFUSED)
-        if self.keeper.blind:
+        if self.unsaved.blind:
             return waits(business_id, "an answer to an earlier request may lie in an unreadable file of SPOOL_DIR")
         async with asyncio.timeout(CALL_TIMEOUT_SECONDS), self._pool.acquire() as connection:
             return None if await refreshes.is_claimed(connection, exchange) else superseded(business_id)
@@ -270,17 +281,16 @@ class Rotator:
                 return await self._ask_for_consent(exchange, reason, tell)
             case Transient(reason, silence, maybe_spent):
                 bound.info("token.deferred", reason=reason, retry_after_seconds=silence and silence.total_seconds())
-                await self._settle(
-                    exchange, State.DEFERRED, unspent=not maybe_spent, wait=wait, silence=silence, error=reason
-                )
+                end = End(state=State.DEFERRED, unspent=not maybe_spent, wait=wait, silence=silence, error=reason)
+                await self._settle(exchange, end)
                 return Result(business_id, "deferred", "failed", reason)
             case Ambiguous(reason, maybe_spent):
                 bound.warning("token.ambiguous", reason=reason)
-                await self._settle(exchange, State.FAILED, unspent=not maybe_spent, wait=wait, error=reason)
+                await self._settle(exchange, End(state=State.FAILED, unspent=not maybe_spent, wait=wait, error=reason))
                 return Result(business_id, "failed", "failed", reason)
             case Misconfigured(reason):
                 bound.error("shaam.refused", reason=reason)
-                await self._settle(exchange, State.DEFERRED, unspent=True, error=reason)
+                await self._settle(exchange, End(state=State.DEFERRED, unspent=True, error=reason))
                 return Result(business_id, "failed", "failed", reason, refused=True)
 
     async def _save(self, exchange: Exchange, tokens: Refreshed) -> Result:
@@ -299,9 +309,9 @@ class Rotator:
             self._clock.now(),
         )
         try:
-            saved = await _persist(lambda: self.keeper.save(rotated), self._save_waits)
+            saved = await _persist(lambda: self.unsaved.save(rotated), self._save_waits)
         except Exception as error:  # noqa: BLE001 - whatever it was, the tokens exist nowhere else
-            if await self.keeper.keep(rotated):
+            if await self.unsaved.keep(rotated):
                 return Result(business_id, "refreshed", "done")
             text = f"rotated but not saved yet ({type(error).__name__}): lost if this process ends before it is"
             return Result(business_id, "failed", "failed", text)
@@ -326,7 +336,7 @@ class Rotator:
                 if newly:
                     await tell(connection, credential.business_id)
                 state = State.NEEDS_REAUTH if flagged else State.DEFERRED
-                await refreshes.settle(connection, exchange, state, unspent=False, error=reason)
+                await refreshes.settle(connection, exchange, End(state=state, unspent=False, error=reason))
                 if flagged:
                     await refreshes.note(connection, credential.business_id, state, reason)
                 return flagged
@@ -343,22 +353,11 @@ class Rotator:
             await refreshes.note(connection, business_id, State.FAILED, text)
         return Result(business_id, "failed", "failed", text)
 
-    async def _settle(
-        self,
-        exchange: Exchange,
-        state: State,
-        *,
-        unspent: bool,
-        wait: timedelta | None = None,
-        silence: timedelta | None = None,
-        error: str | None = None,
-    ) -> None:
+    async def _settle(self, exchange: Exchange, end: End) -> None:
         """End an exchange that brought no tokens. Where the database fails, its lease runs out instead."""
         try:
             async with asyncio.timeout(CALL_TIMEOUT_SECONDS), self._pool.acquire() as connection:
-                await refreshes.settle(
-                    connection, exchange, state, unspent=unspent, wait=wait, silence=silence, error=error
-                )
+                await refreshes.settle(connection, exchange, end)
         except TRANSIENT_ERRORS as trouble:
             log.warning("token.unsettled", error=describe_error(trouble))
 

@@ -1,5 +1,5 @@
 """
-The keeper of tokens that were rotated and that the database did not take.
+Tokens that were rotated and that the database did not take.
 
 It must not lose one while the database or the spool can be written. So it writes them to the spool, in memory
 only where there is none or it fails too, and offers them to the database every other second, at start and before
@@ -28,7 +28,7 @@ from bon_scheduler.shaam import refreshes
 from bon_scheduler.shaam.refreshes import CALL_TIMEOUT_SECONDS, Credential, Rotated
 from bon_scheduler.shaam.spool import Spool
 
-__all__ = ["Keeper"]
+__all__ = ["UnsavedTokens"]
 
 log = structlog.get_logger()
 OFFER_SECONDS = 2.0
@@ -37,7 +37,7 @@ FEW = 3
 """So many entries in memory that are refused may be odd; more are a database that refuses whoever asks."""
 
 
-class Keeper:
+class UnsavedTokens:
     """Keeps what was rotated, for one process."""
 
     def __init__(self, pool: Pool, spool: Spool | None, clock: Clock) -> None:
@@ -63,13 +63,13 @@ class Keeper:
         return credential in self._refused
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator["Keeper"]:
+    async def running(self) -> AsyncIterator["UnsavedTokens"]:
         """Apply what an earlier process has left, then offer what is kept until the block ends, and once more then."""
         try:
             await self.recover()
         except Exception as error:  # noqa: BLE001 - nothing is lost by it: it is offered again below
-            log.warning("keeper.failed", error=describe_error(error))
-        offering = asyncio.create_task(self._offer_again(), name="keeper")
+            log.warning("unsaved.failed", error=describe_error(error))
+        offering = asyncio.create_task(self._offer_again(), name="unsaved")
         try:
             yield self
         finally:
@@ -170,14 +170,14 @@ class Keeper:
             try:
                 await self.offer()
             except Exception as error:  # noqa: BLE001 - whatever failed, what is kept must be offered again
-                log.warning("keeper.failed", error=describe_error(error))
+                log.warning("unsaved.failed", error=describe_error(error))
 
     async def _offer_last(self) -> None:
         try:
             async with asyncio.timeout(LAST_OFFER_SECONDS):
                 await self.offer()
         except Exception as error:  # noqa: BLE001 - whatever failed, it must be said what is lost by it
-            log.warning("keeper.failed", error=describe_error(error))
+            log.warning("unsaved.failed", error=describe_error(error))
         for credential in self._in_memory:
             log.critical("token.lost", business_id=str(credential.business_id))
 

@@ -59,7 +59,7 @@ class _Link:
             executes = executes or kind == b"E"
             if kind in {b"B", b"E"}:
                 continue
-            await self._proxy.passage()
+            await self._proxy.slot()
             if executes and kind == b"S" and self._proxy.refuses():
                 self._refuse()
             else:
@@ -74,7 +74,7 @@ class _Link:
             if len(body) == struct.calcsize("!i") and struct.unpack("!i", body)[0] == SSL_REQUEST:
                 self.client.write(NO_TLS)
                 continue
-            await self._proxy.passage()
+            await self._proxy.slot()
             self.server.write(length + body)
             return
 
@@ -91,7 +91,7 @@ class _Link:
             body = await source.readexactly(struct.unpack("!i", head[1:])[0] - 4)
             if head[:1] == b"Z":
                 self.status = body
-            await self._proxy.passage()
+            await self._proxy.slot()
             lost = lost or (self.claims and self._proxy.loses_claim(head, body))
             if lost and head[:1] == b"Z":
                 return  # the server has committed, and nobody is told
@@ -192,7 +192,7 @@ class Proxy:
     def refuses(self) -> bool:
         return self._rng.random() < self._refused_share
 
-    async def passage(self) -> None:
+    async def slot(self) -> None:
         """Wait until something may pass."""
         await self._open.wait()
         if self._swallows:

@@ -310,9 +310,8 @@ async def test_a_container_whose_user_has_no_name_may_ask(
 
     monkeypatch.setattr(getpass, "getuser", nameless)
     report = Report(as_json=False)
-    await work.enqueue(
-        make_settings(), report, SystemClock(), name="generate-pdf", payload="{}", key=None, after=None, priority=0
-    )
+    told = work.Enqueue(name="generate-pdf", payload="{}", key=None, after=None, priority=0)
+    await work.enqueue(make_settings(), report, SystemClock(), told)
     assert await connection.fetchval("select asked_by from bon_scheduler.runs") == f"uid {os.getuid()}"
 
 

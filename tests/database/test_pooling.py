@@ -132,7 +132,7 @@ async def test_no_command_works_through_a_pooler_that_it_was_not_told_of(
         settings = make_settings(DATABASE_URL=url)
         with pytest.raises(PoolerError):
             await service.prepare(settings)
-        for command in (parsing.reading(settings), service.rehearsal(settings)):
+        for command in (parsing.reading(settings), service.dry_runner(settings)):
             with pytest.raises(PoolerError):
                 await command.__aenter__()
         assert await residue(url) == []

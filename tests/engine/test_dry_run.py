@@ -257,8 +257,8 @@ async def test_what_the_ledger_would_refuse_of_a_run_it_refuses_of_a_dry_run(
 ) -> None:
     settings = make_settings()
     real = await run_job(each, jobs=[each])
-    async with service.rehearsal(settings) as rehearsal:
-        dry = await rehearsal.run(each, NoPayload(), fire_time=datetime.now(UTC), asked_by="a test")
+    async with service.dry_runner(settings) as dry_runner:
+        dry = await dry_runner.run(each, NoPayload(), fire_time=datetime.now(UTC), asked_by="a test")
     assert (dry.run["state"], real.run["state"]) == ("dead", "dead")
     assert dry.run["error"].split(":")[0] == real.run["error"].split(":")[0]
     assert await connection.fetchval("select count(*) from bon_scheduler.runs where state = 'running'") == 0

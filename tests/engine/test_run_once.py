@@ -65,10 +65,7 @@ async def test_an_interruption_at_any_step_leaves_no_run_that_another_replica_wo
                     parts.pool,
                     parts.runner,
                     parts.jobs,
-                    job=linger,
-                    payload=NoPayload(),
-                    fire_time=datetime.now(UTC),
-                    asked_by="a test",
+                    engine.Order(job=linger, payload=NoPayload(), fire_time=datetime.now(UTC), asked_by="a test"),
                     concurrency=1,
                 ),
             )

@@ -31,7 +31,7 @@ from bon_scheduler.shaam.breaker import HANDFUL
 from bon_scheduler.shaam.cipher import TokenCipher
 from bon_scheduler.shaam.client import Answer, Shaam
 from bon_scheduler.shaam.rotation import Rotator
-from bon_scheduler.shaam.unsaved import Keeper
+from bon_scheduler.shaam.unsaved import UnsavedTokens
 from handlers.shaam_token_refresh import RefreshTokens, shaam_token_refresh
 from tests.attempting import hold
 from tests.conftest import Connection, MakeSettings
@@ -343,16 +343,16 @@ async def test_a_save_is_tried_again_until_the_database_takes_it(
     refresh: Refresh, bon: Bon, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     business = await bon.business("a")
-    save = Keeper.save
+    save = UnsavedTokens.save
 
-    async def mend_after_failing(keeper: Keeper, *args: Any) -> Any:
+    async def mend_after_failing(unsaved: UnsavedTokens, *args: Any) -> Any:
         try:
-            return await save(keeper, *args)
+            return await save(unsaved, *args)
         except asyncpg.PostgresError:
             await bon.connection.execute("alter table elsewhere rename to business_shaam_credentials")
             raise
 
-    monkeypatch.setattr(Keeper, "save", mend_after_failing)
+    monkeypatch.setattr(UnsavedTokens, "save", mend_after_failing)
     running = asyncio.create_task(refresh(SHAAM_TOKEN_URL=gate.url))
     await gate.answered.wait()
     await bon.connection.execute("alter table business_shaam_credentials rename to elsewhere")
@@ -366,17 +366,17 @@ async def test_a_save_whose_reply_was_lost_is_not_mistaken_for_another(
 ) -> None:
     """The first save commits and its connection drops: the repeated one must know its own row."""
     business = await bon.business("a")
-    save = Keeper.save
+    save = UnsavedTokens.save
     failed: list[bool] = []
 
-    async def commit_then_break(keeper: Keeper, *args: Any) -> Any:
-        value = await save(keeper, *args)
-        if value and not failed:  # the rehearsal saves nothing
+    async def commit_then_break(unsaved: UnsavedTokens, *args: Any) -> Any:
+        value = await save(unsaved, *args)
+        if value and not failed:  # the dry_runner saves nothing
             failed.append(True)
             raise ConnectionResetError
         return value
 
-    monkeypatch.setattr(Keeper, "save", commit_then_break)
+    monkeypatch.setattr(UnsavedTokens, "save", commit_then_break)
     assert (await refresh()).run["counts"]["refreshed"] == 1
     assert failed
     assert await bon.refresh_token(business) == bon.simulator.current("a")
@@ -387,14 +387,14 @@ async def test_while_a_token_is_in_memory_alone_nobody_else_is_called(
 ) -> None:
     for n in range(6):
         await bon.business(f"b{n}")
-    save = Keeper.save
+    save = UnsavedTokens.save
 
-    async def refuse(keeper: Keeper, rotated: Any) -> bool:
-        if not rotated.credential.stored:  # the rehearsal
-            return await save(keeper, rotated)
+    async def refuse(unsaved: UnsavedTokens, rotated: Any) -> bool:
+        if not rotated.credential.stored:  # the dry_runner
+            return await save(unsaved, rotated)
         raise asyncpg.ReadOnlySQLTransactionError("read only")
 
-    monkeypatch.setattr(Keeper, "save", refuse)
+    monkeypatch.setattr(UnsavedTokens, "save", refuse)
     monkeypatch.setattr(rotation, "SAVE_WAITS_SECONDS", (0,))
     report = await refresh(SHAAM_CONCURRENCY="1")
     called = bon.simulator.requests
@@ -427,7 +427,6 @@ def rotating(settings: Settings, pool: Pool, shaam: Shaam) -> AbstractAsyncConte
         settings=settings,
         pool=pool,
         shaam=shaam,
-        cipher=CIPHER,
         metrics=Metrics(),
         clock=SystemClock(),
         stopping=asyncio.Event(),

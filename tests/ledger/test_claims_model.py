@@ -24,7 +24,7 @@ from bon_scheduler.ledger import attempts, changes, claims
 from bon_scheduler.ledger.attempts import RunRef
 from bon_scheduler.ledger.changes import Action
 from bon_scheduler.ledger.claims import Claimant, Verdict, Wanted
-from bon_scheduler.ledger.workers import Worker, declare_dead, register_worker, signs_of_life
+from bon_scheduler.ledger.workers import Worker, declare_dead, last_beats, register_worker
 from tests.conftest import Connection
 
 ALLOWED = 3
@@ -106,14 +106,16 @@ class Life:
         active = Counter(run.job for run in self.runs.values() if run.worker == worker.id and run.state == "running")
         answer = await claims.claim(
             self.connection,
-            worker=worker.id,
-            host=worker.host,
-            room=room,
-            reserve=self.dice.randint(0, room - 1),
-            wanted=[Wanted(job, room, active[job], TOTAL if job == FEW else None, False) for job in jobs],
-            letters_apart=None,
-            look_at_clock=self.dice.random() < 0.5,
-            oldest_first=self.dice.random() < 0.3,
+            claims.Demand(
+                worker=worker.id,
+                host=worker.host,
+                room=room,
+                reserve=self.dice.randint(0, room - 1),
+                wanted=[Wanted(job, room, active[job], TOTAL if job == FEW else None, False) for job in jobs],
+                letters_apart=None,
+                look_at_clock=self.dice.random() < 0.5,
+                oldest_first=self.dice.random() < 0.3,
+            ),
         )
         assert len(answer.taken) <= room
         for taken in answer.taken:
@@ -208,8 +210,8 @@ class Life:
     async def die(self) -> None:
         """Declare a worker dead, of which others have heard nothing; it may go on as a zombie, or come back."""
         worker = self.dice.choice(self.workers)
-        words = [sign.word for sign in await signs_of_life(self.connection) if sign.worker == worker.id]
-        await declare_dead(self.connection, words)
+        beats = [beat.id for beat in await last_beats(self.connection) if beat.worker == worker.id]
+        await declare_dead(self.connection, beats)
         self.dead.add(worker.id)
         if self.dice.random() < 0.8:
             await self.release()
@@ -270,14 +272,16 @@ class Life:
         for _ in range(2 * len(self.runs) + 2):
             answer = await claims.claim(
                 self.connection,
-                worker=worker.id,
-                host=worker.host,
-                room=20,
-                reserve=0,
-                wanted=[Wanted(job, 20, 0, TOTAL if job == FEW else None, False) for job in JOBS],
-                letters_apart=None,
-                look_at_clock=False,
-                oldest_first=False,
+                claims.Demand(
+                    worker=worker.id,
+                    host=worker.host,
+                    room=20,
+                    reserve=0,
+                    wanted=[Wanted(job, 20, 0, TOTAL if job == FEW else None, False) for job in JOBS],
+                    letters_apart=None,
+                    look_at_clock=False,
+                    oldest_first=False,
+                ),
             )
             few = sum(self.runs[taken.ref.run_id].job == FEW for taken in answer.taken)
             assert few <= TOTAL

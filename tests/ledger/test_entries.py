@@ -16,7 +16,7 @@ from bon_scheduler.ledger import attempts, changes, entries, pauses
 from bon_scheduler.ledger.changes import Action
 from bon_scheduler.ledger.claims import Verdict
 from bon_scheduler.ledger.entries import Request, TickVerdict, UnknownJobError
-from bon_scheduler.ledger.workers import Worker, beat, declare_dead, register_worker, retire_worker, signs_of_life
+from bon_scheduler.ledger.workers import Worker, beat, declare_dead, last_beats, register_worker, retire_worker
 from tests.attempting import claim, claim_one, hold, take_any
 from tests.conftest import Connection
 
@@ -265,25 +265,25 @@ async def test_a_workers_run_is_its_own_until_it_is_declared_dead_whatever_the_d
 ) -> None:
     run_id = await ask(connection)
     await hold(connection, run_id, await be_worker(connection))
-    [sign] = await signs_of_life(connection)
+    [last] = await last_beats(connection)
     await connection.execute(f"update bon_scheduler.workers set seen_at = '{seen}'")
     assert await attempts.release_lost(connection) == []
     assert (await claim_one(connection, run_id, await be_worker(connection))).verdict is Verdict.HELD
-    assert [dead.id for dead in await declare_dead(connection, [sign.word])] == [sign.worker]
+    assert [dead.id for dead in await declare_dead(connection, [last.id])] == [last.worker]
     await attempts.release_lost(connection)
     assert (await claim_one(connection, run_id, await be_worker(connection))).verdict is Verdict.CLAIMED
 
 
 async def test_a_worker_that_was_heard_since_is_not_declared_dead(connection: Connection) -> None:
     worker = await be_worker(connection)
-    [sign] = await signs_of_life(connection)
+    [last] = await last_beats(connection)
     await beat(connection, worker.id)
-    assert not await declare_dead(connection, [sign.word])
-    [sign] = await signs_of_life(connection)
-    assert await declare_dead(connection, [sign.word])
-    assert not await signs_of_life(connection)
+    assert not await declare_dead(connection, [last.id])
+    [last] = await last_beats(connection)
+    assert await declare_dead(connection, [last.id])
+    assert not await last_beats(connection)
     await beat(connection, worker.id)
-    assert await signs_of_life(connection)
+    assert await last_beats(connection)
 
 
 async def test_a_run_that_kills_every_worker_ends_dead(connection: Connection) -> None:

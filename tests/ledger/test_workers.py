@@ -6,7 +6,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from bon_scheduler.engine.reconcile import pass_seconds
-from bon_scheduler.ledger.workers import Sign, Watch, Worker
+from bon_scheduler.ledger.workers import LastBeat, Watch, Worker
 
 LEASE = timedelta(seconds=16)
 
@@ -16,7 +16,7 @@ class Watched:
 
     def __init__(self, *, others_lease: timedelta = LEASE) -> None:
         self.me = Worker(lease=LEASE)
-        self.other = Sign(uuid4(), uuid4(), others_lease)
+        self.other = LastBeat(uuid4(), uuid4(), others_lease)
         self.now = 1000.0
         self._own = uuid4()
         self.watch = Watch(self.me, elapsed=lambda: self.now)
@@ -24,7 +24,7 @@ class Watched:
     def look(self, after_seconds: float, *, heard: bool = True) -> list[UUID]:
         self.now += after_seconds
         self._own = uuid4() if heard else self._own
-        return self.watch.silent([Sign(self.me.id, self._own, LEASE), self.other])
+        return self.watch.silent([LastBeat(self.me.id, self._own, LEASE), self.other])
 
     def looks(self, seconds: int, *, heard: bool = True) -> bool:
         """Whether the other was taken for dead at any of so many looks, a second apart."""
@@ -35,13 +35,13 @@ class Watched:
 def test_a_worker_is_dead_when_it_was_silent_for_the_longer_of_the_two_leases(others_lease_seconds: int) -> None:
     watched = Watched(others_lease=timedelta(seconds=others_lease_seconds))
     assert not watched.looks(max(others_lease_seconds, 16))
-    assert watched.look(1) == [watched.other.word]
+    assert watched.look(1) == [watched.other.id]
 
 
 def test_whoever_speaks_once_has_a_whole_lease_again() -> None:
     watched = Watched()
     assert not watched.looks(15)
-    watched.other = Sign(watched.other.worker, uuid4(), LEASE)
+    watched.other = LastBeat(watched.other.worker, uuid4(), LEASE)
     assert not watched.looks(16)
     assert watched.looks(1)
 

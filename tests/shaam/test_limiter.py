@@ -1,4 +1,4 @@
-"""Lanes: few go first, and nobody is left waiting whatever becomes of them."""
+"""The limiter: few go first, and nobody is left waiting whatever becomes of them."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,24 +8,24 @@ from dataclasses import dataclass, field
 import pytest
 
 from bon_scheduler.shaam.breaker import HANDFUL
-from bon_scheduler.shaam.limiter import Lane
+from bon_scheduler.shaam.limiter import Limiter
 
 WIDTH = 20
 
 
 @dataclass
 class Crowd:
-    """Exchanges in one lane, each of which waits for its answer."""
+    """Exchanges in one limiter, each of which waits for its answer."""
 
-    lane: Lane = field(default_factory=lambda: Lane(WIDTH))
+    limiter: Limiter = field(default_factory=lambda: Limiter(WIDTH))
     sent: list["asyncio.Future[bool]"] = field(default_factory=list)
     """By request, the answer that it waits for: whether the application is refused."""
 
     async def exchange(self) -> None:
-        async with self.lane, self.lane.request() as turn:
+        async with self.limiter, self.limiter.request() as slot:
             answer = asyncio.get_running_loop().create_future()
             self.sent.append(answer)
-            turn.refused = await answer
+            slot.refused = await answer
 
     @asynccontextmanager
     async def coming(self, count: int) -> AsyncIterator[None]:
@@ -69,7 +69,7 @@ async def test_a_refusal_lets_nobody_follow() -> None:
 
 
 async def test_once_all_of_them_are_refused_nobody_is_left_waiting() -> None:
-    """Another lane's success may have begun the breaker's count anew: then it stops nobody."""
+    """Another limiter's success may have begun the breaker's count anew: then it stops nobody."""
     crowd = Crowd()
     async with crowd.coming(WIDTH):
         crowd.answer(refused=True)
@@ -99,6 +99,6 @@ async def test_a_lane_that_was_empty_begins_with_a_handful_again() -> None:
 
 
 async def test_a_lane_takes_no_more_requests_at_once_than_it_was_made_for() -> None:
-    crowd = Crowd(Lane(2))
+    crowd = Crowd(Limiter(2))
     async with crowd.coming(WIDTH):
         assert len(crowd.sent) == 2

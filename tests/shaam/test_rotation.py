@@ -209,7 +209,7 @@ async def test_a_database_that_refuses_whoever_asks_is_not_taken_to_refuse_one(
     with pytest.raises(asyncpg.UndefinedTableError):
         await replica.offer()
     assert replica._rotator is not None
-    assert replica._rotator.keeper.unsafe
+    assert replica._rotator.unsaved.unsafe
     await connection.execute("alter table elsewhere rename to business_shaam_credentials")
     await replica.stop()
     assert simulator.honours(await bon.refresh_token(business))
@@ -253,7 +253,7 @@ async def test_what_an_entry_says_beside_its_tokens_does_not_keep_them_from_bein
     )
     replica = await replicas.start(tmp_path)
     assert replica._rotator is not None
-    await replica._rotator.keeper.keep(odd)
+    await replica._rotator.unsaved.keep(odd)
     await replica.offer()
     row = await bon.row(business)
     assert (await bon.refresh_token(business), row["scope"]) == ("new", "kept")
