@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from bon_scheduler.engine.run_once import RunReport
 from bon_scheduler.environment import load_settings
 from bon_scheduler.jobs import AnyJob, Payload
 from bon_scheduler.log import configure_logging
-from tests.chaos.figures import pytest_terminal_summary  # noqa: F401 - a hook: only this file is read by who reports
+from tests.chaos.figures import print_figures
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 MakeSettings: TypeAlias = Callable[..., Settings]
@@ -48,6 +49,20 @@ numbers = count(1)
 def pytest_xdist_auto_num_workers() -> int:
     """Give each core a worker and one more: tests wait for processes more than they compute."""
     return (os.cpu_count() or 1) + 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the chaos suite's figures; sum up what was not tested, and what to install so that it is."""
+    print_figures(terminalreporter)
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.getreports("skipped")
+        if isinstance(report.longrepr, tuple)
+    )
+    if reasons:
+        terminalreporter.section("not tested here", sep="-")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count} {'test' if count == 1 else 'tests'}: {reason}")
 
 
 @contextmanager

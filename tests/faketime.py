@@ -20,7 +20,7 @@ MEMORY = Path("/dev/shm")
 # What a process under libfaketime shares with others: the names of a semaphore and of a piece of memory.
 HOLD = 'echo "$FAKETIME_SHARED"; read _'
 
-needs_faketime = pytest.mark.skipif(not LIBRARIES, reason="libfaketime is not installed: apt-get install faketime")
+needs_faketime = pytest.mark.skipif(not LIBRARIES, reason="needs libfaketime: apt-get install libfaketime")
 
 
 @contextmanager

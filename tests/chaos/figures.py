@@ -5,10 +5,10 @@ from statistics import quantiles
 
 import pytest
 
-__all__ = ["pytest_terminal_summary"]
+__all__ = ["print_figures"]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def print_figures(terminalreporter: pytest.TerminalReporter) -> None:
     """Print, by kind of fault, how often it struck and how soon work went on."""
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
     properties = [item for report in reports for item in getattr(report, "user_properties", [])]

@@ -26,7 +26,7 @@ from tests.conftest import Connection, MakeSettings
 from tests.process import run_command
 from tests.waiting import until
 
-pytestmark = pytest.mark.skipif(shutil.which("pgbouncer") is None, reason="needs pgbouncer (Debian: pgbouncer)")
+pytestmark = pytest.mark.skipif(shutil.which("pgbouncer") is None, reason="needs PgBouncer: apt-get install pgbouncer")
 
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups") if os.geteuid() == 0 else ()
 # Servers in turn: what needs to meet on the same one does so only where something keeps it together.

@@ -141,6 +141,29 @@ async def test_attempts_that_outlive_the_engines_connection_take_their_room_and_
         over.set()
 
 
+async def test_a_slow_jobs_many_runs_keep_no_other_job_from_starting(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    over = asyncio.Event()
+
+    @job("slow")
+    async def slow(_: JobContext, __: NoPayload) -> Counts:
+        await over.wait()
+        return {}
+
+    async with service.serving(make_settings(WORKER_CONCURRENCY=str(ROOM)), jobs=[slow, quick]) as serving:
+        await connection.execute("select bon_scheduler.enqueue('slow') from generate_series(1, 30)")
+
+        async def filled() -> bool:
+            return serving.engine.active == ROOM - 1
+
+        await until(filled)
+        for _ in range(3):
+            assert await brought(connection) < 2
+        assert serving.engine.active == ROOM - 1
+        over.set()
+
+
 async def test_connections_that_are_cut_again_and_again_delay_nothing_for_long(
     make_settings: MakeSettings, connection: Connection
 ) -> None:

@@ -24,7 +24,7 @@ from tests.waiting import until
 
 POSTFIX = shutil.which("postfix", path="/usr/sbin:/usr/bin")
 pytestmark = pytest.mark.skipif(
-    POSTFIX is None or geteuid() != 0, reason="needs Debian's postfix, and root to start one of our own"
+    POSTFIX is None or geteuid() != 0, reason="needs Postfix, and root to start one of our own: apt-get install postfix"
 )
 
 MAIN = """
