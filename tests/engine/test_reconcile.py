@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from bon_scheduler import Counts, JobContext, NoPayload, Retry, job, service
+from bon_scheduler import Counts, JobContext, NoPayload, Retry, job, ledger, service
 from bon_scheduler.database import connections
 from bon_scheduler.engine import runner
 from bon_scheduler.jobs import AnyJob
@@ -123,7 +123,7 @@ async def test_a_run_whose_claim_was_never_answered_is_given_back_and_run(
             raise ConnectionResetError("cut after the commit")
         return answer
 
-    monkeypatch.setattr(claims, "claim", claim_without_answer)
+    monkeypatch.setattr(ledger, "claim", claim_without_answer)
 
     @job("a-test", retry=Retry(attempts=1))
     async def quick(_: JobContext, __: NoPayload) -> Counts:
@@ -149,7 +149,7 @@ async def test_what_a_claim_that_was_cut_short_took_is_given_back_when_the_proce
             raise ConnectionResetError("cut after the commit")
         return answer
 
-    monkeypatch.setattr(claims, "claim", claim_without_answer)
+    monkeypatch.setattr(ledger, "claim", claim_without_answer)
 
     @job("a-test", retry=QUICK)
     async def quick(_: JobContext, __: NoPayload) -> Counts:
@@ -175,7 +175,7 @@ async def test_a_claim_whose_answer_comes_while_the_process_stops_is_given_back_
             await go_on.wait()
         return answer
 
-    monkeypatch.setattr(claims, "claim", slow_claim)
+    monkeypatch.setattr(ledger, "claim", slow_claim)
     begun: list[int] = []
 
     @job("a-test", retry=QUICK)
@@ -205,7 +205,7 @@ async def test_a_letters_place_is_given_back_with_a_claim_whose_answer_comes_whi
             await go_on.wait()
         return answer
 
-    monkeypatch.setattr(claims, "claim", slow_claim)
+    monkeypatch.setattr(ledger, "claim", slow_claim)
 
     @job("a-test", retry=QUICK, sends_mail=True)
     async def letter(_: JobContext, __: NoPayload) -> Counts:
@@ -276,7 +276,7 @@ async def test_a_worker_is_declared_dead_together_with_the_release_of_what_it_ha
             raise ConnectionResetError("cut before the commit")
         return released
 
-    monkeypatch.setattr(attempts, "release_lost", release)
+    monkeypatch.setattr(ledger, "release_lost", release)
 
     @job("a-test", retry=QUICK)
     async def quick(_: JobContext, __: NoPayload) -> Counts:
@@ -304,8 +304,8 @@ async def test_an_attempt_whose_end_cannot_be_recorded_counts(
     async def refuse(*_: Any, **__: Any) -> Any:
         raise asyncpg.CheckViolationError("no")
 
-    monkeypatch.setattr(attempts, "finish_many", refuse)
-    monkeypatch.setattr(attempts, "fail", refuse)
+    monkeypatch.setattr(ledger, "finish_many", refuse)
+    monkeypatch.setattr(ledger, "fail", refuse)
     begun: list[int] = []
 
     @job("a-test", retry=QUICK)
@@ -346,7 +346,7 @@ async def test_a_recording_whose_answer_was_lost_took_effect_once(
             raise ConnectionResetError("cut after the commit")
         return answer
 
-    monkeypatch.setattr(attempts, write, without_answer)
+    monkeypatch.setattr(ledger, write, without_answer)
 
     @job("a-test", retry=QUICK)
     async def handler(_: JobContext, __: NoPayload) -> Counts:
