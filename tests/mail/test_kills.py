@@ -23,7 +23,7 @@ from tests.mailserver import PASSWORD, Server
 from tests.process import Service, serve
 from tests.waiting import until
 
-pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")]
 
 NO_SCHEDULES = {f"SCHEDULE_{job.name.replace('-', '_').upper()}": "" for job in JOBS}
 CONCURRENCY = 2

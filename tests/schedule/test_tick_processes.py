@@ -36,6 +36,8 @@ from tests.faketime import needs_faketime, running_from, wall_clock
 from tests.process import Service, run_command, serve
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 JOB, DRAFTS, OVERDUE = "session-cleanup", "draft-cleanup", "overdue-detection"
 NO_OTHERS = {
     "SCHEDULE_DRAFT_CLEANUP": "",

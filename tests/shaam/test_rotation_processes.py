@@ -26,6 +26,8 @@ from tests.process import Service, serve
 from tests.tax import CIPHER, CLIENT_ID, CLIENT_SECRET, KEY, NOW, environ
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 SUBJECT = "a business"
 LOCK_CREDENTIALS = "select from business_shaam_credentials for update"
 LOCK_RUNS = "select from bon_scheduler.runs for update"
