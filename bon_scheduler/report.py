@@ -7,7 +7,9 @@ A table that is too wide leaves out its least important columns, and says so; th
 No cell is cut off, and an id stays in one line, to be copied.
 """
 
+import json
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +23,16 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-__all__ = ["Column", "Report", "add_counts", "format_counts", "format_distance", "format_instant", "format_span"]
+__all__ = [
+    "Column",
+    "Report",
+    "add_counts",
+    "format_counts",
+    "format_distance",
+    "format_instant",
+    "format_span",
+    "show_controls",
+]
 
 STATE_STYLES = {
     "succeeded": "green",
@@ -38,6 +49,7 @@ STATE_STYLES = {
 MINUTE, HOUR, DAY = 60, 3_600, 86_400
 PLAIN_WIDTH = 160
 ANY_WIDTH = 100_000
+BYTE = 0xFF
 
 
 def format_instant(instant: datetime | None, zone: ZoneInfo) -> str:
@@ -92,6 +104,21 @@ def format_counts(counts: Mapping[str, int] | None, *, brief: bool = False) -> s
     return ", ".join(f"{name} {count:,}" for name, count in (counts or {}).items()) or "—"
 
 
+def show_controls(text: str) -> str:
+    """
+    Return the text with its control characters written out, so that a terminal shows them and does not obey them.
+
+    Also those of direction, which would show another order. Ends of lines stay.
+    """
+    return "".join(_show(character) if not character.isprintable() else character for character in text)
+
+
+def _show(character: str) -> str:
+    if character in "\n \u00a0" or unicodedata.category(character) in {"Zs", "Co", "Cn"}:
+        return character
+    return f"\\x{ord(character):02x}" if ord(character) <= BYTE else f"\\u{ord(character):04x}"
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """A column of a table for people."""
@@ -115,7 +142,11 @@ class Report:
     def document(self, value: object) -> None:
         """Write the JSON document."""
         options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
-        sys.stdout.buffer.write(orjson.dumps(value, option=options, default=str))
+        try:
+            text = orjson.dumps(value, option=options, default=str)
+        except TypeError:  # whole numbers over 64 bits stay exact
+            text = json.dumps(value, indent=2, default=str, ensure_ascii=False).encode() + b"\n"
+        sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()
 
     def progress(self, text: str) -> AbstractContextManager[object]:
@@ -124,7 +155,7 @@ class Report:
 
     def say(self, text: str) -> None:
         """Write a line for people; only a terminal's is broken, so that programs find paths and ids whole."""
-        self.console.print(escape(text), soft_wrap=not self.console.is_terminal)
+        self.console.print(escape(show_controls(text)), soft_wrap=not self.console.is_terminal)
 
     def table(
         self,
@@ -198,6 +229,6 @@ def _table(kept: Sequence[tuple[int, Column]], rows: Sequence[Sequence[object]],
 
 
 def _cell(value: object) -> str:
-    text = "—" if value is None else str(value)
+    text = "—" if value is None else show_controls(str(value))
     style = STATE_STYLES.get(text)
     return f"[{style}]{escape(text)}[/{style}]" if style else escape(text)

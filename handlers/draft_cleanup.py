@@ -32,7 +32,7 @@ LOCK_STALE = """
     select id, business_id, updated_at
       from invoices
      where status = 'draft'
-       and updated_at < $1
+       and updated_at < least($1, now() - interval '30 days')
        and (updated_at, id) > ($2, $3)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
      order by updated_at, id

@@ -19,7 +19,7 @@ MARK_OVERDUE = """
        set is_overdue = true, updated_at = now()
      where status in ('finalized', 'sent', 'partially_paid')
        and due_date is not null
-       and due_date < $1
+       and due_date < least($1, (now() at time zone 'UTC')::date + 1)
        and not is_overdue
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
     returning business_id

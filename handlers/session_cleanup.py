@@ -15,13 +15,14 @@ BATCH = 5000
 
 BEGINNING = (datetime(1970, 1, 1, tzinfo=UTC), UUID(int=0))
 
-# $1 fire time: timestamptz, $2 and $3 the last session seen: timestamptz, uuid, $4 batch size: int.
+# $1 fire time: timestamptz, $2 and $3 the last session seen: timestamptz, uuid, $4 batch size: int. Nothing that is
+# valid by the database's clock is deleted, whatever the fire time says.
 # Index: session_expires_idx. A session that is being used just now is somebody else's to delete: skip it.
 DELETE_EXPIRED = """
     with expired as (
         select id
           from sessions
-         where expires_at < $1
+         where expires_at < least($1, now())
            and (expires_at, id) > ($2, $3)
          order by expires_at, id
          limit $4

@@ -10,13 +10,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import orjson
 from pydantic import ValidationError
 
 from bon_scheduler import database, declared, ledger
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.config import Settings
-from bon_scheduler.database import require_endpoints, require_schema
+from bon_scheduler.database import UnreadableJsonError, read_json, require_endpoints, require_schema, write_json
 from bon_scheduler.jobs import AnyJob, Connection, Payload, explain_payload
 
 __all__ = [
@@ -43,7 +42,9 @@ SPAN = re.compile(r"\s*(\d+)([smhdw])\s*", re.ASCII)
 LONGEST = timedelta(days=36500)
 YEARS = range(1900, 3000)
 """Wide enough for any use; added to or taken from a span, still an instant for Python and for PostgreSQL."""
-NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+MOST_LEVELS = 199
+"""As the door bounds them: what is deeper not every program can hold."""
 LONGEST_KEY_BYTES = 1000
 """PostgreSQL's index takes 2,700, of which the job's name needs some."""
 
@@ -120,18 +121,30 @@ def read_reason(text: str) -> str:
 def read_payload(text: str) -> dict[str, Any]:
     """Read a JSON object; raises UsageError."""
     try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
+        value = read_json(text)
+    except UnreadableJsonError as error:
         raise UsageError(f'--payload is not JSON: {error}. Write it as \'{{"key": "value"}}\'.') from error
     if not isinstance(value, dict):
         raise UsageError(f"--payload must be a JSON object, not {type(value).__name__}. Write {{}} for none.")
-    try:
-        as_stored = orjson.dumps(value)
-    except orjson.JSONEncodeError as error:
-        raise UsageError(f"--payload cannot be stored: {error}. Nest it less deeply.") from error
-    if NUL.search(as_stored):
+    if (levels := _levels(value)) > MOST_LEVELS:
+        raise UsageError(f"--payload is nested {levels} levels deep. Nest it less deeply, {MOST_LEVELS} at most.")
+    if NUL.search(write_json(value)):
         raise UsageError("--payload holds the character \\u0000, which PostgreSQL cannot store. Leave it out.")
     return value
+
+
+def _levels(value: object) -> int:
+    """Return how deeply a value is nested, without recursion."""
+    levels, inside = 0, [value]
+    while inside:
+        levels += 1
+        inside = [
+            inner
+            for outer in inside
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return levels
 
 
 def read_key(text: str) -> str:

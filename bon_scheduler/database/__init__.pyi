@@ -18,6 +18,11 @@ from .endpoints import (
     require_same_database as require_same_database,
     require_sessions as require_sessions,
 )
+from .exact_json import (
+    UnreadableJsonError as UnreadableJsonError,
+    read_json as read_json,
+    write_json as write_json,
+)
 from .indexes import (
     missing_indexes as missing_indexes,
 )

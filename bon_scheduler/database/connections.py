@@ -6,7 +6,6 @@ Everything of ours lives in schema `bon_scheduler`; nothing is ever created in `
 
 import asyncio
 import hashlib
-import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
@@ -14,11 +13,11 @@ from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 
 import asyncpg
-import orjson
 
 from bon_scheduler.addresses import describe_database
 from bon_scheduler.config import Settings
 from bon_scheduler.database import migrations
+from bon_scheduler.database.exact_json import UnreadableJsonError, read_json, write_json
 from bon_scheduler.database.pooling import PooledConnection
 from bon_scheduler.jobs import Connection
 
@@ -113,16 +112,14 @@ class SessionlessConnection(asyncpg.Connection):
 
 async def _set_codecs(connection: Connection) -> None:
     for name in ("json", "jsonb"):
-        await connection.set_type_codec(
-            name, schema="pg_catalog", encoder=lambda v: orjson.dumps(v).decode(), decoder=_from_json
-        )
+        await connection.set_type_codec(name, schema="pg_catalog", encoder=write_json, decoder=_from_json)
 
 
 def _from_json(text: str) -> object:
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return json.loads(text)  # jsonb takes numbers that no machine has, such as 1e400
+        return read_json(text)
+    except UnreadableJsonError:
+        return text  # shown as it is: one row that no program can hold must not hide the others
 
 
 async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:

@@ -40,6 +40,8 @@ __all__ = ["Runner", "RunnerParts", "to_its_end"]
 Leave: TypeAlias = Callable[[Connection, RunRef], Awaitable[object]]
 """What becomes of a run whose attempt is cut short because its process stops."""
 log = structlog.get_logger()
+TOLERANCE = timedelta(days=1)
+"""By how much the clock of whoever asked may be ahead of this one; the door judges by the minute."""
 DEADLINE_GRACE_SECONDS = 5.0
 """How long a handler may take to end once it is cancelled: to roll back, or to save what cannot be undone."""
 
@@ -257,7 +259,10 @@ class Runner:
 
     async def _call(self, job: AnyJob, claim: Claim, ctx: AttemptContext, retry: Retry, leave: Leave) -> Outcome:
         try:
-            _ = claim.fire_time
+            fire_time = claim.fire_time
+            named = claim.fire_time_text is not None and claim.origin is not Origin.SCHEDULE
+            if named and fire_time > ctx.now + TOLERANCE:
+                return Outcome("dead", error=f"its fire time {fire_time.isoformat()} has not come")
             payload: Payload = job.payload.model_validate(claim.payload)
         except ValidationError as error:
             return Outcome("dead", error=explain_payload(job, error))

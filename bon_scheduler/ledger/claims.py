@@ -14,8 +14,8 @@ from typing import Any
 from uuid import UUID
 
 import asyncpg
-import orjson
 
+from bon_scheduler.database import UnreadableJsonError, read_json
 from bon_scheduler.jobs import AnyJob, Connection
 from bon_scheduler.ledger.attempts import RunRef
 from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS, Origin
@@ -115,8 +115,8 @@ class Claim:
     def payload(self) -> Mapping[str, Any]:
         """The arguments. Raises UnreadableRunError."""
         try:
-            payload: Mapping[str, Any] = orjson.loads(self.payload_text)
-        except (orjson.JSONDecodeError, RecursionError) as error:
+            payload: Mapping[str, Any] = read_json(self.payload_text)
+        except UnreadableJsonError as error:
             raise UnreadableRunError(f"the payload cannot be read: {error}") from error
         return payload
 

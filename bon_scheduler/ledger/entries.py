@@ -65,7 +65,7 @@ RECORD_TICK = "select verdict, run_id from bon_scheduler.record_tick($1, $2, $3,
 # $1 job, $2 payload: jsonb, $3 dedupe key, $4 run at, $5 priority, $6 fire time, $7 origin, $8 asked by,
 # $9 caused by.
 ENQUEUE = """
-    select bon_scheduler.enqueue($1, $2, dedupe_key => $3, run_at => $4, priority => $5,
+    select bon_scheduler.enqueue_run($1, $2, dedupe_key => $3, run_at => $4, priority => $5,
                                  fire_time => $6, origin => $7, asked_by => $8, caused_by => $9)
 """
 # $1 job, $2 payloads: jsonb[], $3 dedupe keys: text[], $4 priority: int, $5 asked by, $6 caused by.

@@ -35,8 +35,9 @@ OPEN_STATES = frozenset({"queued", "running", "retrying"})
 
 # $1 job or null, $2 state or null, $3 since: timestamptz or null, $4 limit: int. Index: runs_newest.
 LIST_RUNS = """
-    select id as run_id, job, fire_time, state::text as state, attempt, origin, enqueued_at, started_at,
-           finished_at, counts, error, dry_run
+    select id as run_id, job, bon_scheduler.shown(fire_time) as fire_time, state::text as state, attempt, origin,
+           bon_scheduler.shown(enqueued_at) as enqueued_at, bon_scheduler.shown(started_at) as started_at,
+           bon_scheduler.shown(finished_at) as finished_at, counts, error, dry_run
       from bon_scheduler.runs
      where ($1::text is null or job = $1)
        and ($2::text is null or state = $2::bon_scheduler.run_state)
@@ -46,8 +47,10 @@ LIST_RUNS = """
 """
 # $1 run. Index: runs_pkey.
 FIND_RUN = """
-    select id as run_id, job, fire_time, state::text as state, attempt, origin, asked_by, reason, payload,
-           dedupe_key, run_at, enqueued_at, started_at, finished_at, counts, error, caused_by, dry_run
+    select id as run_id, job, bon_scheduler.shown(fire_time) as fire_time, state::text as state, attempt, origin,
+           asked_by, reason, payload, dedupe_key, bon_scheduler.shown(run_at) as run_at,
+           bon_scheduler.shown(enqueued_at) as enqueued_at, bon_scheduler.shown(started_at) as started_at,
+           bon_scheduler.shown(finished_at) as finished_at, counts, error, caused_by, dry_run
       from bon_scheduler.runs
      where id = $1
 """
@@ -101,7 +104,7 @@ DESCENDANTS = """
     )
     select r.id as run_id, r.job, r.state::text as state, r.counts, r.error,
            case when r.ready then 0
-                else extract(epoch from r.run_at - now()) end::float8 as wait_seconds
+                else extract(epoch from least(r.run_at, now() + interval '1 day') - now()) end::float8 as wait_seconds
       from family f
       join bon_scheduler.runs r on r.id = f.id
      order by r.enqueued_at, r.id
@@ -114,7 +117,7 @@ HOLDER_OF_KEY = """
 """
 # No parameters. Indexes: runs_by_job, runs_ready, runs_timed, runs_held, runs_for_a_person.
 JOB_OVERVIEW = """
-    select j.name, j.last_tick,
+    select j.name, bon_scheduler.shown(j.last_tick) as last_tick,
            (select count(*) from bon_scheduler.runs r
              where r.job = j.name and r.ready and r.state in ('queued', 'retrying'))
            + (select count(*) from bon_scheduler.runs r
@@ -123,7 +126,8 @@ JOB_OVERVIEW = """
                where r.job = j.name and r.state = 'running') as waiting,
            (select count(*) from bon_scheduler.runs r
              where r.job = j.name and r.state = 'dead' and not r.dry_run) as dead,
-           last.state::text as last_state, last.finished_at as last_finished_at, last.id as last_run_id
+           last.state::text as last_state, bon_scheduler.shown(last.finished_at) as last_finished_at,
+           last.id as last_run_id
       from bon_scheduler.jobs j
       left join lateral (
                select r.id, r.state, r.finished_at
@@ -147,7 +151,8 @@ QUEUE_DEPTHS = """
 """
 # No parameters. Index: runs_ready.
 QUEUE_AGES = """
-    select job, extract(epoch from clock_timestamp() - min(coalesce(run_at, enqueued_at)))::float8 as seconds
+    select job, extract(epoch from clock_timestamp() - min(bon_scheduler.shown(coalesce(run_at, enqueued_at))))::float8
+               as seconds
       from bon_scheduler.runs
      where ready and state in ('queued', 'retrying')
      group by job
@@ -219,4 +224,4 @@ async def queue_depths(connection: Connection) -> Mapping[tuple[str, str], int]:
 
 async def queue_ages(connection: Connection) -> Mapping[str, float]:
     """Return, by job, for how many seconds the run that waits longest has been due."""
-    return {row["job"]: row["seconds"] for row in await _rows(connection, QUEUE_AGES)}
+    return {row["job"]: row["seconds"] or 0.0 for row in await _rows(connection, QUEUE_AGES)}

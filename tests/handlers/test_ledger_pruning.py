@@ -6,7 +6,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from bon_scheduler import NoPayload
+from bon_scheduler import NoPayload, service
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.database.connections import Pool
 from bon_scheduler.engine.dry_run import DryRunner
@@ -16,6 +16,7 @@ from bon_scheduler.schedule.audit import audit_ticks
 from handlers import JOBS
 from handlers.ledger_pruning import ledger_pruning
 from tests.conftest import Connection, MakeSettings, RunJob
+from tests.waiting import until
 
 OLD = timedelta(days=31)
 YOUNG = timedelta(days=29)
@@ -174,9 +175,19 @@ async def test_a_dry_run_counts_what_a_real_one_then_deletes_and_keeps_everythin
     assert (real.run["counts"]["deliveries"], real.run["counts"]["runs"]) == (1, 5)
 
 
-async def test_a_clock_far_ahead_forgets_nothing(run_job: RunJob, connection: Connection) -> None:
+async def test_a_tick_of_a_clock_far_ahead_forgets_nothing(make_settings: MakeSettings, connection: Connection) -> None:
     young = await run(connection, age=YOUNG)
-    await prune(run_job, fire_time=datetime.now(UTC) + timedelta(days=3650))
+    settings = make_settings(RUN_RETENTION_DAYS="30", SCHEDULE_LEDGER_PRUNING="")
+    async with service.serving(settings, jobs=[ledger_pruning]):
+        tick = await connection.fetchval(
+            "select bon_scheduler.enqueue_run('ledger-pruning', origin => 'schedule', fire_time => now() + '10 years')"
+        )
+
+        async def ended() -> bool:
+            succeeded = "select state = 'succeeded' from bon_scheduler.runs where id = $1"
+            return bool(await connection.fetchval(succeeded, tick))
+
+        await until(ended)
     assert await left(connection, [young]) == [young]
 
 

@@ -133,7 +133,7 @@ async def test_a_second_consent_that_is_lost_on_another_day_is_told_again(
     business = await flagged(bon)
     await bon.connection.execute("update business_shaam_credentials set needs_reauth = true")
     for days in range(2):
-        fire_time = NOW + timedelta(days=days)
+        fire_time = NOW - timedelta(days=1 - days)
         await run_job(notify_reauth, NotifyReauth(business_id=business), fire_time=fire_time, **smtp(sink))
     assert len(sink.messages) == 2
 

@@ -60,9 +60,10 @@ async def test_a_due_token_is_rotated_and_saved(refresh: Refresh, bon: Bon) -> N
 
 async def test_a_second_run_works_with_what_the_first_has_saved(refresh: Refresh, bon: Bon) -> None:
     await bon.business("a")
-    for hours in range(3):
-        report = await refresh(fire_time=NOW + timedelta(hours=hours))
+    for _ in range(3):
+        report = await refresh(fire_time=NOW)
         assert report.run["counts"]["refreshed"] == 1
+        await bon.connection.execute("update business_shaam_credentials set token_expires_at = now()")
     assert bon.simulator.reuses == []
 
 

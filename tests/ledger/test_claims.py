@@ -111,7 +111,7 @@ async def test_a_tick_goes_before_all_that_was_asked_for(connection: Connection,
     await connection.execute("update bon_scheduler.jobs set exclusive = 'no' where name = 'draft-cleanup'")
     for _ in range(300):
         await ask(connection, "draft-cleanup", priority=100)
-    tick = await ask(connection, "draft-cleanup", origin="schedule")
+    tick = await connection.fetchval("select bon_scheduler.enqueue_run('draft-cleanup', origin => 'schedule')")
     assert await take_any(connection, worker, "draft-cleanup", room=1) == [tick]
 
 
@@ -485,7 +485,7 @@ async def test_a_run_once_beside_the_scheduled_run_is_refused(
 
     settings = make_settings()
     await service.prepare(settings, jobs=[detection])
-    await connection.execute("select bon_scheduler.enqueue('overdue-detection', origin => 'schedule')")
+    await connection.execute("select bon_scheduler.enqueue_run('overdue-detection', origin => 'schedule')")
     async with service.serving(settings, jobs=[detection]) as serving:
         await until(lambda: _true(serving.engine.active == 1))
         with pytest.raises(AlreadyRunningError, match="is already running on"):
@@ -506,7 +506,7 @@ async def test_a_run_once_whose_environment_knows_of_no_schedule_is_refused_all_
 
     settings = make_settings(SCHEDULE_SESSION_CLEANUP="0 4 * * *")
     async with service.serving(settings, jobs=[cleanup]) as serving:
-        await connection.execute("select bon_scheduler.enqueue('session-cleanup', origin => 'schedule')")
+        await connection.execute("select bon_scheduler.enqueue_run('session-cleanup', origin => 'schedule')")
         await until(lambda: _true(serving.engine.active == 1))
         for _ in range(2):
             with pytest.raises(AlreadyRunningError, match="is already running on"):

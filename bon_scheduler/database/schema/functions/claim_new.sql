@@ -17,7 +17,7 @@ language plpgsql
 set search_path = bon_scheduler, pg_temp
 as $$
 declare
-    new_id constant uuid := enqueue(job, payload, fire_time => fire_time, origin => 'person', asked_by => asked_by);
+    new_id constant uuid := enqueue_run(job, payload, fire_time => fire_time, origin => 'person', asked_by => asked_by);
     answer record;
 begin
     select * into answer from claim_one(new_id, by_worker, by_host, mailing, letters_apart);

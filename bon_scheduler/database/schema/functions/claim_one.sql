@@ -39,7 +39,7 @@ begin
         return;
     elsif not run.ready then
         verdict := 'waits';
-        wait := greatest(run.run_at - now(), '50 milliseconds');
+        wait := greatest(least(run.run_at, now() + interval '1 day') - now(), '50 milliseconds');
         return;
     elsif run.concurrency_key is not null then
         select * into other from runs r where r.concurrency_key = run.concurrency_key and r.state = 'running';

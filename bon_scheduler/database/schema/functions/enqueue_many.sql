@@ -39,3 +39,5 @@ begin
     return new;
 end;
 $$;
+
+revoke all on function enqueue_many (text, jsonb[], text[], integer, text, text, uuid) from public;

@@ -16,7 +16,7 @@ as $$
                      for no key update skip locked);
     select r.run_at - now()
       from runs r
-     where not r.ready and r.state in ('queued', 'retrying') and r.run_at > now()
+     where not r.ready and r.state in ('queued', 'retrying') and r.run_at > now() and isfinite(r.run_at)
      order by r.run_at
      limit 1;
 $$;

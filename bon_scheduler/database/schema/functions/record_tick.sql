@@ -45,8 +45,8 @@ begin
     end if;
     update jobs j set last_tick = record_tick.fire_time where j.name = record_tick.job;
     if verdict = 'recorded' then
-        run_id := enqueue(record_tick.job, fire_time => record_tick.fire_time, origin => 'schedule',
-                          asked_by => 'schedule');
+        run_id := enqueue_run(record_tick.job, fire_time => record_tick.fire_time, origin => 'schedule',
+                              asked_by => 'schedule');
     else
         insert into runs (job, fire_time, origin, asked_by, state, reason, finished_at)
         values (record_tick.job, record_tick.fire_time, 'schedule', 'schedule', verdict::run_state,
