@@ -8,20 +8,25 @@ whether the queue would bring a run here and whether this process is draining.
 import asyncio
 import math
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
+
+import structlog
 
 from bon_scheduler import ledger, mail, schedule, shaam
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool, SchemaBehindError, require_schema
 from bon_scheduler.engine import Engine, Heartbeat, Reconciler
 from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger import Worker
+from bon_scheduler.log import describe_error
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.schedule import Triggers
 
 __all__ = ["Probes"]
 
+log = structlog.get_logger()
 DATABASE_LIMIT_SECONDS = 3.0
 
 
@@ -40,6 +45,8 @@ class Probes:
     metrics: Metrics
     worker: Worker
     started: float = field(default_factory=time.monotonic)
+    failing: dict[str, str] = field(default_factory=dict)
+    """Which metrics could not be brought up to date at the last scrape, and why."""
 
     def live(self) -> tuple[bool, dict[str, Any]]:
         """Report whether the loop turns (it does, to answer) and the supervised tasks live."""
@@ -57,6 +64,7 @@ class Probes:
             "database": await self._check_database(),
             "worker": _up(self.engine.connected),
             "draining": {"status": "down" if self.engine.draining else "up"},
+            "schedules": _up(not self.triggers.unusable) | {"unusable": dict(self.triggers.unusable)},
         }
         for name, check in checks.items():
             self.metrics.check_status.labels(name).set(check["status"] == "up")
@@ -69,17 +77,40 @@ class Probes:
         self.metrics.pool_connections.labels("used").set(size - idle)
         try:
             async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self._control() as connection:
-                depths, ages = await ledger.queue_depths(connection), await ledger.queue_ages(connection)
-                owed = await schedule.unaccounted(connection)
-                unknown, gate = await mail.count_unknown(connection), await mail.gate_state(connection)
-                await self._refresh_shaam(connection)
+                for name, refresh in (
+                    ("queue", self._refresh_queue),
+                    ("ticks", self._refresh_ticks),
+                    ("mail", self._refresh_mail),
+                    ("shaam", self._refresh_shaam),
+                ):
+                    await self._alone(name, refresh, connection)
         except TRANSIENT_ERRORS:
             return
-        self.metrics.set_queue(depths, ages)
-        self.metrics.email_unknown.set(unknown)
-        self.metrics.check_status.labels("mail").set(gate.closed_since is None)
-        for job, ticks in owed.items():
+
+    async def _alone(self, name: str, refresh: Callable[[Connection], Awaitable[None]], connection: Connection) -> None:
+        """Refresh some metrics. What is wrong with them hides no other, the alert on it least of all."""
+        try:
+            await refresh(connection)
+        except TRANSIENT_ERRORS:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others are shown
+            if self.failing.get(name) != (why := describe_error(error)):
+                log.error("metrics.failed", metrics=name, error=why)  # noqa: TRY400
+            self.failing[name] = describe_error(error)
+        else:
+            self.failing.pop(name, None)
+        self.metrics.check_status.labels(f"metrics-{name}").set(name not in self.failing)
+
+    async def _refresh_queue(self, connection: Connection) -> None:
+        self.metrics.set_queue(await ledger.queue_depths(connection), await ledger.queue_ages(connection))
+
+    async def _refresh_ticks(self, connection: Connection) -> None:
+        for job, ticks in (await schedule.unaccounted(connection)).items():
             self.metrics.ticks_unaccounted.labels(job).set(ticks)
+
+    async def _refresh_mail(self, connection: Connection) -> None:
+        self.metrics.email_unknown.set(await mail.count_unknown(connection))
+        self.metrics.check_status.labels("mail").set((await mail.gate_state(connection)).closed_since is None)
 
     async def _refresh_shaam(self, connection: Connection) -> None:
         summary = await shaam.summarise(connection)

@@ -83,6 +83,7 @@ def _as_document(found: Audit) -> dict[str, Any]:
         "since": found.since,
         "until": found.until,
         "sound": found.sound,
+        "unusable": dict(found.unusable),
         "expected": len(found.ticks) - len(lists["unexpected"]),
         "ran": len(found.of(Verdict.RAN)),
         **{name: [tick.as_json() for tick in ticks] for name, ticks in lists.items()},
@@ -100,7 +101,9 @@ def _show(report: Report, found: Audit) -> None:
         )
     if (more := len(worth_naming) - MOST_SHOWN) > 0:
         report.say(f"and {more} more; all of them with --json")
-    if found.ticks:
+    for job, why in found.unusable.items():
+        report.say(f"{job}: {why}.")
+    if found.ticks or found.unusable:
         report.say(f"\n{'Every' if found.sound else 'Not every'} tick is accounted for.")
     if dead := found.of(Verdict.DEAD):
         report.say(

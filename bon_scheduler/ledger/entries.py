@@ -54,9 +54,9 @@ REGISTER_JOBS = """
 """
 # $1 names: text[].
 LAST_TICKS = """
-    select name, last_tick
+    select name, bon_scheduler.shown(last_tick) as last_tick
       from bon_scheduler.jobs
-     where name = any ($1) and last_tick is not null
+     where name = any ($1) and bon_scheduler.shown(last_tick) is not null
 """
 # $1 job, $2 its last tick, $3 since when its schedule is in force, $4 fire time: timestamptz, $5 why it is
 # missed: text or null. One statement: the job's last tick moves forwards, the run is recorded and it is asked

@@ -6,7 +6,7 @@ host, in how many attempts), was missed and why, was paused, or is dead. What it
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from itertools import islice
@@ -116,6 +116,8 @@ class Audit:
     since: datetime
     until: datetime
     ticks: Sequence[AuditedTick]
+    unusable: Mapping[str, str] = field(default_factory=dict)
+    """Why nothing can be said of some jobs, by job."""
 
     def of(self, *verdicts: Verdict) -> list[AuditedTick]:
         """Return the ticks with one of these verdicts."""
@@ -128,8 +130,8 @@ class Audit:
 
     @property
     def sound(self) -> bool:
-        """Whether there is no gap and no unresolved miss."""
-        return not self.of(Verdict.GAP) and all(tick.resolved for tick in self.of(Verdict.MISSED))
+        """Whether there is no gap, no unresolved miss, and no job of which nothing can be said."""
+        return not self.unusable and not self.of(Verdict.GAP) and all(tick.resolved for tick in self.of(Verdict.MISSED))
 
 
 async def audit_ticks(connection: Connection, since: datetime) -> Audit:
@@ -138,9 +140,10 @@ async def audit_ticks(connection: Connection, since: datetime) -> Audit:
         until = await connection.fetchval(NOW)
         since = await connection.fetchval(RETAINED_SINCE, since)
         histories = await schedules.read_histories(connection)
-        last_ticks = await ledger.last_ticks(connection, list(histories))
+        last_ticks = await ledger.last_ticks(connection, list(histories.periods))
         rows = await connection.fetch(TICKS, since, until, timeout=CALL_TIMEOUT_SECONDS)
-    return judge(histories, last_ticks, [dict(row) for row in rows], since, until)
+    found = judge(histories.periods, last_ticks, [dict(row) for row in rows], since, until)
+    return replace(found, unusable=histories.unusable)
 
 
 def judge(
@@ -205,8 +208,9 @@ async def unaccounted(connection: Connection) -> dict[str, int]:
     """Return, by job with a schedule, how many ticks have been due for over a minute and are in no ledger row."""
     until = await connection.fetchval(NOW, timeout=CALL_TIMEOUT_SECONDS) - ALLOWANCE
     histories = await schedules.read_histories(connection)
-    last_ticks = await ledger.last_ticks(connection, list(histories))
-    return {
-        job: sum(1 for _ in islice(expected(histories[job], last, until), MOST_COUNTED))
+    last_ticks = await ledger.last_ticks(connection, list(histories.periods))
+    counted = {
+        job: sum(1 for _ in islice(expected(histories.periods[job], last, until), MOST_COUNTED))
         for job, last in last_ticks.items()
     }
+    return {**counted, **dict.fromkeys(histories.unusable, 1)}  # how many nobody knows: enough to be alerted

@@ -13,13 +13,14 @@ from datetime import datetime, timedelta
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import asyncpg
 import structlog
 
 from bon_scheduler.jobs import CatchUp, Connection, Cron
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
-from bon_scheduler.schedule.timing import Period
+from bon_scheduler.schedule.timing import Period, check_cron
 
-__all__ = ["Declaration", "declare", "read_histories"]
+__all__ = ["Declaration", "Histories", "declare", "read_histories"]
 
 log = structlog.get_logger()
 
@@ -59,9 +60,10 @@ DECLARE = """
 # $1 job, $2 effective from: timestamptz. A job owes nothing from before its first schedule.
 BEGIN_TICKS = "update bon_scheduler.jobs set last_tick = $2 where name = $1 and last_tick is null"
 HISTORIES = """
-    select job, effective_from, expression, timezone, catch_up, grace
-      from bon_scheduler.schedules
-     order by job, effective_from
+    select job, bon_scheduler.shown(effective_from) as effective_from, expression, timezone, catch_up,
+           extract(epoch from grace)::float8 as grace_seconds
+      from bon_scheduler.schedules s
+     order by job, s.effective_from
 """
 
 
@@ -76,10 +78,19 @@ class Declaration:
     version: str
 
 
+@dataclass(frozen=True, slots=True)
+class Histories:
+    """What was in force when, by job, oldest first; and why it cannot be told of some."""
+
+    periods: Mapping[str, Sequence[Period]]
+    unusable: Mapping[str, str]
+    """Jobs whose schedule in force cannot be read here: of another version or other time zone data, or damaged."""
+
+
 async def declare(
     connection: Connection,
     declaration: Declaration,
-    histories: Mapping[str, Sequence[Period]],
+    histories: Histories,
     *,
     now: datetime,
     first: datetime,
@@ -92,12 +103,12 @@ async def declare(
     """
     zone = declaration.zone
     differing = {
-        job: cron for job, cron in declaration.schedules.items() if _differs(histories.get(job, ()), cron, zone)
+        job: cron for job, cron in declaration.schedules.items() if _differs(histories.periods.get(job, ()), cron, zone)
     }
     if not differing or not await connection.fetchval(IS_DECLARER, declaration.worker, timeout=CALL_TIMEOUT_SECONDS):
         return []
     for job, cron in sorted(differing.items()):
-        begin = now if job in histories else first
+        begin = now if job in histories.periods or job in histories.unusable else first
         await _declare_one(connection, job, _as_row(cron, zone), begin, declaration.version)
     return sorted(differing)
 
@@ -127,11 +138,29 @@ def _as_row(cron: Cron | None, zone: ZoneInfo) -> tuple[str | None, str, str, ti
     return (cron.expression if cron else None, zone.key, str(policy.catch_up), policy.grace)
 
 
-async def read_histories(connection: Connection) -> dict[str, list[Period]]:
-    """Return each job's schedule history, oldest first."""
-    histories: dict[str, list[Period]] = {}
+async def read_histories(connection: Connection) -> Histories:
+    """Read each job's schedule history. What cannot be read keeps no other job's from being read."""
+    periods: dict[str, list[Period]] = {}
+    unusable: dict[str, str] = {}
     for row in await connection.fetch(HISTORIES, timeout=CALL_TIMEOUT_SECONDS):
-        cron = Cron(row["expression"], CatchUp(row["catch_up"]), row["grace"]) if row["expression"] else None
-        period = Period(row["effective_from"], cron, ZoneInfo(row["timezone"]))
-        histories.setdefault(row["job"], []).append(period)
-    return histories
+        job = row["job"]
+        unusable.pop(job, None)  # only what is in force last matters
+        try:
+            periods.setdefault(job, []).append(_read_period(row))
+        except (ValueError, OverflowError, OSError, KeyError) as error:
+            unusable[job] = f"its schedule in the ledger cannot be read here: {error}"
+    for job in unusable:
+        periods.pop(job, None)
+    return Histories({job: history for job, history in periods.items() if history}, unusable)
+
+
+def _read_period(row: asyncpg.Record) -> Period:
+    """Read one row; raises ValueError, OverflowError, OSError or KeyError."""
+    if row["effective_from"] is None:
+        raise ValueError("effective_from is no instant")
+    cron, expression = None, row["expression"]
+    if expression:
+        if what := check_cron(expression):
+            raise ValueError(f'"{expression}" {what}')
+        cron = Cron(expression, CatchUp(row["catch_up"]), timedelta(seconds=row["grace_seconds"]))
+    return Period(row["effective_from"], cron, ZoneInfo(row["timezone"]))

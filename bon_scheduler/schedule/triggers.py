@@ -18,7 +18,7 @@ import aiocron
 import structlog
 
 from bon_scheduler import ledger
-from bon_scheduler.database import Pool
+from bon_scheduler.database import TRANSIENT_ERRORS, Pool
 from bon_scheduler.jobs import Connection, Cron
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, TickVerdict, Worker
 from bon_scheduler.log import describe_error
@@ -61,6 +61,12 @@ class Triggers:
         self._metrics = metrics
         self._loop: asyncio.Task[None] | None = None
         self._drift = clocks.drift()
+        self._unusable: dict[str, str] = {}
+
+    @property
+    def unusable(self) -> Mapping[str, str]:
+        """Why the ticks of some jobs cannot be accounted for here, by job, as of the last pass."""
+        return self._unusable
 
     @property
     def alive(self) -> bool:
@@ -134,11 +140,26 @@ class Triggers:
             )
             if changed:
                 histories = await schedules.read_histories(connection)
-            last_ticks = await ledger.last_ticks(connection, list(histories))
-            wait = PASS_SECONDS
+            last_ticks = await ledger.last_ticks(connection, list(histories.periods))
+            wait, unusable = PASS_SECONDS, dict(histories.unusable)
             for job, last in last_ticks.items():
-                wait = min(wait, await self._account(connection, job, histories[job], last, now))
+                try:
+                    wait = min(wait, await self._account(connection, job, histories.periods[job], last, now))
+                except TRANSIENT_ERRORS:
+                    raise
+                except Exception as error:  # noqa: BLE001 - whatever is wrong with one job, the others' ticks go on
+                    unusable[job] = f"its ticks cannot be recorded: {describe_error(error)}"
+        self._report_unusable(unusable)
         return wait
+
+    def _report_unusable(self, unusable: Mapping[str, str]) -> None:
+        """Remember which jobs' ticks this process cannot account for; log each once."""
+        for job, why in unusable.items():
+            if self._unusable.get(job) != why:
+                log.error("schedule.unusable", job=job, error=why)
+        for job in self._unusable.keys() - unusable.keys():
+            log.info("schedule.usable", job=job)
+        self._unusable = dict(unusable)
 
     async def _account(
         self, connection: Connection, job: str, history: Sequence[Period], last: datetime, now: datetime

@@ -123,7 +123,7 @@ async def check(connection: Connection, until: datetime) -> Counter[str]:
     """Every expected tick is in the ledger once, nothing else is; return how many of each verdict."""
     rows = [dict(row) for row in await connection.fetch(TICKS, START - timedelta(days=1), until + timedelta(days=1))]
     assert len(rows) == len({row["fire_time"] for row in rows})
-    histories = await read_histories(connection)
+    histories = (await read_histories(connection)).periods
     found = judge(histories, await last_ticks(connection, [JOB]), rows, START - timedelta(days=1), until)
     assert found.of(Verdict.GAP, Verdict.WAITING, Verdict.IN_PROGRESS) == []
     assert found.of(Verdict.UNEXPECTED) == []
