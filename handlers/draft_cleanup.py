@@ -30,7 +30,7 @@ BEGINNING = (datetime(1970, 1, 1, tzinfo=UTC), UUID(int=0))
 # Index: invoices_draft_cleanup_idx. Strictly older than $1. A draft that is being edited now is not stale.
 LOCK_STALE = """
     select id, business_id, updated_at
-      from invoices
+      from public.invoices
      where status = 'draft'
        and updated_at < least($1, now() - interval '30 days')
        and (updated_at, id) > ($2, $3)
@@ -45,7 +45,7 @@ LOCK_STALE = """
 COUNT_PAUSED = """
     select count(*)
       from bon_scheduler.business_pauses p
-     where exists (select from invoices i
+     where exists (select from public.invoices i
                     where i.business_id = p.business_id
                       and i.status = 'draft'
                       and i.updated_at < $1)
@@ -54,7 +54,7 @@ COUNT_PAUSED = """
 # $1 drafts: uuid[]. Index: unique (invoice_id, position).
 COUNT_ITEMS = """
     select invoice_id, count(*) as items
-      from invoice_items
+      from public.invoice_items
      where invoice_id = any ($1)
      group by invoice_id
 """
@@ -62,13 +62,13 @@ COUNT_ITEMS = """
 # $1 drafts: uuid[], locked by this transaction. BON has no index for three of these references; `check`
 # recommends two of them.
 DELETE_UNREFERENCED = """
-    delete from invoices i
+    delete from public.invoices i
      where i.id = any ($1)
        and i.status = 'draft'
-       and not exists (select from invoice_payments p where p.invoice_id = i.id)
-       and not exists (select from shaam_audit_log a where a.invoice_id = i.id)
-       and not exists (select from emergency_allocation_numbers e where e.used_for_invoice_id = i.id)
-       and not exists (select from invoices c where c.credited_invoice_id = i.id)
+       and not exists (select from public.invoice_payments p where p.invoice_id = i.id)
+       and not exists (select from public.shaam_audit_log a where a.invoice_id = i.id)
+       and not exists (select from public.emergency_allocation_numbers e where e.used_for_invoice_id = i.id)
+       and not exists (select from public.invoices c where c.credited_invoice_id = i.id)
     returning i.id
 """
 

@@ -27,8 +27,8 @@ REAUTH_KIND = "shaam-reauth"
 # $1 business. Index: businesses_pkey, unique (business_id).
 READ_FLAGGED = """
     select b.name
-      from businesses b
-      join business_shaam_credentials c on c.business_id = b.id
+      from public.businesses b
+      join public.business_shaam_credentials c on c.business_id = b.id
      where b.id = $1
        and c.needs_reauth
        and b.is_active = true

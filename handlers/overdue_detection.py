@@ -15,7 +15,7 @@ from handlers.overdue_digest import OverdueDigest, overdue_digest
 
 # $1 as_of: date. Index: invoices_overdue_candidates_idx.
 MARK_OVERDUE = """
-    update invoices
+    update public.invoices
        set is_overdue = true, updated_at = now()
      where status in ('finalized', 'sent', 'partially_paid')
        and due_date is not null
@@ -27,7 +27,7 @@ MARK_OVERDUE = """
 
 # No parameters. Index: invoices_overdue_reset_idx.
 CLEAR_SETTLED = """
-    update invoices
+    update public.invoices
        set is_overdue = false, updated_at = now()
      where is_overdue = true
        and status in ('paid', 'cancelled', 'credited')
@@ -39,7 +39,7 @@ CLEAR_SETTLED = """
 # date, so that replaying an old tick never un-marks what became overdue since. Index: none serves it; BON
 # has few open invoices that are marked, and reads them through (business_id, status) elsewhere.
 CLEAR_MOVED = """
-    update invoices
+    update public.invoices
        set is_overdue = false, updated_at = now()
      where is_overdue
        and status in ('finalized', 'sent', 'partially_paid')
@@ -53,7 +53,7 @@ CLEAR_MOVED = """
 COUNT_PAUSED = """
     select count(*)
       from bon_scheduler.business_pauses p
-     where exists (select from invoices i
+     where exists (select from public.invoices i
                     where i.business_id = p.business_id
                       and (   (not i.is_overdue and i.status in ('finalized', 'sent', 'partially_paid')
                                and i.due_date < $1)

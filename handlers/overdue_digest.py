@@ -28,15 +28,15 @@ AFTER_EVERYTHING_ELSE = -10
 FIND_OWED = """
       with owed as (
                select i.business_id, count(*) as invoices
-                 from invoices i
+                 from public.invoices i
                 cross join lateral (
                           select coalesce(sum(p.amount_minor_units), 0) as amount
-                            from invoice_payments p
+                            from public.invoice_payments p
                            where p.invoice_id = i.id
                       ) paid
                 cross join lateral (
                           select coalesce(sum(n.total_incl_vat_minor_units), 0) as amount
-                            from invoices n
+                            from public.invoices n
                            where n.business_id = i.business_id
                              and n.credited_invoice_id = i.id
                              and n.document_type = 'credit_note'
@@ -57,11 +57,11 @@ FIND_OWED = """
             end as addresses,
            exists (select from bon_scheduler.business_pauses p where p.business_id = b.id) as paused
       from owed o
-      join businesses b on b.id = o.business_id
+      join public.businesses b on b.id = o.business_id
      cross join lateral (
                select count(distinct lower(bon_scheduler.visible(u.email))) as addresses
-                 from user_businesses m
-                 join users u on u.id = m.user_id
+                 from public.user_businesses m
+                 join public.users u on u.id = m.user_id
                 where m.business_id = b.id
                   and m.role = 'owner'
            ) owners

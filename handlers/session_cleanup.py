@@ -21,14 +21,14 @@ BEGINNING = (datetime(1970, 1, 1, tzinfo=UTC), UUID(int=0))
 DELETE_EXPIRED = """
     with expired as (
         select id
-          from sessions
+          from public.sessions
          where expires_at < least($1, now())
            and (expires_at, id) > ($2, $3)
          order by expires_at, id
          limit $4
            for update skip locked
     )
-    delete from sessions s
+    delete from public.sessions s
      using expired e
      where s.id = e.id
     returning s.expires_at, s.id

@@ -42,8 +42,8 @@ log = structlog.get_logger()
 # row a business, read once a run.
 DUE = """
     select c.business_id
-      from business_shaam_credentials c
-      join businesses b on b.id = c.business_id
+      from public.business_shaam_credentials c
+      join public.businesses b on b.id = c.business_id
       left join bon_scheduler.shaam_refreshes r on r.business_id = c.business_id
      where c.token_expires_at < $1
        and ($2::uuid[] is null or c.business_id = any ($2))
@@ -61,8 +61,8 @@ DUE = """
 COUNT_PAUSED = """
     select count(*)
       from bon_scheduler.business_pauses p
-      join business_shaam_credentials c on c.business_id = p.business_id
-      join businesses b on b.id = c.business_id
+      join public.business_shaam_credentials c on c.business_id = p.business_id
+      join public.businesses b on b.id = c.business_id
      where c.token_expires_at < $1
        and c.needs_reauth = false
        and b.is_active = true
@@ -71,13 +71,13 @@ COUNT_PAUSED = """
 # $1 businesses: uuid[]. Index: unique (business_id).
 READ_TOKENS = """
     select business_id, encrypted_refresh_token
-      from business_shaam_credentials
+      from public.business_shaam_credentials
      where business_id = any ($1)
 """
 # Written last, so with the key that is in use. One row a business, read only where nothing that is due can be opened.
 READ_SAMPLE = """
     select encrypted_refresh_token
-      from business_shaam_credentials
+      from public.business_shaam_credentials
      order by updated_at desc
      limit 100
 """

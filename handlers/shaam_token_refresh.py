@@ -49,7 +49,7 @@ log = structlog.get_logger()
 # $1 business. Index: unique (business_id).
 READ_CREDENTIAL = """
     select encrypted_refresh_token, needs_reauth
-      from business_shaam_credentials
+      from public.business_shaam_credentials
      where business_id = $1
 """
 

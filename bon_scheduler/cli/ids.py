@@ -32,7 +32,7 @@ class Kind(StrEnum):
 FIND = {
     Kind.RUN: "select id from bon_scheduler.runs where id between $1 and $2 order by id limit $3",
     Kind.DELIVERY: "select id from bon_scheduler.deliveries where id between $1 and $2 order by id limit $3",
-    Kind.BUSINESS: "select id from businesses where id between $1 and $2 order by id limit $3",
+    Kind.BUSINESS: "select id from public.businesses where id between $1 and $2 order by id limit $3",
 }
 # $1 ids: uuid[]. The ids next to each, which share most with it. Indexes: the primary keys.
 NEIGHBOURS = {
@@ -50,8 +50,8 @@ NEIGHBOURS = {
     """,
     Kind.BUSINESS: """
         select i.id,
-               (select b.id from businesses b where b.id < i.id order by b.id desc limit 1) as below,
-               (select b.id from businesses b where b.id > i.id order by b.id limit 1) as above
+               (select b.id from public.businesses b where b.id < i.id order by b.id desc limit 1) as below,
+               (select b.id from public.businesses b where b.id > i.id order by b.id limit 1) as above
           from unnest($1::uuid[]) as i (id)
     """,
 }

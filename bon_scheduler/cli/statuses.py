@@ -5,7 +5,7 @@ from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.database import DatabaseUnavailableError, OtherDatabaseError, PoolerError, SchemaBehindError
 from bon_scheduler.engine import AlreadyRunningError
 from bon_scheduler.environment import SettingsError
-from bon_scheduler.ledger import RefusedError, UnknownJobError
+from bon_scheduler.ledger import RefusedError, RefusedRequestError
 from bon_scheduler.mail import NotUncertainError
 
 __all__ = ["EXIT_STATUS"]
@@ -13,7 +13,7 @@ __all__ = ["EXIT_STATUS"]
 EXIT_STATUS: dict[type[Exception], int] = {
     SettingsError: 2,
     UsageError: 2,
-    UnknownJobError: 2,
+    RefusedRequestError: 2,
     PoolerError: 2,
     OtherDatabaseError: 2,
     RefusedError: 2,

@@ -48,6 +48,26 @@ CONTROL_TIMEOUT_SECONDS = 20
 CLIENT_CHECK_INTERVAL = "5s"
 """How often a server that works on a long statement looks whether the worker that asked is still there."""
 KEEPALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
+OURS: Mapping[str, str] = {  # as SET takes them
+    "DateStyle": "ISO, MDY",
+    "IntervalStyle": "postgres",
+    "standard_conforming_strings": "on",
+    "search_path": "public, pg_temp",
+    "default_transaction_isolation": "'read committed'",
+    "default_transaction_read_only": "off",
+    "default_transaction_deferrable": "off",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_session_timeout": "0",
+    "row_security": "off",
+}
+"""
+What each session of ours sets, whatever the role or the database says: how texts look that are read, where names lead,
+which transactions it has, and no time-out but our own. `row_security` off makes hidden rows an error, instead of
+"succeeded, 0".
+"""
+SET_OURS = "".join(f"set {name} to {value};" for name, value in OURS.items())
+"""Said once a session has begun: a pooler refuses most of it as a parameter of the start."""
 POOLED: Mapping[str, Any] = {"connection_class": PooledConnection, "statement_cache_size": 0}
 UNSUPPORTED_STARTUP = "unsupported startup parameter"
 MIGRATION_LOCK = int.from_bytes(hashlib.sha256(b"bon_scheduler").digest()[:8], "big", signed=True)
@@ -102,6 +122,14 @@ def explain_unavailable(url: str) -> Iterator[None]:
         ) from error
 
 
+class SessionConnection(asyncpg.Connection):
+    """A connection whose session is set back to ours, not to what the role and the database say."""
+
+    def get_reset_query(self) -> str:
+        """Return what sets the session back."""
+        return f"{super().get_reset_query()}\n{SET_OURS}"
+
+
 class SessionlessConnection(asyncpg.Connection):
     """A connection whose users leave nothing in its session, so that nothing needs to be reset between them."""
 
@@ -125,6 +153,11 @@ def _from_json(text: str) -> object:
 async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
     _watch_peer(connection)
     await _set_codecs(connection)
+
+
+async def _prepare_session(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    await connection.execute(SET_OURS)
+    await _prepare(connection)
 
 
 def _watch_peer(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
@@ -171,6 +204,7 @@ async def open_pool(settings: Settings, *, worker: UUID | None = None) -> AsyncI
     session = _session(settings, worker)
     if settings.database_listen_url is None:
         options = _options(command_seconds=COMMAND_TIMEOUT_SECONDS, session=session)
+        options |= {"connection_class": SessionConnection, "init": _prepare_session}
     else:
         options = {**_options(command_seconds=COMMAND_TIMEOUT_SECONDS), **POOLED, "init": _prepare_pooled(session)}
     async with _pool(settings.database_url.get_secret_value(), settings.database_pool_size, options) as pool:
@@ -179,7 +213,9 @@ async def open_pool(settings: Settings, *, worker: UUID | None = None) -> AsyncI
 
 def _prepare_pooled(session: Mapping[str, str]) -> Callable[[PooledConnection], Awaitable[None]]:
     async def prepare(connection: PooledConnection) -> None:
-        connection.opening = "".join(f"set local {name} = '{value}';" for name, value in session.items())
+        quoted = {name: f"'{value}'" for name, value in session.items()}
+        settings = {name: value for name, value in OURS.items() if not name.startswith("default_")} | quoted
+        connection.opening = "".join(f"set local {name} to {value};" for name, value in settings.items())
         await _prepare(connection)
 
     return prepare
@@ -189,7 +225,7 @@ def _prepare_pooled(session: Mapping[str, str]) -> Callable[[PooledConnection], 
 async def open_control_pool(settings: Settings, size: int, *, worker: UUID) -> AsyncIterator[Pool]:
     """Open a pool for a worker's short calls on the server's own address, each limited in time."""
     options = _options(command_seconds=CONTROL_TIMEOUT_SECONDS, session=_session(settings, worker))
-    options["connection_class"] = SessionlessConnection
+    options |= {"connection_class": SessionlessConnection, "init": _prepare_session}
     async with _pool(settings.listen_url, size, options) as pool:
         yield pool
 
@@ -242,6 +278,8 @@ async def connect(
         connection = await asyncpg.connect(url, **options)
     try:
         _watch_peer(connection)
+        if not pooled:
+            await connection.execute(SET_OURS)
         if codecs:
             await _set_codecs(connection)
         yield connection

@@ -46,7 +46,9 @@ class PooledConnection(asyncpg.Connection):
         """Execute; see asyncpg. With its BEGIN goes what the transaction sets."""
         # In one message: a process that is frozen between two would hold a server without a name or a limit.
         if query.startswith("BEGIN"):
-            query += self.opening
+            # What the session's defaults are, another client may have said.
+            plain = "set transaction isolation level read committed, read write;" if query == "BEGIN;" else ""
+            query += plain + self.opening
         return await super().execute(query, *args, timeout=timeout)
 
     def get_reset_query(self) -> str:

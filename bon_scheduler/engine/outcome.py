@@ -29,6 +29,12 @@ __all__ = ["Outcome", "invoke", "judge"]
 
 log = structlog.get_logger()
 LARGEST_COUNT = 2**63 - 1
+# BON altered a table since a statement was planned; the server or the role has no connection left.
+MENDED_BY_ANOTHER_TRY = (
+    asyncpg.InvalidCachedStatementError | asyncpg.OutdatedSchemaCacheError | asyncpg.TooManyConnectionsError
+)
+"""What is no fault of the handler's, and of which nothing was committed: it costs no attempt."""
+SHORTLY = timedelta(seconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +92,9 @@ def judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> Outcome:
         return Outcome("succeeded", handler.result())
     if isinstance(error, LostRunError):
         return Outcome("lost", error=str(error))
-    if isinstance(error, NotNowError):
-        return Outcome("given_back", error=describe_error(error), wait=error.after)
+    if isinstance(error, NotNowError | MENDED_BY_ANOTHER_TRY):
+        after = error.after if isinstance(error, NotNowError) else SHORTLY
+        return Outcome("given_back", error=describe_error(error), wait=after)
     if isinstance(error, NeverRetryError):
         return Outcome("dead", error=describe_error(error))
     if isinstance(error, RetryLaterError):

@@ -47,7 +47,7 @@ from .entries import (
     Origin as Origin,
     Request as Request,
     TickVerdict as TickVerdict,
-    UnknownJobError as UnknownJobError,
+    RefusedRequestError as RefusedRequestError,
     enqueue as enqueue,
     enqueue_many as enqueue_many,
     exclusive as exclusive,

@@ -22,9 +22,9 @@ __all__ = [
     "CALL_TIMEOUT_SECONDS",
     "DryRun",
     "Origin",
+    "RefusedRequestError",
     "Request",
     "TickVerdict",
-    "UnknownJobError",
     "enqueue",
     "enqueue_many",
     "exclusive",
@@ -81,8 +81,8 @@ RECORD_DRY_RUN = """
 """
 
 
-class UnknownJobError(Exception):
-    """No job of that name is registered in this database."""
+class RefusedRequestError(Exception):
+    """The door refuses this run: an unknown job, or a value out of bounds; the message has the remedy."""
 
 
 class Origin(StrEnum):
@@ -189,7 +189,7 @@ async def record_tick(
 
 
 async def enqueue(connection: Connection, request: Request) -> UUID | None:
-    """Ask for a run; None when its dedupe key is taken. Raises UnknownJobError."""
+    """Ask for a run; None when its dedupe key is taken. Raises RefusedRequestError."""
     try:
         run_id: UUID | None = await connection.fetchval(
             ENQUEUE,
@@ -205,7 +205,7 @@ async def enqueue(connection: Connection, request: Request) -> UUID | None:
             timeout=CALL_TIMEOUT_SECONDS,
         )
     except asyncpg.InvalidParameterValueError as error:
-        raise UnknownJobError(f"{error.args[0]}. {error.as_dict().get('hint', '')}") from error
+        raise RefusedRequestError(f"{error.args[0]}. {error.as_dict().get('hint', '')}") from error
     return run_id
 
 

@@ -34,7 +34,7 @@ PAUSE_BUSINESS = """
 # $1 business: uuid. Null when it is not paused.
 RESUME_BUSINESS = "delete from bon_scheduler.business_pauses where business_id = $1 returning business_id"
 # $1 business: uuid. Index: businesses_pkey.
-KNOWS_BUSINESS = "select exists (select from businesses where id = $1)"
+KNOWS_BUSINESS = "select exists (select from public.businesses where id = $1)"
 # $1 by, $2 action, $3 target, $4 reason.
 RECORD_ACTION = """
     insert into bon_scheduler.operator_actions (by, action, target, reason) values ($1, $2, $3, $4)

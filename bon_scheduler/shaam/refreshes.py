@@ -46,7 +46,7 @@ CLAIM = """
     insert into bon_scheduler.shaam_refreshes as r
            (business_id, state, holder, lease_until, token_fingerprint, unanswered, spool)
     select c.business_id, 'sending', $4, clock_timestamp() + $5::interval, $3, 1, $6
-      from business_shaam_credentials c
+      from public.business_shaam_credentials c
      where c.business_id = $1
        and c.encrypted_refresh_token = $2
        and c.needs_reauth = false
@@ -72,7 +72,7 @@ CLAIM = """
 # Why a claim was refused. $1 business, $2 the refresh token, as stored, $3 its fingerprint. Index:
 # shaam_refreshes_pkey.
 FIND_REFUSAL = """
-    select case when not exists (select from business_shaam_credentials c
+    select case when not exists (select from public.business_shaam_credentials c
                                   where c.business_id = $1
                                     and c.encrypted_refresh_token = $2
                                     and c.needs_reauth = false)
@@ -99,7 +99,7 @@ IS_CLAIMED = """
 # it was given back as its own successor, which the authority is not seen to do and OAuth allows.
 SAVE = """
     with saved as (
-        update business_shaam_credentials
+        update public.business_shaam_credentials
            set encrypted_access_token = $3,
                encrypted_refresh_token = $4,
                token_expires_at = now() + $5::interval,
@@ -123,7 +123,7 @@ SAVE = """
 
 # $1 business, $2 the refresh token that was refused, as stored. Index: unique (business_id).
 ASK_FOR_CONSENT = """
-    update business_shaam_credentials
+    update public.business_shaam_credentials
        set needs_reauth = true, updated_at = now()
      where business_id = $1
        and encrypted_refresh_token = $2
@@ -132,7 +132,7 @@ ASK_FOR_CONSENT = """
 """
 # $1 business, $2 the refresh token, as stored. Index: unique (business_id).
 IS_FLAGGED = """
-    select exists (select from business_shaam_credentials
+    select exists (select from public.business_shaam_credentials
                     where business_id = $1 and encrypted_refresh_token = $2 and needs_reauth)
 """
 

@@ -23,8 +23,8 @@ SUMMARISE = """
                as min_ttl_seconds,
            count(*) filter (where c.needs_reauth) as needs_reauth,
            count(*) filter (where not c.needs_reauth and r.state in ('deferred', 'failed')) as failing
-      from business_shaam_credentials c
-      join businesses b on b.id = c.business_id
+      from public.business_shaam_credentials c
+      join public.businesses b on b.id = c.business_id
       left join bon_scheduler.shaam_refreshes r on r.business_id = c.business_id
      where b.is_active = true
        and b.deleted_at is null

@@ -33,15 +33,15 @@ READ_STATEMENT = """
                select i.id, i.document_number, i.customer_name, i.customer_id, i.currency, i.sequence_number,
                       i.due_date, i.total_incl_vat_minor_units as total,
                       (i.total_incl_vat_minor_units - paid.amount - credited.amount)::bigint as owed
-                 from invoices i
+                 from public.invoices i
                 cross join lateral (
                           select coalesce(sum(p.amount_minor_units), 0) as amount
-                            from invoice_payments p
+                            from public.invoice_payments p
                            where p.invoice_id = i.id
                       ) paid
                 cross join lateral (
                           select coalesce(sum(n.total_incl_vat_minor_units), 0) as amount
-                            from invoices n
+                            from public.invoices n
                            where n.business_id = i.business_id
                              and n.credited_invoice_id = i.id
                              and n.document_type = 'credit_note'
@@ -69,7 +69,7 @@ READ_STATEMENT = """
                       coalesce(bon_scheduler.visible(o.customer_name), bon_scheduler.visible(c.name)) as customer,
                       o.currency, o.total, o.owed, o.due_date
                  from (select * from owed order by due_date, sequence_number nulls last, id limit $3) o
-                 left join customers c on c.id = o.customer_id
+                 left join public.customers c on c.id = o.customer_id
                 order by o.due_date, o.sequence_number nulls last, o.id
            ),
            totals as (
@@ -88,7 +88,7 @@ READ_STATEMENT = """
            (select day from last_digest) as since,
            (select array_agg(o) from oldest o) as invoices,
            (select array_agg(t) from totals t) as totals
-      from businesses b
+      from public.businesses b
      where b.id = $1
        and b.is_active
        and b.deleted_at is null
@@ -99,8 +99,8 @@ READ_STATEMENT = """
 READ_RECIPIENTS = """
       with owners as (
                select bon_scheduler.visible(u.email) as email
-                 from user_businesses m
-                 join users u on u.id = m.user_id
+                 from public.user_businesses m
+                 join public.users u on u.id = m.user_id
                 where m.business_id = $1
                   and m.role = 'owner'
                   and bon_scheduler.visible(u.email) is not null
@@ -109,7 +109,7 @@ READ_RECIPIENTS = """
       from owners
      union all
     select bon_scheduler.visible(b.email)
-      from businesses b
+      from public.businesses b
      where b.id = $1
        and bon_scheduler.visible(b.email) is not null
        and not exists (select from owners)

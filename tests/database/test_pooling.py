@@ -45,8 +45,11 @@ unix_socket_dir =
 {more}
 """
 SERVERS = 8
-# The settings that a pooler knows of, and sets back for the next client.
-MINDED = ["application_name", "client_encoding", "DateStyle", "TimeZone", "standard_conforming_strings"]
+# The settings that a pooler knows of, and sets back for the next client; and those of a transaction, which end with it.
+MINDED = [
+    *("application_name", "client_encoding", "DateStyle", "TimeZone", "standard_conforming_strings"),
+    *("transaction_isolation", "transaction_read_only"),
+]
 RESIDUE = """
     select pg_backend_pid() as pid,
            (select jsonb_object_agg(name, setting) from pg_settings

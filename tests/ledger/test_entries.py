@@ -15,7 +15,7 @@ from bon_scheduler.jobs import Connection as AnyConnection
 from bon_scheduler.ledger import attempts, changes, entries, pauses
 from bon_scheduler.ledger.changes import Action
 from bon_scheduler.ledger.claims import Verdict
-from bon_scheduler.ledger.entries import Request, TickVerdict, UnknownJobError
+from bon_scheduler.ledger.entries import RefusedRequestError, Request, TickVerdict
 from bon_scheduler.ledger.workers import Worker, beat, declare_dead, last_beats, register_worker, retire_worker
 from tests.attempting import claim, claim_one, hold, take_any
 from tests.conftest import Connection
@@ -81,7 +81,7 @@ async def test_the_same_key_of_another_job_is_another_key(connection: Connection
 
 
 async def test_an_unknown_job_is_refused_with_the_known_ones(connection: Connection) -> None:
-    with pytest.raises(UnknownJobError, match=r'unknown job "no-such-job".*Known jobs:.*generate-pdf'):
+    with pytest.raises(RefusedRequestError, match=r'unknown job "no-such-job".*Known jobs:.*generate-pdf'):
         await entries.enqueue(connection, Request("no-such-job", {}))
 
 

@@ -168,7 +168,7 @@ class Life:
         for round_ in range(20):
             await self.let_pass(timedelta(hours=6))
             for replica in self.replicas:
-                await replica.run(RefreshTokens(), fire_time=LATER)
+                await replica.run(RefreshTokens(), fire_time=datetime.now(UTC))
             if round_ > 0 and not await self.connection.fetchval(DEFERRED):
                 return
 
