@@ -194,8 +194,10 @@ from datetime import timedelta
 from bon_scheduler import Counts, JobContext, NoPayload, Retry, job, service
 try:
     from bon_scheduler.cli.work import serve
+    from bon_scheduler.declared import read_settings
 except ImportError:  # the old version's
     from bon_scheduler.commands.work import serve
+    from bon_scheduler.service import read_settings
 from bon_scheduler.log import configure_logging
 
 @job("mark", retry=Retry(attempts=20, delay=timedelta(milliseconds=100)), timeout=timedelta(seconds=60))
@@ -205,7 +207,7 @@ async def mark(ctx: JobContext, _: NoPayload) -> Counts:
         await tx.execute("insert into marks (run_id, by) values ($1, $2)", ctx.run_id, sys.argv[1])
         return await ctx.finish({}, on=tx)
 
-settings = declared.read_settings()
+settings = read_settings()
 configure_logging(settings.log_level, settings.log_format)
 sys.exit(asyncio.run(serve(settings, [mark])))
 '''
