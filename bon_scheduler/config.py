@@ -29,6 +29,8 @@ __all__ = ["LOOPBACK_HOSTS", "ClientAuth", "LogFormat", "LogLevel", "Settings", 
 SHAAM_HOST = "https://ita-api.taxes.gov.il"
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 KEY_LENGTH_HEX = 64
+NO_PLACES = frozenset({"localtime", "posixrules", "Factory", "leapseconds"})
+"""Files beside the zones: they mean another zone on each machine, or none."""
 _ADDRESS = re.compile(
     r"[\w!#$%&'*+/?^`{|}~-]+(\.[\w!#$%&'*+/?^`{|}~-]+)*@[^\W_]([\w-]*[^\W_])?(\.[^\W_]([\w-]*[^\W_])?)*", re.ASCII
 )
@@ -77,6 +79,8 @@ class LogLevel(StrEnum):
 def _zone(value: object) -> ZoneInfo:
     if isinstance(value, ZoneInfo):
         return value
+    if str(value).startswith(("right/", "posix/")) or str(value) in NO_PLACES:
+        raise ValueError('not a place\'s time zone; give an IANA name such as "Asia/Jerusalem"')
     try:
         return ZoneInfo(str(value))
     except (OSError, ValueError, KeyError) as error:

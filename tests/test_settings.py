@@ -188,3 +188,11 @@ def test_faults_of_every_kind_are_named_at_once(tmp_path: Path) -> None:
         "APP_ORIGIN", "DATABASE_URL", "DEADMAN_URL_DRAFT_CLEANUP", "METRICS_TOKEN_FILE", "SMTP_HOST",
         "SMTP_PASSWORD_FILE", "SMTP_USERNAME", "WORKER_CONCURRENCY",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "zone", ["right/Asia/Jerusalem", "posix/UTC", "localtime", "posixrules", "Factory", "../UTC", ""]
+)
+def test_a_zone_that_is_no_place_is_refused(zone: str) -> None:
+    with pytest.raises(SettingsError, match="IANA name"):
+        read(BON_TIMEZONE=zone)

@@ -1,5 +1,8 @@
 """
-SIGTERM and SIGINT: the first asks the service to stop, the second ends it at once.
+SIGTERM, SIGINT and SIGHUP: the first asks the service to stop, the second ends it at once.
+
+A second SIGTERM or SIGHUP within a second is the same request: `timeout` and `tini -g` send two. A SIGHUP that whoever
+started the process has it ignore (`nohup`) stays ignored.
 
 They must work whatever the event loop is doing, so they are taken by the interpreter and not by the loop; and what
 was asked to stop does stop, whatever a handler does: when its time is over the process ends.
@@ -9,10 +12,12 @@ sleep would be taken when something else wakes the loop, which may be never; `ru
 """
 
 import asyncio
+import math
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,19 +33,29 @@ __all__ = ["end_now", "run", "stopping_on_signals", "unless", "waking_on_signals
 T = TypeVar("T")
 log = structlog.get_logger()
 FORCED = 1
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+SAME_REQUEST_SECONDS = 1.0
+
+
+def _stopping() -> list[signal.Signals]:
+    """Return the signals that ask a process to stop."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 def run(command: Coroutine[Any, Any, int]) -> int:
     """
     Run a command to its end on an event loop that signals wake; return its exit status.
 
-    SIGTERM interrupts it as Ctrl-C does, unless it takes both itself.
+    SIGTERM and SIGHUP interrupt it as Ctrl-C does, unless it takes them itself.
     """
 
     async def awake() -> int:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel) if task else None)
+        for number in _stopping():
+            if number is not signal.SIGINT:
+                signal.signal(number, lambda *_: loop.call_soon_threadsafe(task.cancel) if task else None)
         with waking_on_signals():
             return await command
 
@@ -85,13 +100,19 @@ def stopping_on_signals(patience: timedelta) -> Iterator[asyncio.Event]:
     forcing = threading.Timer(patience.total_seconds(), _force)
     forcing.daemon = True
 
-    def take(_: int, __: FrameType | None) -> None:
+    began = math.inf
+
+    def take(number: int, _: FrameType | None) -> None:
+        nonlocal began
         if forcing.ident is not None:
-            end_now(INTERRUPTED)
+            if number == signal.SIGINT or time.monotonic() - began > SAME_REQUEST_SECONDS:
+                end_now(INTERRUPTED)
+            return
+        began = time.monotonic()
         forcing.start()
         loop.call_soon_threadsafe(stop.set)
 
-    before = {number: signal.signal(number, take) for number in STOPPING}
+    before = {number: signal.signal(number, take) for number in _stopping()}
     try:
         yield stop
     finally:

@@ -83,8 +83,34 @@ def check_cron(expression: str) -> str | None:
 
 
 def describe_cron(expression: str) -> str:
-    """Return a cron expression in words."""
-    return _simulate(expression, BEGINNING).explain()
+    """Return a cron expression in words that agree with what fires."""
+    return _simulate(_as_it_fires(expression), BEGINNING).explain()
+
+
+def _as_it_fires(expression: str) -> str:
+    """
+    Write an expression as what it amounts to.
+
+    The words are made of the text: they take a step that is longer than its range for one that repeats, and a day of
+    the month or the week that excludes nothing for a condition, though with the other it means every day.
+    """
+    simulated, fields = _simulate(expression, BEGINNING), expression.split()
+    second, minute, hour, day, month, weekday = range(len(fields) - 6, len(fields))
+    for field, values in (
+        *([(second, simulated.seconds)] if second >= 0 else []),
+        (minute, simulated.minutes),
+        (hour, simulated.hours),
+        (day, simulated.days),
+        (month, simulated.months),
+    ):
+        if "/" in fields[field] and len(values) == 1:
+            fields[field] = str(next(iter(values)))
+    any_day = set(range(1, 32)) <= set(simulated.days)
+    any_weekday = set(range(7)) <= set(simulated.weekdays)
+    either = not simulated.day_and and (any_day or any_weekday)
+    fields[day] = "*" if any_day or either else fields[day]
+    fields[weekday] = "*" if any_weekday or either else fields[weekday]
+    return " ".join(fields)
 
 
 def fire_times(expression: str, zone: ZoneInfo, after: datetime) -> Iterator[datetime]:

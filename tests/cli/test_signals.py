@@ -55,6 +55,43 @@ async def test_an_idle_service_stops_at_once(database_url: str) -> None:
     assert (status, seconds < LEAVING_SECONDS) == (0, True)
 
 
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGHUP], [signal.SIGTERM, signal.SIGTERM], [signal.SIGHUP, signal.SIGTERM], [signal.SIGTERM] * 4],
+    ids=lambda signals: "-".join(each.name for each in signals),
+)
+async def test_a_terminal_that_closes_and_a_request_that_comes_twice_at_once_drain_as_one_sigterm(
+    connection: Connection, database_url: str, signals: list[signal.Signals]
+) -> None:
+    async with serving(database_url, 1) as service:
+        await start(connection, "sleep")
+        status, _ = await stopped(service, *signals)
+    assert status == 0
+    assert await connection.fetchval("select state::text from bon_scheduler.runs") == "queued"
+
+
+async def test_a_second_sigterm_a_while_later_ends_the_process(connection: Connection, database_url: str) -> None:
+    async with serving(database_url, 30) as service:
+        await start(connection, "sleep")
+        service.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(1.3)
+        status, seconds = await stopped(service, signal.SIGTERM)
+    assert (status, seconds < 2) == (130, True)
+
+
+async def test_a_service_that_was_told_to_ignore_hanging_up_goes_on(connection: Connection, database_url: str) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does; a child inherits it
+    try:
+        async with serving(database_url, 1) as service:
+            await start(connection, "sleep")
+            service.process.send_signal(signal.SIGHUP)
+            await asyncio.sleep(1.5)
+            assert service.process.returncode is None
+            assert (await stopped(service, signal.SIGTERM))[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("job", ["sleep", "swallow"])
 async def test_what_does_not_finish_in_time_is_given_back_and_the_process_ends(
     connection: Connection, database_url: str, job: str
@@ -85,7 +122,7 @@ async def test_what_nothing_can_stop_does_not_keep_the_process(
 async def test_a_second_signal_ends_the_process_at_once(connection: Connection, database_url: str, job: str) -> None:
     async with serving(database_url, 300) as service:
         await start(connection, job)
-        status, seconds = await stopped(service, signal.SIGTERM, signal.SIGTERM)
+        status, seconds = await stopped(service, signal.SIGTERM, signal.SIGINT)
     assert (status, seconds < 1) == (130, True)
 
 
