@@ -106,7 +106,7 @@ def _as_it_fires(expression: str) -> str:
         if "/" in fields[field] and len(values) == 1:
             fields[field] = str(next(iter(values)))
     any_day = set(range(1, 32)) <= set(simulated.days)
-    any_weekday = set(range(7)) <= set(simulated.weekdays)
+    any_weekday = len({each % 7 for each in simulated.weekdays if isinstance(each, int)}) == 7  # noqa: PLR2004 - a week
     either = not simulated.day_and and (any_day or any_weekday)
     fields[day] = "*" if any_day or either else fields[day]
     fields[weekday] = "*" if any_weekday or either else fields[weekday]
