@@ -21,18 +21,33 @@ from structlog.typing import EventDict, WrappedLogger
 
 from bon_scheduler.config import LogFormat, LogLevel
 
-__all__ = ["configure_logging", "describe_error", "mask", "where"]
+__all__ = ["configure_logging", "cut", "describe_error", "mask", "where"]
 
 _SENSITIVE = re.compile(r"token|secret|password|authorization|email|recipient|address|customer|url|dsn", re.IGNORECASE)
-_ADDRESS = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
+_ADDRESS = re.compile(r"[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[\w-]{1,63}")
+"""Bounded, as RFC 5321 §4.5.3.1 bounds addresses: a pattern without bounds takes the square of a long word's length."""
 _QUOTED = re.compile(r"""(["']).*\1""")
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]{1,1024}@")
+LONGEST_VALUE = 2_000
+"""Of a field of a log line, in characters."""
+LONGEST_LINE = 16_000
+MARGIN = 400
+"""An address that a cut would leave in halves is shorter."""
 _LEVELS = {
     LogLevel.DEBUG: logging.DEBUG,
     LogLevel.INFO: logging.INFO,
     LogLevel.WARNING: logging.WARNING,
     LogLevel.ERROR: logging.ERROR,
 }
+
+
+def cut(text: str, longest: int = LONGEST_VALUE) -> str:
+    """Return a text of somebody else's, cut to a length BEFORE anything looks at it; never in the middle of a word."""
+    if len(text) <= longest:
+        return text
+    kept = text[:longest]
+    last_word = re.split(r"\s", kept[-MARGIN:])[-1]
+    return f"{kept[: longest - len(last_word)]}… ({len(text):,} characters)"
 
 
 def mask(text: str) -> str:
@@ -52,12 +67,16 @@ def _redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
         if _is_sensitive(key):
             event[key] = "[redacted]"
         elif isinstance(value, str):
-            event[key] = mask(value)
+            event[key] = mask(cut(value))
     return event
 
 
 def _to_json(event: Any, **_: Any) -> str:  # noqa: ANN401 - structlog's serializer protocol
-    return orjson.dumps(event, default=str).decode()
+    line = orjson.dumps(event, default=str).decode()
+    if len(line) <= LONGEST_LINE:
+        return line
+    kept = {name: event[name] for name in ("timestamp", "level", "event", "job", "run_id", "attempt") if name in event}
+    return orjson.dumps({**kept, "cut_from_characters": len(line)}, default=str).decode()
 
 
 def configure_logging(level: LogLevel, style: LogFormat) -> None:
@@ -105,7 +124,7 @@ def describe_error(error: BaseException) -> str:
     it says of unusable data, and the file of an OSError, whose first argument is a number.
     """
     told = error.strerror if isinstance(error, OSError) else None
-    first = str(told or (error.args[0] if error.args else error)).strip().partition("\n")[0]
+    first = cut(str(told or (error.args[0] if error.args else error))).strip().partition("\n")[0]
     if isinstance(error, asyncpg.DataError):
         first = _QUOTED.sub("…", first.partition(": ")[0])
     name = type(error).__name__

@@ -26,7 +26,7 @@ REAUTH_KIND = "shaam-reauth"
 
 # $1 business. Index: businesses_pkey, unique (business_id).
 READ_FLAGGED = """
-    select b.name
+    select left(b.name, 400)
       from public.businesses b
       join public.business_shaam_credentials c on c.business_id = b.id
      where b.id = $1

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
-from bon_scheduler.log import mask
+from bon_scheduler.log import cut, mask
 from bon_scheduler.mail.message import Letter, printable
 
 __all__ = ["CLOSING", "Answer", "Delivery", "clean_reply", "judge"]
@@ -64,7 +64,7 @@ def judge(stage: str, code: int, reply: str) -> Answer:
 
 def clean_reply(code: int, text: str, letter: Letter) -> str:
     """Return a server's answer without what it quotes of the letter, at most 200 characters."""
-    address = letter.recipient.strip()
+    text, address = cut(text), letter.recipient.strip()
     for needle in (address, address.rpartition("@")[0]):
         text = re.sub(rf"(?<!\w){re.escape(needle)}(?!\w)", "[address]", text, flags=re.IGNORECASE)
     text = _without_subject(mask(printable(text)), letter.subject)

@@ -30,8 +30,10 @@ MAX_ROWS = 200
 # credited_invoice_id, document_type), and deliveries_kind_business_id_as_of_recipient_hash_key.
 READ_STATEMENT = """
       with owed as materialized (
-               select i.id, i.document_number, i.customer_name, i.customer_id, i.currency, i.sequence_number,
-                      i.due_date, i.total_incl_vat_minor_units as total,
+               select i.id, left(i.document_number, 200) as document_number,
+                      left(i.customer_name, 400) as customer_name, i.customer_id, i.currency, i.sequence_number,
+                      greatest(i.due_date, date '0001-01-01') as due_date,  -- what a calendar has
+                      i.total_incl_vat_minor_units as total,
                       (i.total_incl_vat_minor_units - paid.amount - credited.amount)::bigint as owed
                  from public.invoices i
                 cross join lateral (
@@ -66,7 +68,8 @@ READ_STATEMENT = """
            ),
            oldest as (
                select o.document_number,
-                      coalesce(bon_scheduler.visible(o.customer_name), bon_scheduler.visible(c.name)) as customer,
+                      coalesce(bon_scheduler.visible(o.customer_name),
+                               bon_scheduler.visible(left(c.name, 400))) as customer,
                       o.currency, o.total, o.owed, o.due_date
                  from (select * from owed order by due_date, sequence_number nulls last, id limit $3) o
                  left join public.customers c on c.id = o.customer_id
@@ -84,7 +87,7 @@ READ_STATEMENT = """
                 group by currency
                 order by currency <> 'ILS', currency
            )
-    select b.name,
+    select left(b.name, 400) as name,
            (select day from last_digest) as since,
            (select array_agg(o) from oldest o) as invoices,
            (select array_agg(t) from totals t) as totals
@@ -98,20 +101,20 @@ READ_STATEMENT = """
 # $1 business: uuid. Indexes: the one on user_businesses (business_id), users_pkey, businesses_pkey.
 READ_RECIPIENTS = """
       with owners as (
-               select bon_scheduler.visible(u.email) as email
+               select bon_scheduler.visible(left(u.email, 400)) as email
                  from public.user_businesses m
                  join public.users u on u.id = m.user_id
                 where m.business_id = $1
                   and m.role = 'owner'
-                  and bon_scheduler.visible(u.email) is not null
+                  and bon_scheduler.visible(left(u.email, 400)) is not null
            )
     select email
       from owners
      union all
-    select bon_scheduler.visible(b.email)
+    select bon_scheduler.visible(left(b.email, 400))
       from public.businesses b
      where b.id = $1
-       and bon_scheduler.visible(b.email) is not null
+       and bon_scheduler.visible(left(b.email, 400)) is not null
        and not exists (select from owners)
      order by email
 """

@@ -179,7 +179,7 @@ async def test_a_missing_table_of_bons_is_said_with_the_remedy(database_url: str
     await connection.execute("drop table sessions")
     ran = await run_command("run-once", "session-cleanup", "--json", DATABASE_URL=database_url)
     assert (ran.status, ran.document["state"]) == (1, "dead")
-    assert 'relation "sessions" does not exist' in ran.document["error"]
+    assert 'relation "public.sessions" does not exist' in ran.document["error"]
     assert "python -m bon_scheduler check" in ran.document["error"]
     assert "Traceback" not in ran.err
     checked = await run_command("check", DATABASE_URL=database_url)

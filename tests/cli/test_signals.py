@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -20,6 +20,14 @@ STUBBORN = ("tests.stubborn",)
 LEAVING_SECONDS = 3
 """How long a process may take to leave once its attempts have had SHUTDOWN_SECONDS."""
 RUNS = "select r.id, r.state::text as state from bon_scheduler.runs r"
+
+
+@pytest.fixture(autouse=True)
+def hangs_up() -> Iterator[None]:
+    """Have children heed SIGHUP, also where the tests themselves were started to ignore it (`nohup`)."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @asynccontextmanager

@@ -341,7 +341,7 @@ async def test_a_payment_that_comes_while_its_draft_is_being_deleted_is_refused_
         # Stops the run between locking its batch and deleting it.
         await gate.execute("lock table emergency_allocation_numbers in access exclusive mode")
         run = asyncio.ensure_future(run_job(draft_cleanup, fire_time=FIRED))
-        await until(lambda: connection.fetchval(WAITING, "delete from invoices"))
+        await until(lambda: connection.fetchval(WAITING, "delete from public.invoices"))
         payment = asyncio.create_task(arrange.payment(other, draft))
         await until(lambda: connection.fetchval(WAITING, "insert into public.invoice_payments"))
         await held.rollback()
