@@ -1,21 +1,27 @@
 """Claims of certain runs and of any, for workers of the test's, without an engine."""
 
+import asyncio
 from datetime import timedelta
 from uuid import UUID
 
 from bon_scheduler.jobs import AnyJob, Connection
 from bon_scheduler.ledger import claims
 from bon_scheduler.ledger.attempts import RunRef
-from bon_scheduler.ledger.claims import Claim, Claimant, Claims, Foreground, Wanted
+from bon_scheduler.ledger.claims import Claim, Claimant, Claims, Foreground, Verdict, Wanted
 from bon_scheduler.ledger.workers import Worker
 from bon_scheduler.service import Machinery
 
 
 async def attempt(parts: Machinery, run_id: UUID, job: AnyJob) -> None:
-    """Claim the run, whether or not its time has come, and make the attempt."""
+    """Claim the run, whether or not its time has come, once its letter may go, and make the attempt."""
     async with parts.control.acquire() as connection:
         await connection.execute("update bon_scheduler.runs set ready = true where id = $1", run_id)
         answer = await parts.runner.claim_one(connection, run_id, job)
+        for _ in range(50):
+            if answer.verdict is not Verdict.WAITS:
+                break
+            await asyncio.sleep(answer.wait_seconds)  # for its letter's turn
+            answer = await parts.runner.claim_one(connection, run_id, job)
     assert answer.claim is not None, answer.verdict
     await parts.runner.execute(job, answer.claim, job.retry)
 
