@@ -204,7 +204,7 @@ async def test_killed_while_it_saves_the_reason_says_that_it_was_lost(bon: Bon, 
         await bon.was_asked()
         async with other.transaction():
             await other.execute(LOCK_CREDENTIALS)
-            await bon.waits_for_lock("update business_shaam_credentials")
+            await bon.waits_for_lock("update public.business_shaam_credentials")
             await first.stop(signal.SIGKILL)
             # A statement whose client is gone would be ended by the server in a few seconds; here at once.
             await other.execute("select pg_terminate_backend(pid) from pg_stat_activity where wait_event_type = 'Lock'")
