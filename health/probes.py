@@ -96,7 +96,7 @@ class Probes:
         except Exception as error:  # noqa: BLE001 - whatever it is, the others are shown
             if self.failing.get(name) != (why := describe_error(error)):
                 log.error("metrics.failed", metrics=name, error=why)  # noqa: TRY400
-            self.failing[name] = describe_error(error)
+            self.failing[name] = why
         else:
             self.failing.pop(name, None)
         self.metrics.check_status.labels(f"metrics-{name}").set(name not in self.failing)

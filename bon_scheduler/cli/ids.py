@@ -48,12 +48,6 @@ NEIGHBOURS = {
                (select d.id from bon_scheduler.deliveries d where d.id > i.id order by d.id limit 1) as above
           from unnest($1::uuid[]) as i (id)
     """,
-    Kind.BUSINESS: """
-        select i.id,
-               (select b.id from public.businesses b where b.id < i.id order by b.id desc limit 1) as below,
-               (select b.id from public.businesses b where b.id > i.id order by b.id limit 1) as above
-          from unnest($1::uuid[]) as i (id)
-    """,
 }
 WHERE_LISTED = {
     Kind.RUN: "List runs with: python -m bon_scheduler runs",
