@@ -248,10 +248,18 @@ class JobContext(Protocol):
         """Record outcomes per business. Counts add up when a run reports a business twice."""
         ...
 
-    async def finish(self, counts: Counts, *, on: Connection) -> Counts:
+    async def progress(self, counts: Counts, *, on: Connection) -> Counts:
+        """
+        Add to what this run has done so far, in the transaction that did it; return the counts of all its attempts,
+        for `finish`. A job that commits in batches is told so what earlier attempts have done.
+        """
+        ...
+
+    async def finish(self, counts: Counts, *, on: Connection, undone: bool = False) -> Counts:
         """
         End the run in the handler's last transaction, so that its success and its last effect
-        commit together; return the counts. A handler whose effects are elsewhere need not call it.
+        commit together; return the counts. A run that leaves something `undone` ends `partial`, not `succeeded`.
+        A handler whose effects are elsewhere need not call it.
         """
         ...
 

@@ -11,35 +11,46 @@ that committed before the lock, and the lock keeps new ones out.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
+from datetime import timedelta
 from uuid import UUID
 
 import structlog
+from asyncpg import Record
 
 from bon_scheduler import BusinessOutcome, CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
 from bon_scheduler.database import missing_indexes
 from bon_scheduler.jobs import Connection
+from handlers.batches import Changed, Sweep, Swept, sweep
 
 log = structlog.get_logger()
 UNTOUCHED = timedelta(days=30)
-BATCH = 500
-BEGINNING = (datetime(1970, 1, 1, tzinfo=UTC), UUID(int=0))
+IN_TIME = timedelta(minutes=12)
+"""What is left then goes the next night: without BON's two missing indexes each draft costs a scan."""
 
-# $1 untouched since: timestamptz, $2 and $3 the last draft seen: timestamptz, uuid, $4 batch size: int.
-# Index: invoices_draft_cleanup_idx. Strictly older than $1. A draft that is being edited now is not stale.
-LOCK_STALE = """
-    select id, business_id, updated_at
+# Parameters: `batches.Sweep`'s, $5 untouched since: timestamptz. Strictly older than it. A draft that is being edited
+# now is not stale. Index: invoices_draft_cleanup_idx.
+PICK_STALE = """
+    select id, business_id, updated_at::text as key
       from public.invoices
      where status = 'draft'
-       and updated_at < least($1, now() - interval '30 days')
-       and (updated_at, id) > ($2, $3)
+       and updated_at < least($5, now() - interval '30 days')
+       and (updated_at, id) > ($1::text::timestamptz, $2)
+       and id <> all ($3)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
      order by updated_at, id
      limit $4
        for update skip locked
 """
-
+# $2 untouched since: timestamptz. Index: invoices_draft_cleanup_idx.
+LEFT_STALE = """
+    select count(*)
+      from public.invoices
+     where status = 'draft'
+       and updated_at < least($2, now() - interval '30 days')
+       and id <> all ($1)
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+"""
 # $1 untouched since: timestamptz. How many paused businesses were left as they are.
 # Index: the one on invoices (business_id, status).
 COUNT_PAUSED = """
@@ -82,59 +93,48 @@ DELETE_UNREFERENCED = """
 async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
     """Delete drafts untouched for 30 days, with their items."""
     since = ctx.fire_time - UNTOUCHED
-    seen = BEGINNING
-    total: Counter[str] = Counter(deleted=0, items=0, kept=0)
-    whole: dict[UUID, Counter[str]] = {}
-    while True:
-        async with ctx.transaction() as tx:
-            stale = await tx.fetch(LOCK_STALE, since, *seen, BATCH)
-            if stale and seen == BEGINNING and (missing := await missing_indexes(tx)):
-                # BEFORE the first is deleted, otherwise a run that is too slow to end would never say why.
-                log.warning("drafts.unindexed", missing=list(missing), remedy=list(missing.values()))
-            batch = await _delete_batch(tx, [(row["id"], row["business_id"]) for row in stale])
-            for business, found in batch.items():
-                total.update(found)
-                whole.setdefault(business, Counter()).update(found)
-            await ctx.record(_deleted(batch), on=tx)
-            last = len(stale) < BATCH
-            if last:
-                # What is kept only now: each attempt finds it again, and the ledger adds up.
-                await ctx.record(_kept(whole), on=tx)
-                if paused := await tx.fetchval(COUNT_PAUSED, since):
-                    total["paused"] = paused
-                await ctx.finish(dict(total), on=tx)
-        for business, found in batch.items():
-            log.info("drafts.cleaned", business_id=str(business), **found)
-        if last:
-            return dict(total)
-        seen = (stale[-1]["updated_at"], stale[-1]["id"])
+    async with ctx.connection() as connection:
+        candidates = await connection.fetchval(LEFT_STALE, [], since)
+        missing = await missing_indexes(connection) if candidates else {}
+    if missing:
+        # BEFORE the first is deleted, otherwise a run that is too slow to end would never say why.
+        log.warning("drafts.unindexed", missing=list(missing), remedy=list(missing.values()))
+    stale = Sweep(
+        name="delete drafts",
+        pick=PICK_STALE,
+        left=LEFT_STALE,
+        change=_delete,
+        arguments=(since,),
+        begin="-infinity",
+        event="drafts.cleaned",
+    )
+    swept = await sweep(ctx, stale, within=IN_TIME)
+    async with ctx.transaction() as tx:
+        # What is kept only now: each attempt finds it again, and the ledger adds up.
+        await ctx.record(_kept(swept), on=tx)
+        await ctx.record(swept.failures(), on=tx)
+        counts = {name: swept.counts[name] for name in ("deleted", "items")} | {"kept": len(swept.kept)}
+        paused = await tx.fetchval(COUNT_PAUSED, since)
+        counts |= swept.shortfall()
+        counts |= {"paused": paused} if paused else {}
+        return await ctx.finish(counts, on=tx, undone=swept.undone)
 
 
-async def _delete_batch(tx: Connection, stale: Sequence[tuple[UUID, UUID]]) -> dict[UUID, Counter[str]]:
-    drafts = [draft for draft, _ in stale]
+async def _delete(tx: Connection, rows: Sequence[Record]) -> Changed:
+    drafts = [row["id"] for row in rows]
     items = {row["invoice_id"]: row["items"] for row in await tx.fetch(COUNT_ITEMS, drafts)}
     deleted = {row["id"] for row in await tx.fetch(DELETE_UNREFERENCED, drafts)}
-    counts: dict[UUID, Counter[str]] = {}
-    for draft, business in stale:
-        found = counts.setdefault(business, Counter(deleted=0, items=0, kept=0))
-        if draft in deleted:
-            found.update(deleted=1, items=items.get(draft, 0))
-        else:
-            found.update(kept=1)
-    return counts
+    counts: dict[UUID | None, Counter[str]] = {}
+    for row in rows:
+        found = counts.setdefault(row["business_id"], Counter(deleted=0, items=0))
+        if row["id"] in deleted:
+            found.update(deleted=1, items=items.get(row["id"], 0))
+    return Changed(counts, {row["id"]: row["business_id"] for row in rows if row["id"] not in deleted})
 
 
-def _deleted(batch: Mapping[UUID, Counter[str]]) -> list[BusinessOutcome]:
+def _kept(swept: Swept) -> list[BusinessOutcome]:
     return [
-        BusinessOutcome(business, counts={"deleted": found["deleted"], "items": found["items"]})
-        for business, found in batch.items()
-        if found["deleted"]
-    ]
-
-
-def _kept(whole: Mapping[UUID, Counter[str]]) -> list[BusinessOutcome]:
-    return [
-        BusinessOutcome(business, "done" if found["deleted"] else "kept", counts={"kept": found["kept"]})
-        for business, found in whole.items()
-        if found["kept"]
+        BusinessOutcome(business, "kept", counts={"kept": number})
+        for business, number in Counter(swept.kept.values()).items()
+        if business is not None
     ]

@@ -2,49 +2,118 @@
 Mark invoices overdue each morning; clear the mark once they are settled.
 
 "Overdue" is judged on the Israeli calendar date of the fire time, so a late,
-retried or replayed run gives the same answer. Marks and the digest run commit
-together: a retry never finds invoices marked whose owners were never told.
+retried or replayed run gives the same answer. Each batch commits by itself; the run
+ends, in one transaction, with the request for the digest, which tells of all that is
+overdue: a run that dies in between is tried again, marks the rest, and asks for it.
 """
 
 from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from uuid import UUID
 
-from bon_scheduler import BusinessOutcome, CatchUp, Counts, Cron, JobContext, Payload, Retry, job
+from asyncpg import Record
+
+from bon_scheduler import CatchUp, Counts, Cron, JobContext, Payload, Retry, job
+from bon_scheduler.jobs import Connection
+from handlers.batches import Changed, Sweep, Swept, sweep
 from handlers.overdue_digest import OverdueDigest, overdue_digest
 
-# $1 as_of: date. Index: invoices_overdue_candidates_idx.
-MARK_OVERDUE = """
-    update public.invoices
-       set is_overdue = true, updated_at = now()
+IN_TIME = timedelta(minutes=8)
+"""For all changes together; what is left then goes with the next run."""
+
+# Parameters of PICK and LEFT: `batches.Sweep`'s. A row whose mark or status BON changes meanwhile is judged again
+# when it is locked.
+
+# $5 as_of: date. Index: invoices_overdue_candidates_idx.
+PICK_OVERDUE = """
+    select id, business_id, due_date::text as key
+      from public.invoices
      where status in ('finalized', 'sent', 'partially_paid')
        and due_date is not null
-       and due_date < least($1, (now() at time zone 'UTC')::date + 1)
+       and due_date < least($5, (now() at time zone 'UTC')::date + 1)
        and not is_overdue
+       and (due_date, id) > ($1::text::date, $2)
+       and id <> all ($3)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+     order by due_date, id
+     limit $4
+       for no key update skip locked
+"""
+# $2 as_of: date. Index: invoices_overdue_candidates_idx.
+LEFT_OVERDUE = """
+    select count(*)
+      from public.invoices
+     where status in ('finalized', 'sent', 'partially_paid')
+       and due_date is not null
+       and due_date < least($2, (now() at time zone 'UTC')::date + 1)
+       and not is_overdue
+       and id <> all ($1)
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+"""
+# $1 invoices: uuid[], locked by this transaction. Index: invoices_pkey.
+MARK = """
+    update public.invoices
+       set is_overdue = true, updated_at = now()
+     where id = any ($1)
     returning business_id
 """
 
-# No parameters. Index: invoices_overdue_reset_idx.
-CLEAR_SETTLED = """
-    update public.invoices
-       set is_overdue = false, updated_at = now()
+# Index: invoices_overdue_reset_idx.
+PICK_SETTLED = """
+    select id, business_id, '' as key
+      from public.invoices
      where is_overdue = true
        and status in ('paid', 'cancelled', 'credited')
+       and ($1::text, id) > ('', $2)
+       and id <> all ($3)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
-    returning business_id
+     order by id
+     limit $4
+       for no key update skip locked
+"""
+# Index: invoices_overdue_reset_idx.
+LEFT_SETTLED = """
+    select count(*)
+      from public.invoices
+     where is_overdue = true
+       and status in ('paid', 'cancelled', 'credited')
+       and id <> all ($1)
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
 
-# $1 the later of as_of and today: date. Invoices whose due date was moved after they were marked. The later
-# date, so that replaying an old tick never un-marks what became overdue since. Index: none serves it; BON
-# has few open invoices that are marked, and reads them through (business_id, status) elsewhere.
-CLEAR_MOVED = """
-    update public.invoices
-       set is_overdue = false, updated_at = now()
+# $5 the later of as_of and today: date. Invoices whose due date was moved after they were marked. The later date, so
+# that replaying an old tick never un-marks what became overdue since. Index: none of BON's serves it, `check`
+# recommends one; in the order of the table, so that all batches together read it once.
+PICK_MOVED = """
+    select id, business_id, ctid::text as key
+      from public.invoices
      where is_overdue
        and status in ('finalized', 'sent', 'partially_paid')
-       and (due_date is null or due_date >= $1)
+       and (due_date is null or due_date >= $5)
+       and ctid > $1::text::tid
+       and $2::uuid is not null
+       and id <> all ($3)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+     order by ctid
+     limit $4
+       for no key update skip locked
+"""
+# $2 the later of as_of and today: date. Index: as PICK_MOVED.
+LEFT_MOVED = """
+    select count(*)
+      from public.invoices
+     where is_overdue
+       and status in ('finalized', 'sent', 'partially_paid')
+       and (due_date is null or due_date >= $2)
+       and id <> all ($1)
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+"""
+# $1 invoices: uuid[], locked by this transaction. Index: invoices_pkey.
+CLEAR = """
+    update public.invoices
+       set is_overdue = false, updated_at = now()
+     where id = any ($1)
     returning business_id
 """
 
@@ -77,25 +146,44 @@ class OverdueDetection(Payload):
 )
 async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Counts:
     """Mark invoices overdue, clear the mark of settled ones, and have the owners told."""
-    as_of = ctx.business_date
+    as_of, latest = ctx.business_date, max(ctx.business_date, ctx.today)
+    sweeps = (
+        Sweep(
+            name="mark",
+            pick=PICK_OVERDUE,
+            left=LEFT_OVERDUE,
+            change=_setting(MARK, "marked"),
+            arguments=(as_of,),
+            begin="-infinity",
+        ),
+        Sweep(name="clear", pick=PICK_SETTLED, left=LEFT_SETTLED, change=_setting(CLEAR, "cleared"), begin=""),
+        Sweep(
+            name="clear",
+            pick=PICK_MOVED,
+            left=LEFT_MOVED,
+            change=_setting(CLEAR, "cleared"),
+            arguments=(latest,),
+            begin="(0,0)",
+        ),
+    )
+    swept = Swept()
+    for each in sweeps:
+        swept.add(await sweep(ctx, each, within=IN_TIME / len(sweeps)))
     async with ctx.transaction() as tx:
-        marked = await tx.fetch(MARK_OVERDUE, as_of)
-        cleared = await tx.fetch(CLEAR_SETTLED)
-        cleared += await tx.fetch(CLEAR_MOVED, max(as_of, ctx.today))
-        paused = await tx.fetchval(COUNT_PAUSED, as_of, max(as_of, ctx.today))
-        by_business = {
-            "marked": Counter[UUID](row["business_id"] for row in marked),
-            "cleared": Counter[UUID](row["business_id"] for row in cleared),
-        }
-        touched = set().union(*by_business.values())
-        await ctx.record(
-            [
-                BusinessOutcome(business, counts={name: found[business] for name, found in by_business.items()})
-                for business in touched
-            ],
-            on=tx,
-        )
+        paused = await tx.fetchval(COUNT_PAUSED, as_of, latest)
+        await ctx.record(swept.failures(), on=tx)
         if payload.send or not (ctx.replay and as_of < ctx.today):
             await ctx.enqueue(overdue_digest, OverdueDigest(as_of=as_of), on=tx, dedupe_key=str(ctx.run_id))
-        counts = {"marked": len(marked), "cleared": len(cleared)}
-        return await ctx.finish(counts | {"paused": paused} if paused else counts, on=tx)
+        counts = {name: swept.counts[name] for name in ("marked", "cleared")}
+        counts |= swept.shortfall()
+        counts |= {"paused": paused} if paused else {}
+        return await ctx.finish(counts, on=tx, undone=swept.undone)
+
+
+def _setting(statement: str, counted_as: str) -> Callable[[Connection, Sequence[Record]], Awaitable[Changed]]:
+    async def change(tx: Connection, rows: Sequence[Record]) -> Changed:
+        changed = await tx.fetch(statement, [row["id"] for row in rows])
+        number = Counter[UUID](row["business_id"] for row in changed)
+        return Changed({business: Counter({counted_as: rows}) for business, rows in number.items()})
+
+    return change

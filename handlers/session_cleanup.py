@@ -2,37 +2,43 @@
 Delete expired sessions each night, in batches, so that no lock is held for long.
 
 "Expired" is judged at the fire time. A batch that committed stays deleted when a later one fails,
-and the next attempt goes on from there. Each batch begins where the one before it ended, whether or
-not that was really deleted.
+and the next attempt goes on from there.
 """
 
-from datetime import UTC, datetime, timedelta
-from uuid import UUID
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+
+from asyncpg import Record
 
 from bon_scheduler import CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
+from bon_scheduler.jobs import Connection
+from handlers.batches import Changed, Sweep, sweep
 
-BATCH = 5000
+IN_TIME = timedelta(minutes=8)
+"""What is left then goes the next night."""
 
-BEGINNING = (datetime(1970, 1, 1, tzinfo=UTC), UUID(int=0))
-
-# $1 fire time: timestamptz, $2 and $3 the last session seen: timestamptz, uuid, $4 batch size: int. Nothing that is
-# valid by the database's clock is deleted, whatever the fire time says.
-# Index: session_expires_idx. A session that is being used just now is somebody else's to delete: skip it.
-DELETE_EXPIRED = """
-    with expired as (
-        select id
-          from public.sessions
-         where expires_at < least($1, now())
-           and (expires_at, id) > ($2, $3)
-         order by expires_at, id
-         limit $4
-           for update skip locked
-    )
-    delete from public.sessions s
-     using expired e
-     where s.id = e.id
-    returning s.expires_at, s.id
+# Parameters: `batches.Sweep`'s, $5 fire time: timestamptz. Nothing that is valid by the database's clock is deleted,
+# whatever the fire time says. Index: session_expires_idx. A session is nobody's business: it is its own.
+PICK_EXPIRED = """
+    select id, null::uuid as business_id, expires_at::text as key
+      from public.sessions
+     where expires_at < least($5, now())
+       and (expires_at, id) > ($1::text::timestamptz, $2)
+       and id <> all ($3)
+     order by expires_at, id
+     limit $4
+       for update skip locked
 """
+# $2 fire time: timestamptz. Index: session_expires_idx.
+LEFT_EXPIRED = """
+    select count(*)
+      from public.sessions
+     where expires_at < least($2, now())
+       and id <> all ($1)
+"""
+# $1 sessions: uuid[], locked by this transaction. Index: sessions_pkey.
+DELETE = "delete from public.sessions where id = any ($1)"
 
 
 @job(
@@ -43,12 +49,20 @@ DELETE_EXPIRED = """
 )
 async def session_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
     """Delete sessions that have expired."""
-    deleted, seen = 0, BEGINNING
-    while True:
-        async with ctx.transaction() as tx:
-            expired = await tx.fetch(DELETE_EXPIRED, ctx.fire_time, *seen, BATCH)
-            batch = [(row["expires_at"], row["id"]) for row in expired]
-            deleted += len(batch)
-            if len(batch) < BATCH:
-                return await ctx.finish({"deleted": deleted}, on=tx)
-        seen = max(batch)
+    expired = Sweep(
+        name="delete sessions",
+        pick=PICK_EXPIRED,
+        left=LEFT_EXPIRED,
+        change=_delete,
+        arguments=(ctx.fire_time,),
+        begin="-infinity",
+    )
+    swept = await sweep(ctx, expired, within=IN_TIME)
+    async with ctx.transaction() as tx:
+        counts = {"deleted": swept.counts["deleted"]} | swept.shortfall()
+        return await ctx.finish(counts, on=tx, undone=swept.undone)
+
+
+async def _delete(tx: Connection, rows: Sequence[Record]) -> Changed:
+    status = await tx.execute(DELETE, [row["id"] for row in rows])
+    return Changed({None: Counter(deleted=int(status.split()[-1]))})

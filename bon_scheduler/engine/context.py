@@ -135,7 +135,11 @@ class AttemptContext:
         """Record outcomes per business."""
         await ledger.record_outcomes(on, self.run_id, outcomes)
 
-    async def finish(self, counts: Counts, *, on: Connection) -> Counts:
+    async def progress(self, counts: Counts, *, on: Connection) -> Counts:
+        """Add to what this run has done; return the counts of all its attempts."""
+        return await ledger.add_progress(on, self.ref, counts)
+
+    async def finish(self, counts: Counts, *, on: Connection, undone: bool = False) -> Counts:
         """End the run in the handler's last transaction; return the counts."""
-        self._finished[on] = await ledger.finish(on, self.ref, counts)
+        self._finished[on] = await ledger.finish(on, self.ref, counts, undone=undone)
         return counts

@@ -76,6 +76,7 @@ class DryContext(AttemptContext):
 
     asked_for: list[tuple[AnyJob, Payload]] = field(default_factory=list)
     outcomes: dict[UUID, BusinessOutcome] = field(default_factory=dict)
+    done: Counter[str] = field(default_factory=Counter)
 
     @property
     def dry_run(self) -> bool:
@@ -131,6 +132,12 @@ class DryContext(AttemptContext):
                     new.business_id, "done" if kept else new.outcome, added, new.error
                 )
             self.outcomes[new.business_id] = new
+
+    async def progress(self, counts: Counts, *, on: Connection) -> Counts:
+        """Try to add to the run's counts, and remember them: each transaction is rolled back."""
+        await AttemptContext.progress(self, counts, on=on)
+        self.done.update(counts)
+        return dict(self.done)
 
 
 @dataclass(frozen=True, slots=True)

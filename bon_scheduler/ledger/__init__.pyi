@@ -4,6 +4,7 @@ from .attempts import (
     Finished as Finished,
     Released as Released,
     RunRef as RunRef,
+    add_progress as add_progress,
     fail as fail,
     fence as fence,
     finish as finish,

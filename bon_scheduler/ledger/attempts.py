@@ -20,6 +20,7 @@ __all__ = [
     "Finished",
     "Released",
     "RunRef",
+    "add_progress",
     "fail",
     "fence",
     "finish",
@@ -44,19 +45,20 @@ FENCE = """
        and (state = 'running' or $4 and state in ('succeeded', 'partial'))
        for share
 """
-# $1 runs: uuid[], $2 their attempts: int[], $3 worker, $4 counts: text[] of JSON. `partial` when the handler reported a
-# failed business, since a person last retried the run. The state is compared as text, otherwise rows might be looked
-# for in the index of what runs, which beside a long transaction holds all that ever ran. `nested`: within a savepoint,
-# so that it may yet be undone while its transaction goes on. Indexes: runs_pkey, attempts_pkey.
+# $1 runs: uuid[], $2 their attempts: int[], $3 worker, $4 counts: text[] of JSON, $5 whether each left something
+# undone: boolean[]. `partial` then, and when the handler reported a failed business since a person last retried the
+# run. The state is compared as text, otherwise rows might be looked for in the index of what runs, which beside a long
+# transaction holds all that ever ran. `nested`: within a savepoint, so that it may yet be undone while its transaction
+# goes on. Indexes: runs_pkey, attempts_pkey.
 FINISH = """
     with finished as (
         update bon_scheduler.runs r
            set counts = m.counts::json, error = null, finished_at = clock_timestamp(),
-               state = case when exists (select from bon_scheduler.business_outcomes o
+               state = case when m.undone or exists (select from bon_scheduler.business_outcomes o
                                           where o.run_id = r.id and o.outcome = 'failed'
                                             and o.attempt > r.retried_after)
                             then 'partial' else 'succeeded' end::bon_scheduler.run_state
-          from unnest($1::uuid[], $2::int[], $4::text[]) as m (id, attempt, counts)
+          from unnest($1::uuid[], $2::int[], $4::text[], $5::boolean[]) as m (id, attempt, counts, undone)
          where r.id = m.id and r.attempt = m.attempt and r.worker = $3 and r.state::text = 'running'
         returning r.id, r.attempt, r.state, r.xmin
     ), ended as (
@@ -66,6 +68,21 @@ FINISH = """
          where a.run_id = f.id and a.attempt = f.attempt
     )
     select id, state::text, xmin <> pg_current_xact_id()::xid as nested from finished
+"""
+# $1 run, $2 attempt, $3 worker, $4 counts: json. Adds to what this run has done, whichever attempt did
+# it, in the order in which the counts first came. Index: runs_pkey.
+PROGRESS = """
+    update bon_scheduler.runs r
+       set counts = (select coalesce(json_object_agg(key, total order by first), '{}')
+                       from (select key, sum(value::bigint) as total, min(number) as first
+                               from (select * from json_each_text(r.counts) with ordinality
+                                     union all
+                                     select key, value, 1000000 + number
+                                       from json_each_text($4::json) with ordinality as t (key, value, number))
+                                    as both_counts (key, value, number)
+                              group by key) as added)
+     where id = $1 and attempt = $2 and worker = $3 and state = 'running'
+    returning counts
 """
 # $1 run, $2 attempt, $3 worker, $4 job.
 PRETEND = """
@@ -205,6 +222,21 @@ async def fence(connection: Connection, ref: RunRef, *, finished: bool = False) 
     return None if state == "running" else state
 
 
+async def add_progress(connection: Connection, ref: RunRef, counts: Counts) -> Counts:
+    """Add to the counts of a run under way; return those of all its attempts. Raises LostRunError."""
+    total: Counts | None = await connection.fetchval(
+        PROGRESS,
+        ref.run_id,
+        ref.attempt,
+        ref.worker,
+        dict(counts),
+        timeout=CALL_TIMEOUT_SECONDS,
+    )
+    if total is None:
+        raise _lost(ref)
+    return total
+
+
 async def pretend(connection: Connection, ref: RunRef, job: str) -> None:
     """Make a run that this attempt owns, in a transaction that is rolled back: a dry run's."""
     await connection.execute(PRETEND, ref.run_id, ref.attempt, ref.worker, job, timeout=CALL_TIMEOUT_SECONDS)
@@ -214,9 +246,9 @@ def _lost(ref: RunRef) -> LostRunError:
     return LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
 
 
-async def finish(connection: Connection, ref: RunRef, counts: Counts) -> Finished:
-    """End the run as `succeeded` or `partial`. Raises LostRunError."""
-    ended = await _finish(connection, ref.worker, [(ref, counts)])
+async def finish(connection: Connection, ref: RunRef, counts: Counts, *, undone: bool = False) -> Finished:
+    """End the run as `succeeded` or `partial`; as the latter when something is left undone. Raises LostRunError."""
+    ended = await _finish(connection, ref.worker, [(ref, counts)], undone=undone)
     if ref.run_id not in ended:
         raise _lost(ref)
     return ended[ref.run_id]
@@ -231,7 +263,7 @@ async def finish_many(connection: Connection, finished: Sequence[tuple[RunRef, C
 
 
 async def _finish(
-    connection: Connection, worker: UUID, finished: Sequence[tuple[RunRef, Counts]]
+    connection: Connection, worker: UUID, finished: Sequence[tuple[RunRef, Counts]], *, undone: bool = False
 ) -> dict[UUID, Finished]:
     rows = await connection.fetch(
         FINISH,
@@ -239,6 +271,7 @@ async def _finish(
         [ref.attempt for ref, _ in finished],
         worker,
         [orjson.dumps(dict(counts)).decode() for _, counts in finished],
+        [undone] * len(finished),
         timeout=CALL_TIMEOUT_SECONDS,
     )
     return {row["id"]: Finished(row["state"], row["nested"]) for row in rows}

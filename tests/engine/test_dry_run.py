@@ -14,7 +14,7 @@ import pytest
 from bon_scheduler import BusinessOutcome, Counts, JobContext, NoPayload, job, service
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
 from bon_scheduler.jobs import AnyJob
-from handlers.session_cleanup import BATCH
+from handlers.batches import FIRST, LARGEST
 from tests import arrange
 from tests.conftest import Connection, MakeSettings, RunJob
 from tests.process import Finished, run_command, run_program
@@ -202,9 +202,9 @@ async def test_it_goes_through_every_batch_though_none_is_kept(connection: Conne
         "insert into sessions (id, user_id, last_accessed_at, expires_at) "
         "select gen_random_uuid(), $1, now(), now() - interval '1 day' from generate_series(1, $2)",
         user,
-        BATCH * 2 + 1,
+        FIRST + LARGEST,
     )
-    assert (await dry("session-cleanup", environ=environ)).document["counts"] == {"deleted": BATCH * 2 + 1}
+    assert (await dry("session-cleanup", environ=environ)).document["counts"] == {"deleted": FIRST + LARGEST}
 
 
 async def test_a_sample_says_what_would_change_for_businesses(connection: Connection, environ: dict[str, str]) -> None:

@@ -1,7 +1,6 @@
 """Draft clean-up on real PostgreSQL: what goes, what is kept, and what happens beside it."""
 
 import asyncio
-import importlib
 import json
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -14,14 +13,12 @@ from bon_scheduler import service
 from bon_scheduler.database import connections
 from bon_scheduler.ledger import entries
 from bon_scheduler.ledger.entries import Request
+from handlers import batches
 from handlers.draft_cleanup import draft_cleanup
 from tests import arrange
 from tests.attempting import attempt
 from tests.conftest import Connection, MakeSettings, RunJob, SetClock
 from tests.waiting import until
-
-# The package's attribute of this name is the job, not the module.
-module = importlib.import_module("handlers.draft_cleanup")
 
 FIRED = datetime(2026, 11, 23, 1, tzinfo=UTC)
 """03:00 in Israel; 30 days before it, summer time was in force."""
@@ -33,15 +30,7 @@ WAITING = """
      where datname = current_database() and wait_event_type = 'Lock' and query ilike '%' || $1 || '%'
 """
 
-# Lets the first of four drafts be deleted, and no other.
-REFUSE_DELETE = """
-    create function refuse() returns trigger language plpgsql as $$
-    begin
-        if (select count(*) from public.invoices) < 4 then raise exception 'no more'; end if;
-        return old;
-    end $$;
-    create trigger refuse before delete on invoices for each row execute function refuse()
-"""
+NO_END = "alter table bon_scheduler.runs add constraint no check (state not in ('succeeded', 'partial'))"
 
 
 async def invoices(connection: Connection) -> set[UUID]:
@@ -184,7 +173,7 @@ async def test_an_emergency_number_keeps_its_document(run_job: RunJob, connectio
 async def test_two_stale_drafts_of_which_one_credits_the_other_are_gone_after_one_more_night(
     run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch, younger: str, batch: int
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", batch)
+    monkeypatch.setattr(batches, "LARGEST", batch)
     business = await arrange.business(connection)
     hour = timedelta(hours=1) if younger == "credited" else timedelta(hours=-1)
     credited = await arrange.draft(connection, business, updated_at=STALE + hour)
@@ -200,7 +189,7 @@ async def test_two_stale_drafts_of_which_one_credits_the_other_are_gone_after_on
 async def test_more_than_a_batch_is_deleted_batch_by_batch(
     run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch, drafts: int
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", 3)
+    monkeypatch.setattr(batches, "LARGEST", 3)
     business = await arrange.business(connection)
     for _ in range(drafts):
         # All of one instant, as after an import: the batches are told apart by the id.
@@ -212,7 +201,7 @@ async def test_more_than_a_batch_is_deleted_batch_by_batch(
 async def test_a_whole_batch_that_is_kept_stops_nothing_behind_it(
     run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(batches, "LARGEST", 2)
     business = await arrange.business(connection)
     for day in range(5):
         draft = await arrange.draft(connection, business, updated_at=STALE - timedelta(days=day + 1))
@@ -248,7 +237,7 @@ async def test_the_ledger_has_the_counts_of_each_business(run_job: RunJob, conne
 async def test_the_counts_of_a_business_whose_drafts_are_in_several_batches_add_up(
     run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", 1)
+    monkeypatch.setattr(batches, "LARGEST", 1)
     business = await arrange.business(connection)
     for days in (4, 3):
         await arrange.item(connection, await arrange.draft(connection, business, updated_at=STALE - timedelta(days)))
@@ -263,18 +252,18 @@ async def test_the_counts_of_a_business_whose_drafts_are_in_several_batches_add_
 async def test_a_second_attempt_does_not_count_again_what_is_kept(
     make_settings: MakeSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(batches, "LARGEST", 2)
     business = await arrange.business(connection)
     for days in (4, 3, 2):
         await arrange.draft(connection, business, updated_at=STALE - timedelta(days))
     kept = await arrange.draft(connection, business, updated_at=STALE - timedelta(5))
     await arrange.payment(connection, kept)
-    await connection.execute(REFUSE_DELETE)
+    await connection.execute(NO_END)
     async with service.machinery(make_settings(), clock=SetClock(FIRED)) as parts:
         run_id = await entries.enqueue(connection, Request(draft_cleanup.name, {}, fire_time=FIRED))
         assert run_id is not None
         await attempt(parts, run_id, draft_cleanup)
-        await connection.execute("drop trigger refuse on invoices")
+        await connection.execute("alter table bon_scheduler.runs drop constraint no")
         await attempt(parts, run_id, draft_cleanup)
     assert await outcomes(connection, run_id) == {business: ("done", {"deleted": 3, "items": 0, "kept": 1})}
 
@@ -296,7 +285,7 @@ async def test_the_log_has_the_counts_of_each_business(
 async def test_a_run_that_goes_without_an_index_says_so_once(
     run_job: RunJob, connection: Connection, logged: Callable[[], str], monkeypatch: pytest.MonkeyPatch, indexed: bool
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", 1)
+    monkeypatch.setattr(batches, "LARGEST", 1)
     await connection.execute("create index on invoices (credited_invoice_id)")
     if indexed:
         await connection.execute("create index on emergency_allocation_numbers (used_for_invoice_id)")

@@ -1,17 +1,14 @@
 """Session clean-up on real PostgreSQL."""
 
-import importlib
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
 
+from handlers import batches
 from handlers.session_cleanup import session_cleanup
 from tests import arrange
 from tests.conftest import Connection, RunJob
-
-# The package's attribute of this name is the job, not the module.
-module = importlib.import_module("handlers.session_cleanup")
 
 FIRED = datetime(2026, 11, 23, 2, tzinfo=UTC)
 """04:00 in Israel."""
@@ -46,7 +43,7 @@ async def test_what_expired_since_the_fire_time_is_left_to_the_next_night(
 async def test_more_than_a_batch_is_deleted_batch_by_batch(
     run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch, expired: int
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", 3)
+    monkeypatch.setattr(batches, "LARGEST", 3)
     user = await arrange.user(connection)
     for age in range(expired):
         await arrange.session(connection, user, FIRED - timedelta(minutes=age + 1))

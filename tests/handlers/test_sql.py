@@ -15,9 +15,9 @@ import bon_scheduler
 import handlers
 import health
 from bon_scheduler.ledger.history import ACTIONS_ON
-from handlers.draft_cleanup import LOCK_STALE
-from handlers.overdue_detection import CLEAR_SETTLED, MARK_OVERDUE
-from handlers.session_cleanup import DELETE_EXPIRED
+from handlers.draft_cleanup import LEFT_STALE, PICK_STALE
+from handlers.overdue_detection import LEFT_OVERDUE, PICK_OVERDUE, PICK_SETTLED
+from handlers.session_cleanup import LEFT_EXPIRED, PICK_EXPIRED
 from tests.conftest import Connection
 
 STATEMENT = re.compile(r"\b(select|update|insert|delete)\b", re.IGNORECASE)
@@ -63,7 +63,7 @@ def test_the_search_for_statements_finds_those_of_every_kind_of_module() -> None
         "bon_scheduler.ledger.entries.ENQUEUE",
         "bon_scheduler.mail.mailer.INTEND",
         "handlers.digest.statement.READ_STATEMENT",
-        "handlers.draft_cleanup.LOCK_STALE",
+        "handlers.draft_cleanup.PICK_STALE",
     }
 
 
@@ -82,13 +82,25 @@ def test_the_search_for_parameters_finds_them_however_they_are_written(condition
 @pytest.mark.parametrize(
     ("sql", "arguments", "index"),
     [
-        (MARK_OVERDUE, "('2026-11-23')", "invoices_overdue_candidates_idx"),
-        (CLEAR_SETTLED, "", "invoices_overdue_reset_idx"),
-        (LOCK_STALE, "('2026-11-23', '1970-01-01', gen_random_uuid(), 500)", "invoices_draft_cleanup_idx"),
-        (DELETE_EXPIRED, "('2026-11-23', '1970-01-01', gen_random_uuid(), 500)", "session_expires_idx"),
+        (PICK_OVERDUE, "('2026-11-23', gen_random_uuid(), '{}', 500, '2026-11-23')", "invoices_overdue_candidates_idx"),
+        (LEFT_OVERDUE, "('{}', '2026-11-23')", "invoices_overdue_candidates_idx"),
+        (PICK_SETTLED, "('', gen_random_uuid(), '{}', 500)", "invoices_overdue_reset_idx"),
+        (PICK_STALE, "('1970-01-01', gen_random_uuid(), '{}', 500, '2026-11-23')", "invoices_draft_cleanup_idx"),
+        (LEFT_STALE, "('{}', '2026-11-23')", "invoices_draft_cleanup_idx"),
+        (PICK_EXPIRED, "('1970-01-01', gen_random_uuid(), '{}', 500, '2026-11-23')", "session_expires_idx"),
+        (LEFT_EXPIRED, "('{}', '2026-11-23')", "session_expires_idx"),
         (ACTIONS_ON, "('00000000-0000-0000-0000-000000000000')", "operator_actions_target"),
     ],
-    ids=["MARK_OVERDUE", "CLEAR_SETTLED", "LOCK_STALE", "DELETE_EXPIRED", "ACTIONS_ON"],
+    ids=[
+        "PICK_OVERDUE",
+        "LEFT_OVERDUE",
+        "PICK_SETTLED",
+        "PICK_STALE",
+        "LEFT_STALE",
+        "PICK_EXPIRED",
+        "LEFT_EXPIRED",
+        "ACTIONS_ON",
+    ],
 )
 async def test_a_statement_finds_its_index_whatever_its_parameters(
     connection: Connection, sql: str, arguments: str, index: str
