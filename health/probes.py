@@ -64,7 +64,8 @@ class Probes:
             "database": await self._check_database(),
             "worker": _up(self.engine.connected),
             "draining": {"status": "down" if self.engine.draining else "up"},
-            "schedules": _up(not self.triggers.unusable) | {"unusable": dict(self.triggers.unusable)},
+            "schedules": _up(not self.triggers.unusable and not self.triggers.stuck)
+            | {"unusable": dict(self.triggers.unusable), "stuck": dict(self.triggers.stuck)},
         }
         for name, check in checks.items():
             self.metrics.check_status.labels(name).set(check["status"] == "up")

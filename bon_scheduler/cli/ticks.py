@@ -18,6 +18,7 @@ __all__ = ["audit", "timeline"]
 
 LISTED = (
     Verdict.GAP,
+    Verdict.STUCK,
     Verdict.MISSED,
     Verdict.DEAD,
     Verdict.HELD,
@@ -76,6 +77,7 @@ def _as_document(found: Audit) -> dict[str, Any]:
         "cancelled": found.of(Verdict.CANCELLED),
         "in_progress": found.of(Verdict.IN_PROGRESS),
         "waiting": found.of(Verdict.WAITING),
+        "stuck": found.of(Verdict.STUCK),
         "unexpected": found.of(Verdict.UNEXPECTED),
         "ticks": found.ticks,
     }

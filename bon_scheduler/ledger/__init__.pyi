@@ -43,12 +43,14 @@ from .claims import (
     claim_one as claim_one,
 )
 from .entries import (
+    ActiveTick as ActiveTick,
     CALL_TIMEOUT_SECONDS as CALL_TIMEOUT_SECONDS,
     DryRun as DryRun,
     Origin as Origin,
     Request as Request,
     TickVerdict as TickVerdict,
     RefusedRequestError as RefusedRequestError,
+    active_ticks as active_ticks,
     enqueue as enqueue,
     enqueue_many as enqueue_many,
     exclusive as exclusive,

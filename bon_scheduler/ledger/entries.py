@@ -20,11 +20,13 @@ from bon_scheduler.jobs import AnyJob, Connection, Exclusive
 __all__ = [
     "BULK",
     "CALL_TIMEOUT_SECONDS",
+    "ActiveTick",
     "DryRun",
     "Origin",
     "RefusedRequestError",
     "Request",
     "TickVerdict",
+    "active_ticks",
     "enqueue",
     "enqueue_many",
     "exclusive",
@@ -62,6 +64,16 @@ LAST_TICKS = """
 # missed: text or null. One statement: the job's last tick moves forwards, the run is recorded and it is asked
 # for, or nothing is.
 RECORD_TICK = "select verdict, run_id from bon_scheduler.record_tick($1, $2, $3, $4, $5)"
+# The ticks that are queued, running or retrying, and when they are due; of several of one job, which only damage can
+# bring about, the last. Index: runs_active_ticks.
+ACTIVE_TICKS = """
+    select distinct on (job)
+           job, id, greatest(least(fire_time, '9998-12-31 00:00+00'), '0002-01-01 00:00+00') as fire_time,
+           case when not ready then greatest(least(run_at, '9998-12-31 00:00+00'), '0002-01-01 00:00+00') end as due
+      from bon_scheduler.runs
+     where origin = 'schedule' and state in ('queued', 'running', 'retrying')
+     order by job, due desc nulls last
+"""
 # $1 job, $2 payload: jsonb, $3 dedupe key, $4 run at, $5 priority, $6 fire time, $7 origin, $8 asked by,
 # $9 caused by.
 ENQUEUE = """
@@ -79,6 +91,16 @@ RECORD_DRY_RUN = """
             counts, error, dry_run)
     values ($1, $2, $3, $4, 'person', $5, $6, 1, $7, $7, clock_timestamp(), $8, $9, true)
 """
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveTick:
+    """A tick's run that is queued, running or retrying."""
+
+    run_id: UUID
+    fire_time: datetime
+    due: datetime | None
+    """Not before this instant (UTC, aware); None: now."""
 
 
 class RefusedRequestError(Exception):
@@ -164,6 +186,12 @@ async def last_ticks(connection: Connection, jobs: Sequence[str]) -> dict[str, d
     """Return each job's last accounted fire time (UTC)."""
     rows = await connection.fetch(LAST_TICKS, list(jobs), timeout=CALL_TIMEOUT_SECONDS)
     return {row["name"]: row["last_tick"] for row in rows}
+
+
+async def active_ticks(connection: Connection) -> dict[str, ActiveTick]:
+    """Return, by job, its tick that has not ended."""
+    rows = await connection.fetch(ACTIVE_TICKS, timeout=CALL_TIMEOUT_SECONDS)
+    return {row["job"]: ActiveTick(row["id"], row["fire_time"], row["due"]) for row in rows}
 
 
 async def record_tick(

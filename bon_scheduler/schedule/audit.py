@@ -5,6 +5,7 @@ The history says which fire times were to be; the ledger says of each whether it
 host, in how many attempts), was missed and why, was paused, or is dead. What it says nothing of is a gap.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -14,9 +15,9 @@ from typing import Any
 
 from bon_scheduler import ledger
 from bon_scheduler.jobs import Connection
-from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, ActiveTick
 from bon_scheduler.schedule import schedules
-from bon_scheduler.schedule.timing import Period, expected
+from bon_scheduler.schedule.timing import Period, expected, overstays
 
 __all__ = ["Audit", "AuditedTick", "Verdict", "audit_ticks", "judge", "unaccounted"]
 
@@ -47,6 +48,8 @@ class Verdict(StrEnum):
     IN_PROGRESS = "in_progress"
     WAITING = "waiting"
     """Due, and waiting for the tick before it to end."""
+    STUCK = "stuck"
+    """Due, and waiting behind a run that keeps ticks waiting for longer than a period, or will."""
     MISSED = "missed"
     PAUSED = "paused"
     HELD = "held"
@@ -130,8 +133,22 @@ class Audit:
 
     @property
     def sound(self) -> bool:
-        """Whether there is no gap, no unresolved miss, and no job of which nothing can be said."""
-        return not self.unusable and not self.of(Verdict.GAP) and all(tick.resolved for tick in self.of(Verdict.MISSED))
+        """Whether there is no gap, no stuck tick, no unresolved miss, and no job of which nothing can be said."""
+        return (
+            not self.unusable
+            and not self.of(Verdict.GAP, Verdict.STUCK)
+            and all(tick.resolved for tick in self.of(Verdict.MISSED))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What the ledger holds of ticks."""
+
+    last_ticks: Mapping[str, datetime]
+    """By job: until when all are accounted for."""
+    rows: Sequence[Mapping[str, Any]]
+    active: Mapping[str, ActiveTick]
 
 
 async def audit_ticks(connection: Connection, since: datetime) -> Audit:
@@ -142,32 +159,40 @@ async def audit_ticks(connection: Connection, since: datetime) -> Audit:
         histories = await schedules.read_histories(connection)
         last_ticks = await ledger.last_ticks(connection, list(histories.periods))
         rows = await connection.fetch(TICKS, since, until, timeout=CALL_TIMEOUT_SECONDS)
-    found = judge(histories.periods, last_ticks, [dict(row) for row in rows], since, until)
+        held_by = await ledger.active_ticks(connection)
+    recorded = Recorded(last_ticks, [dict(row) for row in rows], held_by)
+    # In a thread: of a long time it counts for a second, and everything else would stand still.
+    found = await asyncio.to_thread(judge, histories.periods, recorded, since, until)
     return replace(found, unusable=histories.unusable)
 
 
-def judge(
-    histories: Mapping[str, Sequence[Period]],
-    last_ticks: Mapping[str, datetime],
-    rows: Sequence[Mapping[str, Any]],
-    since: datetime,
-    until: datetime,
-) -> Audit:
-    """Match what the histories demand with the ledger's rows."""
-    recorded = {(row["job"], row["fire_time"]): row for row in rows}
+def judge(histories: Mapping[str, Sequence[Period]], recorded: Recorded, since: datetime, until: datetime) -> Audit:
+    """Match what the histories demand with what the ledger has recorded."""
+    rows = {(row["job"], row["fire_time"]): row for row in recorded.rows}
     ticks: list[AuditedTick] = []
     for job, history in histories.items():
-        active = any(row["job"] == job and BY_STATE[row["state"]] is Verdict.IN_PROGRESS for row in rows)
+        active = recorded.active.get(job)
         for instant, _ in expected(history, since, until):
-            row = recorded.pop((job, instant), None)
+            row = rows.pop((job, instant), None)
             if row is not None:
                 ticks.append(_from_row(row))
-            elif instant <= last_ticks.get(job, since) or not (active or until - instant <= ALLOWANCE):
+            elif instant <= recorded.last_ticks.get(job, since) or (active is None and until - instant > ALLOWANCE):
                 ticks.append(AuditedTick(job, instant, Verdict.GAP))
-            elif active:
-                ticks.append(AuditedTick(job, instant, Verdict.WAITING))
-    ticks += [_from_row(row, Verdict.UNEXPECTED) for row in recorded.values()]
+            elif active is not None:
+                stuck = overstays(history, min(instant, active.fire_time), until, active.due)
+                ticks.append(_waiting(job, instant, active, stuck=stuck))
+    ticks += [_from_row(row, Verdict.UNEXPECTED) for row in rows.values()]
     return Audit(since, until, _resolve(sorted(ticks, key=lambda tick: (tick.fire_time, tick.job))))
+
+
+def _waiting(job: str, instant: datetime, active: ActiveTick, *, stuck: bool) -> AuditedTick:
+    due = f", which is due {active.due:%Y-%m-%d %H:%M} UTC" if active.due else ""
+    return AuditedTick(
+        job,
+        instant,
+        Verdict.STUCK if stuck else Verdict.WAITING,
+        reason=f"behind run {active.run_id}{due}",
+    )
 
 
 def _from_row(row: Mapping[str, Any], verdict: Verdict | None = None) -> AuditedTick:
@@ -209,8 +234,14 @@ async def unaccounted(connection: Connection) -> dict[str, int]:
     until = await connection.fetchval(NOW, timeout=CALL_TIMEOUT_SECONDS) - ALLOWANCE
     histories = await schedules.read_histories(connection)
     last_ticks = await ledger.last_ticks(connection, list(histories.periods))
-    counted = {
-        job: sum(1 for _ in islice(expected(histories.periods[job], last, until), MOST_COUNTED))
+    counted = await asyncio.to_thread(_count, histories.periods, last_ticks, until)
+    return {**counted, **dict.fromkeys(histories.unusable, 1)}  # how many nobody knows: enough to be alerted
+
+
+def _count(
+    histories: Mapping[str, Sequence[Period]], last_ticks: Mapping[str, datetime], until: datetime
+) -> dict[str, int]:
+    return {
+        job: sum(1 for _ in islice(expected(histories[job], last, until), MOST_COUNTED))
         for job, last in last_ticks.items()
     }
-    return {**counted, **dict.fromkeys(histories.unusable, 1)}  # how many nobody knows: enough to be alerted

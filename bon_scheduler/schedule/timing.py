@@ -10,6 +10,7 @@ elapsed time, unless its seconds are 0, which is the same as leaving them out.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
@@ -25,6 +26,7 @@ __all__ = [
     "expected",
     "fire_times",
     "next_fire_time",
+    "overstays",
     "plan",
     "transitions",
 ]
@@ -35,6 +37,7 @@ DOWN = "down: nobody was awake for it, and its catch-up is skip"
 PUNCTUAL = timedelta(seconds=60)
 """A fire time noticed within this is on time, whatever the catch-up."""
 FIELDS_WITH_SECONDS = 6
+DAY = timedelta(days=1)
 BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -181,6 +184,20 @@ def plan(history: Sequence[Period], last: datetime, now: datetime) -> list[Tick]
     """
     due = list(expected(history, last, now))
     return [Tick(instant, _why_missed(cron, instant, due[-1][0], now)) for instant, cron in due]
+
+
+def overstays(history: Sequence[Period], since: datetime, now: datetime, due: datetime | None) -> bool:
+    """
+    Whether the tick of `since` keeps the next one waiting for longer than a period, or will: it is not `due` before.
+
+    A period is the time from one fire time to the next, of the schedule in force at `now`; without one, a day.
+    """
+    period = history[-1]
+    if period.cron is None:
+        ends = since + 2 * DAY
+    else:
+        ends = next(islice(fire_times(period.cron.expression, period.zone, since), 1, None))
+    return max(now, due or now) >= ends
 
 
 def _why_missed(cron: Cron, instant: datetime, newest: datetime, now: datetime) -> str | None:

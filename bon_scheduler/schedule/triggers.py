@@ -25,7 +25,7 @@ from bon_scheduler.log import describe_error
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.schedule import schedules
 from bon_scheduler.schedule.clocks import Clocks
-from bon_scheduler.schedule.timing import Period, Tick, next_fire_time, plan
+from bon_scheduler.schedule.timing import Period, Tick, next_fire_time, overstays, plan
 
 __all__ = ["Triggers"]
 
@@ -62,11 +62,17 @@ class Triggers:
         self._loop: asyncio.Task[None] | None = None
         self._drift = clocks.drift()
         self._unusable: dict[str, str] = {}
+        self._stuck: dict[str, str] = {}
 
     @property
     def unusable(self) -> Mapping[str, str]:
         """Why the ticks of some jobs cannot be accounted for here, by job, as of the last pass."""
         return self._unusable
+
+    @property
+    def stuck(self) -> Mapping[str, str]:
+        """Which run keeps a tick waiting for longer than a period, by job, as of the last pass."""
+        return self._stuck
 
     @property
     def alive(self) -> bool:
@@ -150,6 +156,7 @@ class Triggers:
                 except Exception as error:  # noqa: BLE001 - whatever is wrong with one job, the others' ticks go on
                     unusable[job] = f"its ticks cannot be recorded: {describe_error(error)}"
         self._report_unusable(unusable)
+        self._stuck = {job: why for job, why in self._stuck.items() if job in last_ticks}
         return wait
 
     def _report_unusable(self, unusable: Mapping[str, str]) -> None:
@@ -181,10 +188,25 @@ class Triggers:
             if verdict is TickVerdict.STALE:
                 return 0  # another replica was first, or declared a schedule: look anew
             if verdict is TickVerdict.WAITS:
+                await self._look_whether_stuck(connection, job, history, tick.fire_time, now)
                 return WAITING_SECONDS
             last = tick.fire_time
             self._report(job, tick, verdict, now)
+        self._stuck.pop(job, None)
         return self._until_next(job, history, now)
+
+    async def _look_whether_stuck(
+        self, connection: Connection, job: str, history: Sequence[Period], instant: datetime, now: datetime
+    ) -> None:
+        """Remember that the run before a waiting tick keeps it for longer than a period; log it once."""
+        active = (await ledger.active_ticks(connection)).get(job)
+        if active is None or not overstays(history, min(instant, active.fire_time), now, active.due):
+            self._stuck.pop(job, None)
+            return
+        why = f"its tick waits behind run {active.run_id}; see it with: python -m bon_scheduler show {active.run_id}"
+        if self._stuck.get(job) != why:
+            log.error("tick.stuck", job=job, fire_time=instant.isoformat(), behind=str(active.run_id))
+        self._stuck[job] = why
 
     def _until_next(self, job: str, history: Sequence[Period], now: datetime) -> float:
         """Return the seconds until the job fires next: a ring that came early must not be the last."""

@@ -17,8 +17,8 @@ import pytest
 from bon_scheduler import CatchUp, Cron
 from bon_scheduler.database.connections import Pool
 from bon_scheduler.ledger import pauses
-from bon_scheduler.ledger.entries import last_ticks
-from bon_scheduler.schedule.audit import TICKS, Verdict, judge
+from bon_scheduler.ledger.entries import active_ticks, last_ticks
+from bon_scheduler.schedule.audit import TICKS, Recorded, Verdict, judge
 from bon_scheduler.schedule.schedules import read_histories
 from tests.conftest import Connection
 from tests.replicas import JOB, Replica
@@ -124,8 +124,9 @@ async def check(connection: Connection, until: datetime) -> Counter[str]:
     rows = [dict(row) for row in await connection.fetch(TICKS, START - timedelta(days=1), until + timedelta(days=1))]
     assert len(rows) == len({row["fire_time"] for row in rows})
     histories = (await read_histories(connection)).periods
-    found = judge(histories, await last_ticks(connection, [JOB]), rows, START - timedelta(days=1), until)
-    assert found.of(Verdict.GAP, Verdict.WAITING, Verdict.IN_PROGRESS) == []
+    recorded = Recorded(await last_ticks(connection, [JOB]), rows, await active_ticks(connection))
+    found = judge(histories, recorded, START - timedelta(days=1), until)
+    assert found.of(Verdict.GAP, Verdict.WAITING, Verdict.STUCK, Verdict.IN_PROGRESS) == []
     assert found.of(Verdict.UNEXPECTED) == []
     assert all(tick.reason for tick in found.of(Verdict.MISSED, Verdict.PAUSED))
     return Counter(tick.verdict for tick in found.ticks)
