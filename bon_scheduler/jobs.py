@@ -181,7 +181,7 @@ class JobContext(Protocol):
 
     @property
     def fire_time(self) -> datetime:
-        """The instant the schedule or a person named, else when the run was asked for (UTC, aware)."""
+        """The instant that was named, else the one the run was asked for (UTC, aware); a retry keeps it."""
         ...
 
     @property

@@ -91,8 +91,12 @@ async def machinery(
     clock: Clock | None = None,
     serves: bool = False,
 ) -> AsyncIterator[Machinery]:
-    """Run a worker for the duration of the context; one that `serves` also makes its jobs known."""
-    clock = clock or SystemClock()
+    """
+    Run a worker for the duration of the context; one that `serves` also makes its jobs known.
+
+    `clock` is what handlers, letters and tokens go by; None: what the machine's and the database's are believed to say.
+    """
+    clock = clock or Clocks(SystemClock())
     lease = timedelta(seconds=settings.lease_seconds)
     schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker(serves=serves, lease=lease)
     stopping = asyncio.Event()
@@ -103,6 +107,8 @@ async def machinery(
         control = await stack.enter_async_context(control_pool)
         async with control.acquire() as connection:
             await require_schema(connection)
+            if isinstance(clock, Clocks):
+                await clock.read(connection)
             await ledger.register_jobs(connection, jobs, scheduled=schedules, anew=serves)
         await stack.enter_async_context(_registered(control, worker))
         beating = Heartbeat(url=settings.listen_url, worker=worker).running()
@@ -163,7 +169,7 @@ async def _resources(
     """Build what handlers get by type."""
     async with AsyncExitStack() as stack:
         shaam = await stack.enter_async_context(Shaam(settings))
-        mailer = await stack.enter_async_context(Mailer(settings, pool, observe=metrics.letter_tried))
+        mailer = await stack.enter_async_context(Mailer(settings, pool, observe=metrics.letter_tried, clock=clock))
         resources: dict[type, object] = {Settings: settings, Shaam: shaam, Mailer: mailer}
         if settings.shaam_mode is not ShaamMode.MOCK and settings.shaam_encryption_key is not None:
             rotator = Rotator(
@@ -187,8 +193,8 @@ async def serving(
 
     Left in the opposite order: triggers stop, attempts drain while readiness says so, probes and pool close.
     """
-    clock = clock or SystemClock()
-    async with machinery(settings, jobs=jobs, clock=clock, serves=True) as parts:
+    clocks = Clocks(clock or SystemClock())
+    async with machinery(settings, jobs=jobs, clock=clock or clocks, serves=True) as parts:
         engine = Engine(
             connect=lambda: database.connect_worker(settings, parts.worker.id),
             jobs=parts.jobs,
@@ -199,7 +205,7 @@ async def serving(
             pool=parts.control,
             declared={job.name: parts.schedules.get(job.name) for job in jobs},
             zone=settings.bon_timezone,
-            clocks=Clocks(clock),
+            clocks=clocks,
             worker=parts.worker,
             metrics=parts.metrics,
         )

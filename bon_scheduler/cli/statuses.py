@@ -7,6 +7,7 @@ from bon_scheduler.engine import AlreadyRunningError
 from bon_scheduler.environment import SettingsError
 from bon_scheduler.ledger import RefusedError, RefusedRequestError
 from bon_scheduler.mail import NotUncertainError
+from bon_scheduler.schedule import ClockError
 
 __all__ = ["EXIT_STATUS"]
 
@@ -20,6 +21,7 @@ EXIT_STATUS: dict[type[Exception], int] = {
     NotUncertainError: 2,
     health.CannotListenError: 2,
     AlreadyRunningError: 4,
+    ClockError: 1,
     DatabaseUnavailableError: 1,
     SchemaBehindError: 1,
 }

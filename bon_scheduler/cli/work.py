@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from bon_scheduler.config import Settings
 from bon_scheduler.jobs import AnyJob
 from bon_scheduler.ledger import Origin, Request
 from bon_scheduler.report import Column, Report, add_counts, format_counts
+from bon_scheduler.schedule import Clocks
 
 __all__ = ["Enqueue", "RunOnce", "enqueue", "run_once", "serve"]
 
@@ -74,7 +75,10 @@ async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOn
         if "send" not in job.payload.model_fields:
             raise UsageError(f'"{told.name}" sends nothing by itself, so --send means nothing to it. Leave it out.')
         arguments["send"] = True
-    now = clock.now()
+    clocks = Clocks(clock)
+    async with reading(settings) as connection:
+        await clocks.require_agreement(connection)
+    now = clocks.now()
     instant = parse_instant(told.fire_time, settings) if told.fire_time else now
     if instant > now:
         raise UsageError(f"--fire-time {told.fire_time} is in the future. Give one that has passed, or none for now.")
@@ -82,7 +86,7 @@ async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOn
     letters = 0
     if told.dry_run:
         directory = None if out is None else make_directory("--out", out)
-        async with service.dry_runner(settings, clock=clock, out=directory) as dry_runner:
+        async with service.dry_runner(settings, clock=clocks, out=directory) as dry_runner:
             result = await dry_runner.run(job, typed, fire_time=instant, asked_by=person())
         letters = dry_runner.kept.total()
     else:
@@ -90,7 +94,7 @@ async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOn
             raise UsageError(
                 "--out is where --dry-run writes the letters it would send. Give both, or leave --out out."
             )
-        async with service.machinery(settings, clock=clock) as parts:
+        async with service.machinery(settings, clock=clocks) as parts:
             result = await engine.run_once(
                 parts.pool,
                 parts.runner,
@@ -152,12 +156,17 @@ async def enqueue(settings: Settings, report: Report, clock: Clock, told: Enqueu
         name,
         arguments,
         dedupe_key=None if key is None else read_key(key),
-        run_at=clock.now() + parse_span(told.after) if told.after else None,
         priority=told.priority,
         origin=Origin.PERSON,
         asked_by=person(),
     )
+    after = parse_span(told.after) if told.after else None
     async with reading(settings) as connection:
+        if after is not None:
+            # By the clock that will say when it is due.
+            clocks = Clocks(clock)
+            await clocks.read(connection)
+            request = replace(request, run_at=clocks.database + after)
         if name not in ours:
             await require_known(connection, name)
         run_id = await ledger.enqueue(connection, request)

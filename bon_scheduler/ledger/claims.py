@@ -41,7 +41,7 @@ __all__ = [
 # own LISTEN is looked at with the clock: null when it was not looked at.
 CLAIM = """
     select extract(epoch from c.wait)::float8 as wait, c.run_id, c.attempt, c.job, c.fire_time::text as fire_time,
-           c.enqueued_at::text as enqueued_at, c.payload::text as payload, c.origin, c.given_back, c.retried_after,
+           c.asked_for::text as asked_for, c.payload::text as payload, c.origin, c.given_back, c.retried_after,
            c.slot, c.trial, c.after_failures,
            case when $11 then exists (select from pg_listening_channels()) end as listens
       from bon_scheduler.claim($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) c
@@ -49,7 +49,8 @@ CLAIM = """
 # $1 run, $2 worker, $3 host, $4 whether it begins with a letter: boolean, $5 time between letters: interval or null.
 CLAIM_ONE = """
     select c.verdict, extract(epoch from c.wait)::float8 as wait, (c.run).id as run_id, (c.run).attempt, (c.run).job,
-           (c.run).fire_time::text as fire_time, (c.run).enqueued_at::text as enqueued_at,
+           (c.run).fire_time::text as fire_time,
+           coalesce((c.run).asked_for, (c.run).enqueued_at)::text as asked_for,
            (c.run).payload::text as payload, (c.run).origin, (c.run).given_back, (c.run).retried_after,
            c.slot, c.trial, c.after_failures, c.holder_host, c.holder_since, c.holder_silent
       from bon_scheduler.claim_one($1, $2, $3, $4, $5) c
@@ -57,7 +58,8 @@ CLAIM_ONE = """
 # $1 job, $2 payload: jsonb, $3 fire time, $4 asked by, then as CLAIM_ONE from $2 on.
 CLAIM_NEW = """
     select c.verdict, extract(epoch from c.wait)::float8 as wait, (c.run).id as run_id, (c.run).attempt, (c.run).job,
-           (c.run).fire_time::text as fire_time, (c.run).enqueued_at::text as enqueued_at,
+           (c.run).fire_time::text as fire_time,
+           coalesce((c.run).asked_for, (c.run).enqueued_at)::text as asked_for,
            (c.run).payload::text as payload, (c.run).origin, (c.run).given_back, (c.run).retried_after,
            c.slot, c.trial, c.after_failures, c.holder_host, c.holder_since, c.holder_silent
       from bon_scheduler.claim_new($1, $2, $3, $4, $5, $6, $7, $8) c
@@ -97,7 +99,8 @@ class Claim:
     ref: RunRef
     job: str
     fire_time_text: str | None
-    enqueued_at_text: str
+    asked_for_text: str
+    """The instant it was put off to when it was asked for, else when that was."""
     payload_text: str
     origin: Origin
     given_back: int
@@ -107,9 +110,9 @@ class Claim:
 
     @property
     def fire_time(self) -> datetime:
-        """The instant the schedule or a person named, else when the run was asked for (UTC). UnreadableRunError."""
+        """The instant that was named, else the one the run was asked for (UTC). Raises UnreadableRunError."""
         named = self.fire_time_text is not None
-        return _instant(self.fire_time_text or self.enqueued_at_text, "fire_time" if named else "enqueued_at")
+        return _instant(self.fire_time_text or self.asked_for_text, "fire_time" if named else "asked_for")
 
     @property
     def payload(self) -> Mapping[str, Any]:
@@ -171,7 +174,7 @@ def _claim(row: asyncpg.Record, worker: UUID) -> Claim:
         RunRef(row["run_id"], row["attempt"], worker),
         row["job"],
         row["fire_time"],
-        row["enqueued_at"],
+        row["asked_for"],
         row["payload"],
         Origin(row["origin"]),
         row["given_back"],

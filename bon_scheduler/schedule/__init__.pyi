@@ -8,6 +8,7 @@ from .audit import (
     unaccounted as unaccounted,
 )
 from .clocks import (
+    ClockError as ClockError,
     Clocks as Clocks,
 )
 from .timing import (

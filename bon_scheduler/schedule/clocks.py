@@ -21,7 +21,7 @@ import structlog
 from bon_scheduler.clock import Clock, seconds_since_boot
 from bon_scheduler.jobs import Connection
 
-__all__ = ["Clocks"]
+__all__ = ["ClockError", "Clocks"]
 
 TOLERANCE = timedelta(seconds=60)
 CONFIRM_SECONDS = 600.0
@@ -30,6 +30,10 @@ READ_TIMEOUT_SECONDS = 5.0
 DATABASE_NOW = "select clock_timestamp() as now, max(last_tick) as newest_tick from bon_scheduler.jobs"
 
 log = structlog.get_logger()
+
+
+class ClockError(Exception):
+    """This machine's clock and the database's differ; the message says by how much, and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +48,30 @@ class _Anchor:
 
 
 class Clocks:
-    """The clocks of one process; `elapsed` is seconds by a clock that nobody can set."""
+    """
+    The clocks of one process, and a `Clock` that says what they are believed to.
+
+    `elapsed` is seconds by a clock that nobody can set.
+    """
 
     def __init__(self, wall: Clock, *, elapsed: Callable[[], float] = seconds_since_boot) -> None:
         self._wall = wall
         self._elapsed = elapsed
         self._anchor: _Anchor | None = None
         self._ahead_since: float | None = None
+        self._apart = timedelta(0)
         self._agreed = True
         self._database: datetime | None = None
+        self._believed: _Anchor | None = None
+
+    def now(self) -> datetime:
+        """Return the present instant (UTC, aware): what was last believed, and the time since."""
+        return self._believed.at(self._elapsed()) if self._believed else self._wall.now()
+
+    @property
+    def apart(self) -> timedelta:
+        """By how much this machine's clock and the database's differed when they were last judged."""
+        return self._apart
 
     @property
     def database(self) -> datetime:
@@ -62,6 +81,15 @@ class Clocks:
     def drift(self) -> float:
         """Return wall time less unsettable time, in seconds: a change of it is a step of the wall clock."""
         return self._wall.now().timestamp() - self._elapsed()
+
+    async def require_agreement(self, connection: Connection) -> None:
+        """Raise ClockError when this machine's clock and the database's are more than a minute apart."""
+        await self.read(connection)
+        if self._apart > TOLERANCE:
+            raise ClockError(
+                f"This machine's clock and the database's are {self._apart} apart. What is old would be judged by a "
+                "wrong clock. Synchronise both (NTP), then try again."
+            )
 
     async def read(self, connection: Connection) -> datetime:
         """Return the present instant (UTC, aware) that is believed, asking the database for its own."""
@@ -79,9 +107,15 @@ class Clocks:
 
         `database` is its reading, `seconds` the unsettable clock's, `newest_tick` the newest in the ledger.
         """
+        believed = self._judge(database, seconds, newest_tick)
+        self._believed = _Anchor(believed, seconds)
+        return believed
+
+    def _judge(self, database: datetime, seconds: float, newest_tick: datetime | None) -> datetime:
         wall = self._wall.now()
         self._database = database
-        outer_agree = abs(wall - database) <= TOLERANCE
+        self._apart = abs(wall - database)
+        outer_agree = self._apart <= TOLERANCE
         if self._anchor is None:
             self._report(outer_agree, wall, database, None)
             if outer_agree:

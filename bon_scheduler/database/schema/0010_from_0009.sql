@@ -7,6 +7,7 @@ alter table jobs
     add column turn      bigint not null default 0;
 
 alter table runs
+    add column asked_for       timestamptz,
     add column ready           boolean not null default true,
     add column turn            bigint not null default 1,
     add column business        text,
@@ -19,6 +20,7 @@ alter table runs
 update runs r
    set ready = r.run_at <= now() or r.run_at <= r.timed_at or (r.attempt > 0 and r.timed_at > now() + interval '1 minute'),
        run_at = case when r.run_at <= r.timed_at then null else r.run_at end,
+       asked_for = case when r.run_at > r.enqueued_at and r.attempt = 0 then r.run_at end,
        business = left(coalesce(r.payload ->> 'business_id', r.payload ->> 'businessId'), 64),
        concurrency_key = case when r.origin = 'schedule' then r.job end
  where r.state in ('queued', 'retrying', 'running');

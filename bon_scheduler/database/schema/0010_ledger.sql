@@ -51,6 +51,7 @@ create table runs (
     payload         jsonb not null default '{}' check (jsonb_typeof(payload) = 'object'),
     priority        integer not null default 0,
     run_at          timestamptz,
+    asked_for       timestamptz,
     origin          text not null check (origin in ('schedule', 'person', 'program', 'run')),
     asked_by        text,
     reason          text,
@@ -74,6 +75,8 @@ create table runs (
 comment on table runs is 'The ledger and the queue: one row a run, from the moment it is asked for until it is pruned.';
 comment on column runs.fire_time is 'The instant a schedule or a person named; null for other requests.';
 comment on column runs.run_at is 'Not before this instant; null: at once.';
+comment on column runs.asked_for is
+    'The instant it was put off to when it was asked for. It is judged by its day; a retry moves run_at, not this.';
 comment on column runs.ready is 'Whether run_at has come, once and for all: a clock that is set back delays nothing.';
 comment on column runs.reason is 'Why it was missed, cancelled, held or paused.';
 comment on column runs.attempt is 'Counted when a worker takes it; also the fence. Only ever grows.';

@@ -28,7 +28,7 @@ create or replace function claim(
     oldest_first  boolean
 )
 returns table (
-    wait interval, run_id uuid, attempt integer, job text, fire_time timestamptz, enqueued_at timestamptz,
+    wait interval, run_id uuid, attempt integer, job text, fire_time timestamptz, asked_for timestamptz,
     payload jsonb, origin text, given_back integer, retried_after integer,
     slot interval, trial boolean, after_failures boolean
 )
@@ -131,7 +131,7 @@ begin
                                    else g.trying_until end;
     end if;
     return query
-    select least(next_timed, gate_wait), b.id, b.attempt, b.job, b.fire_time, b.enqueued_at, b.payload,
+    select least(next_timed, gate_wait), b.id, b.attempt, b.job, b.fire_time, coalesce(b.asked_for, b.enqueued_at), b.payload,
            b.origin, b.given_back, b.retried_after,
            case when b.id = any (mailed)
                 then greatest(first_slot + (array_position(mailed, b.id) - 1) * letters_apart

@@ -69,9 +69,10 @@ begin
             using errcode = 'invalid_parameter_value',
                   hint = 'A run is judged by its fire time. If it has come, this clock and the database''s differ: see check.';
     end if;
-    insert into runs (job, payload, dedupe_key, run_at, ready, priority, fire_time, origin, asked_by, caused_by,
+    insert into runs (job, payload, dedupe_key, run_at, asked_for, ready, priority, fire_time, origin, asked_by, caused_by,
                       business, concurrency_key, turn)
-    values (enqueue_run.job, enqueue_run.payload, enqueue_run.dedupe_key, enqueue_run.run_at, due,
+    values (enqueue_run.job, enqueue_run.payload, enqueue_run.dedupe_key, enqueue_run.run_at,
+            case when not due then enqueue_run.run_at end, due,
             -- A tick goes before whatever producers ask for.
             case when enqueue_run.origin = 'schedule' then 1000 else enqueue_run.priority end,
             enqueue_run.fire_time, enqueue_run.origin, enqueue_run.asked_by, enqueue_run.caused_by, whose,
