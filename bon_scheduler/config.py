@@ -153,6 +153,11 @@ class Settings(BaseSettings):
     smtp_tls: SmtpTls = SmtpTls.STARTTLS
     """How the connection is protected. `starttls` refuses a server without it."""
 
+    brake_min_rows: int = Field(1000, ge=0, le=1_000_000_000)
+    """A run that would change or send more than this is compared with what is normal, and held where it is not."""
+    brake_max_share: float = Field(0.5, gt=0, le=1)
+    """The largest share of all rows of a kind that is normal; so is up to ten times the median of the last 14 runs."""
+
     shaam_mode: ShaamMode = ShaamMode.MOCK
     """Which of the authority's systems is called. `mock` calls nobody and changes nothing."""
     shaam_encryption_key: SecretStr | None = None

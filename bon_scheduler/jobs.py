@@ -8,7 +8,7 @@ and no discovery, and this module imports nothing of ours.
 
 import random
 import typing
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
@@ -23,10 +23,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 __all__ = [
     "BusinessOutcome",
     "CatchUp",
+    "ChangedRow",
     "Connection",
     "Counts",
     "Cron",
     "Exclusive",
+    "HeldError",
     "Job",
     "JobContext",
     "LostRunError",
@@ -36,6 +38,7 @@ __all__ = [
     "Payload",
     "Retry",
     "RetryLaterError",
+    "Usual",
     "explain_payload",
     "job",
 ]
@@ -147,6 +150,17 @@ class NotNowError(Exception):
         self.after = after
 
 
+class HeldError(Exception):
+    """
+    Raised by a handler that has changed nothing yet and finds that it would change abnormally much: the run is
+    `held` until a person releases it. The message says why, and what an operator needs to decide.
+    """
+
+    def __init__(self, message: str, *, figures: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.figures = figures
+
+
 class LostRunError(Exception):
     """The attempt no longer owns its run: what it was about to commit is rolled back."""
 
@@ -161,6 +175,28 @@ class BusinessOutcome:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ChangedRow:
+    """One of BON's rows that a run has changed: evidence, without names and amounts."""
+
+    id: UUID
+    business_id: UUID
+    items: int | None = None
+    """How many items went with it."""
+    updated: datetime | None = None
+    """When it was last touched before (UTC, aware)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usual:
+    """What a count has been lately."""
+
+    runs: int
+    """Of how many runs."""
+    median: float | None
+    """None without any run."""
+
+
 class JobContext(Protocol):
     """
     What a handler may know and do. It never reads a clock: the instants are here.
@@ -172,6 +208,11 @@ class JobContext(Protocol):
     @property
     def run_id(self) -> UUID:
         """The run this attempt belongs to."""
+        ...
+
+    @property
+    def job_name(self) -> str:
+        """The name of the job."""
         ...
 
     @property
@@ -215,6 +256,11 @@ class JobContext(Protocol):
         ...
 
     @property
+    def released(self) -> bool:
+        """Whether a person has let this run pass the brake."""
+        ...
+
+    @property
     def dry_run(self) -> bool:
         """Whether everything is rolled back and nobody outside may be called: only what would be done is wanted."""
         ...
@@ -246,6 +292,16 @@ class JobContext(Protocol):
 
     async def record(self, outcomes: Iterable[BusinessOutcome], *, on: Connection) -> None:
         """Record outcomes per business. Counts add up when a run reports a business twice."""
+        ...
+
+    async def usual(self, count: str, *, on: Connection) -> Usual:
+        """Return what the count of that name was in the job's last runs."""
+        ...
+
+    async def keep_rows(
+        self, change: Literal["deleted", "marked", "cleared"], rows: Sequence[ChangedRow], *, on: Connection
+    ) -> None:
+        """Keep, in the transaction that changed them, which of BON's rows this run has changed."""
         ...
 
     async def progress(self, counts: Counts, *, on: Connection) -> Counts:

@@ -14,14 +14,14 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import asyncpg
 import structlog
 
 from bon_scheduler import BusinessOutcome, JobContext
-from bon_scheduler.jobs import Connection
+from bon_scheduler.jobs import ChangedRow, Connection
 
 __all__ = ["Changed", "Sweep", "Swept", "sweep"]
 
@@ -69,6 +69,8 @@ class Changed:
     """By business; None: of rows that belong to none."""
     kept: Mapping[UUID, UUID | None] = field(default_factory=dict)
     """Rows that were looked at and stay candidates, and their businesses."""
+    evidence: tuple[Literal["deleted", "marked", "cleared"], Sequence[ChangedRow]] | None = None
+    """What was done to which rows, where the ledger is to keep it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +188,8 @@ async def _pass(ctx: JobContext, what: Sweep, swept: Swept, ends: float) -> bool
                 rows = await tx.fetch(what.pick, *last, over, size, *what.arguments)
                 changed = await _change(tx, what, rows)
                 await ctx.record(_outcomes(changed), on=tx)
+                if changed.evidence is not None:
+                    await ctx.keep_rows(*changed.evidence, on=tx)
                 total = await ctx.progress(sum(changed.counts.values(), Counter[str]()), on=tx)
         except _NotChangedError as refused:
             if len(refused.rows) > 1:

@@ -20,8 +20,9 @@ from asyncpg import Record
 
 from bon_scheduler import BusinessOutcome, CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
 from bon_scheduler.database import missing_indexes
-from bon_scheduler.jobs import Connection
+from bon_scheduler.jobs import ChangedRow, Connection
 from handlers.batches import Changed, Sweep, Swept, sweep
+from handlers.brake import Candidates, brake
 
 log = structlog.get_logger()
 UNTOUCHED = timedelta(days=30)
@@ -31,7 +32,7 @@ IN_TIME = timedelta(minutes=12)
 # Parameters: `batches.Sweep`'s, $5 untouched since: timestamptz. Strictly older than it. A draft that is being edited
 # now is not stale. Index: invoices_draft_cleanup_idx.
 PICK_STALE = """
-    select id, business_id, updated_at::text as key
+    select id, business_id, updated_at::text as key, bon_scheduler.shown(updated_at) as updated
       from public.invoices
      where status = 'draft'
        and updated_at < least($5, now() - interval '30 days')
@@ -51,6 +52,8 @@ LEFT_STALE = """
        and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
+# No parameters. Index: invoices_draft_cleanup_idx. Read only where the brake may trip.
+COUNT_DRAFTS = "select count(*) from public.invoices where status = 'draft'"
 # $1 untouched since: timestamptz. How many paused businesses were left as they are.
 # Index: the one on invoices (business_id, status).
 COUNT_PAUSED = """
@@ -96,6 +99,7 @@ async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
     async with ctx.connection() as connection:
         candidates = await connection.fetchval(LEFT_STALE, [], since)
         missing = await missing_indexes(connection) if candidates else {}
+        await brake(ctx, _to_delete(candidates), on=connection)
     if missing:
         # BEFORE the first is deleted, otherwise a run that is too slow to end would never say why.
         log.warning("drafts.unindexed", missing=list(missing), remedy=list(missing.values()))
@@ -120,6 +124,12 @@ async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
         return await ctx.finish(counts, on=tx, undone=swept.undone)
 
 
+def _to_delete(number: int) -> Candidates:
+    return Candidates(
+        number=number, count="deleted", kind="drafts", which="are older than 30 days", of_all=COUNT_DRAFTS
+    )
+
+
 async def _delete(tx: Connection, rows: Sequence[Record]) -> Changed:
     drafts = [row["id"] for row in rows]
     items = {row["invoice_id"]: row["items"] for row in await tx.fetch(COUNT_ITEMS, drafts)}
@@ -129,7 +139,16 @@ async def _delete(tx: Connection, rows: Sequence[Record]) -> Changed:
         found = counts.setdefault(row["business_id"], Counter(deleted=0, items=0))
         if row["id"] in deleted:
             found.update(deleted=1, items=items.get(row["id"], 0))
-    return Changed(counts, {row["id"]: row["business_id"] for row in rows if row["id"] not in deleted})
+    gone = [
+        ChangedRow(row["id"], row["business_id"], items.get(row["id"], 0), row["updated"])
+        for row in rows
+        if row["id"] in deleted
+    ]
+    return Changed(
+        counts,
+        {row["id"]: row["business_id"] for row in rows if row["id"] not in deleted},
+        evidence=("deleted", gone),
+    )
 
 
 def _kept(swept: Swept) -> list[BusinessOutcome]:

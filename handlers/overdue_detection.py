@@ -9,14 +9,16 @@ overdue: a run that dies in between is tried again, marks the rest, and asks for
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import timedelta
+from datetime import date, timedelta
+from typing import Literal
 from uuid import UUID
 
 from asyncpg import Record
 
 from bon_scheduler import CatchUp, Counts, Cron, JobContext, Payload, Retry, job
-from bon_scheduler.jobs import Connection
+from bon_scheduler.jobs import ChangedRow, Connection
 from handlers.batches import Changed, Sweep, Swept, sweep
+from handlers.brake import Candidates, brake
 from handlers.overdue_digest import OverdueDigest, overdue_digest
 
 IN_TIME = timedelta(minutes=8)
@@ -51,12 +53,19 @@ LEFT_OVERDUE = """
        and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
+# No parameters. Index: the one on invoices (business_id, status). Read only where the brake may trip.
+COUNT_UNMARKED = """
+    select count(*)
+      from public.invoices
+     where status in ('finalized', 'sent', 'partially_paid')
+       and not is_overdue
+"""
 # $1 invoices: uuid[], locked by this transaction. Index: invoices_pkey.
 MARK = """
     update public.invoices
        set is_overdue = true, updated_at = now()
      where id = any ($1)
-    returning business_id
+    returning id, business_id
 """
 
 # Index: invoices_overdue_reset_idx.
@@ -114,7 +123,7 @@ CLEAR = """
     update public.invoices
        set is_overdue = false, updated_at = now()
      where id = any ($1)
-    returning business_id
+    returning id, business_id
 """
 
 # $1 as_of: date, $2 the later of as_of and today: date. How many paused businesses were left as they are.
@@ -166,6 +175,8 @@ async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Count
             begin="(0,0)",
         ),
     )
+    async with ctx.connection() as connection:
+        await brake(ctx, await _to_mark(connection, as_of), on=connection)
     swept = Swept()
     for each in sweeps:
         swept.add(await sweep(ctx, each, within=IN_TIME / len(sweeps)))
@@ -180,10 +191,25 @@ async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Count
         return await ctx.finish(counts, on=tx, undone=swept.undone)
 
 
-def _setting(statement: str, counted_as: str) -> Callable[[Connection, Sequence[Record]], Awaitable[Changed]]:
+async def _to_mark(connection: Connection, as_of: date) -> Candidates:
+    return Candidates(
+        number=await connection.fetchval(LEFT_OVERDUE, [], as_of),
+        count="marked",
+        kind="open invoices without the mark",
+        which="are overdue",
+        of_all=COUNT_UNMARKED,
+    )
+
+
+def _setting(
+    statement: str, counted_as: Literal["marked", "cleared"]
+) -> Callable[[Connection, Sequence[Record]], Awaitable[Changed]]:
     async def change(tx: Connection, rows: Sequence[Record]) -> Changed:
         changed = await tx.fetch(statement, [row["id"] for row in rows])
         number = Counter[UUID](row["business_id"] for row in changed)
-        return Changed({business: Counter({counted_as: rows}) for business, rows in number.items()})
+        return Changed(
+            {business: Counter({counted_as: rows}) for business, rows in number.items()},
+            evidence=(counted_as, [ChangedRow(row["id"], row["business_id"]) for row in changed]),
+        )
 
     return change

@@ -11,6 +11,7 @@ day asks again; the delivery ledger then finds nothing left to send.
 from datetime import date
 
 from bon_scheduler.jobs import Counts, JobContext, NeverRetryError, Payload, job
+from handlers.brake import Candidates, brake
 from handlers.digest import refuse_day_to_come
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
 
@@ -71,6 +72,17 @@ FIND_OWED = """
 """
 
 
+# No parameters. Index: user_businesses_business_idx. Read only where the brake may trip.
+COUNT_OWNERS = """
+    select count(*)
+      from public.user_businesses m
+      join public.businesses b on b.id = m.business_id
+     where m.role = 'owner'
+       and b.is_active
+       and b.deleted_at is null
+"""
+
+
 class OverdueDigest(Payload):
     """Which day's digest."""
 
@@ -106,4 +118,12 @@ async def overdue_digest(ctx: JobContext, payload: OverdueDigest) -> Counts:
                 for row in owed
             )
             await ctx.enqueue_many(send_overdue_digest, requests, on=tx, priority=AFTER_EVERYTHING_ELSE)
+        # In this transaction, which has committed nothing yet.
+        await brake(ctx, _to_send(counts["deliveries"]), on=tx)
         return await ctx.finish(counts, on=tx)
+
+
+def _to_send(letters: int) -> Candidates:
+    return Candidates(
+        number=letters, count="deliveries", kind="owners", which="would get a digest", of_all=COUNT_OWNERS
+    )

@@ -14,6 +14,7 @@ from asyncpg import Record
 from bon_scheduler import CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
 from bon_scheduler.jobs import Connection
 from handlers.batches import Changed, Sweep, sweep
+from handlers.brake import Candidates, brake
 
 IN_TIME = timedelta(minutes=8)
 """What is left then goes the next night."""
@@ -37,6 +38,8 @@ LEFT_EXPIRED = """
      where expires_at < least($2, now())
        and id <> all ($1)
 """
+# No parameters. Read only where the brake may trip.
+COUNT_SESSIONS = "select count(*) from public.sessions"
 # $1 sessions: uuid[], locked by this transaction. Index: sessions_pkey.
 DELETE = "delete from public.sessions where id = any ($1)"
 
@@ -57,10 +60,17 @@ async def session_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
         arguments=(ctx.fire_time,),
         begin="-infinity",
     )
+    async with ctx.connection() as connection:
+        number = await connection.fetchval(LEFT_EXPIRED, [], ctx.fire_time)
+        await brake(ctx, _to_delete(number), on=connection)
     swept = await sweep(ctx, expired, within=IN_TIME)
     async with ctx.transaction() as tx:
         counts = {"deleted": swept.counts["deleted"]} | swept.shortfall()
         return await ctx.finish(counts, on=tx, undone=swept.undone)
+
+
+def _to_delete(number: int) -> Candidates:
+    return Candidates(number=number, count="deleted", kind="sessions", which="have expired", of_all=COUNT_SESSIONS)
 
 
 async def _delete(tx: Connection, rows: Sequence[Record]) -> Changed:

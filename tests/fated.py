@@ -264,6 +264,7 @@ class Replica:
             next_fire_time=fire_time + timedelta(minutes=15),
             replay=False,
             retried=False,
+            released=False,
             zone=self.settings.bon_timezone,
             pool=cast("Pool", FatedPool(self.pool, fate)),
             resources={Settings: self.settings, Shaam: self._shaam, Rotator: self._rotator},

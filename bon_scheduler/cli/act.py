@@ -20,9 +20,9 @@ from bon_scheduler.engine import pass_seconds
 from bon_scheduler.ledger import Action, Changed
 from bon_scheduler.report import Report
 
-__all__ = ["cancel", "migrate", "pause", "resend", "resume", "retry"]
+__all__ = ["cancel", "migrate", "pause", "release", "resend", "resume", "retry"]
 
-BECOMES = {Action.RETRY: "queued", Action.CANCEL: "cancelled"}
+BECOMES = {Action.RETRY: "queued", Action.CANCEL: "cancelled", Action.RELEASE: "queued"}
 
 
 async def migrate(settings: Settings, report: Report) -> int:
@@ -130,6 +130,18 @@ async def cancel(
             run_ids = await find_ids(connection, Kind.RUN, runs)
             changed = await ledger.change_all(connection, Action.CANCEL, run_ids, by=by, reason=why)
     _tell(settings, report, Action.CANCEL, changed)
+    return DONE
+
+
+async def release(settings: Settings, report: Report, *, runs: Sequence[str], reason: str) -> int:
+    """Queue runs that the brake holds, to pass it once."""
+    if not runs:
+        raise UsageError("Say which runs: RUN_ID…. List them with: python -m bon_scheduler runs --state held")
+    why, by = read_reason(reason), person()
+    async with reading(settings) as connection:
+        run_ids = await find_ids(connection, Kind.RUN, runs)
+        changed = await ledger.change_all(connection, Action.RELEASE, run_ids, by=by, reason=why)
+    _tell(settings, report, Action.RELEASE, changed)
     return DONE
 
 

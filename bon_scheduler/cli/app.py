@@ -96,13 +96,26 @@ def run_once(
         bool, typer.Option("--dry-run", help="Roll everything back; send nothing, call nobody.")
     ] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="With --dry-run: write the letters there.")] = None,
+    release_brake: Annotated[
+        bool, typer.Option("--release-brake", help="Do it however much it is; with --reason.")
+    ] = False,
+    reason: Annotated[str | None, typer.Option(help="With --release-brake: why; recorded with who and when.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make one run now, in the foreground. Work on the runs it causes too, and report when all have ended."""
     from bon_scheduler.cli import work
     from bon_scheduler.clock import SystemClock
 
-    told = work.RunOnce(name=job, payload=payload, fire_time=fire_time, send=send, dry_run=dry_run, out=out)
+    told = work.RunOnce(
+        name=job,
+        payload=payload,
+        fire_time=fire_time,
+        send=send,
+        dry_run=dry_run,
+        out=out,
+        release_brake=release_brake,
+        reason=reason,
+    )
     _run(
         as_json,
         lambda settings, report: work.run_once(settings, report, SystemClock(), told),
@@ -277,6 +290,14 @@ def cancel(
             settings, report, runs=run_ids or [], waiting=waiting, job=job, reason=reason
         ),
     )
+
+
+@app.command()
+def release(reason: Reason, run_ids: RunIds = None, as_json: AsJson = False) -> None:
+    """Let runs go on that the brake holds, once. All of those named or none."""
+    from bon_scheduler.cli import act
+
+    _run(as_json, lambda settings, report: act.release(settings, report, runs=run_ids or [], reason=reason))
 
 
 @app.command()

@@ -21,6 +21,7 @@ from bon_scheduler.jobs import AnyJob, Connection, Payload, explain_payload
 __all__ = [
     "BADLY",
     "DONE",
+    "HELD",
     "UsageError",
     "find_job",
     "is_span",
@@ -36,7 +37,7 @@ __all__ = [
     "type_payload",
 ]
 
-DONE, BADLY = 0, 1
+DONE, BADLY, HELD = 0, 1, 3
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 SPAN = re.compile(r"\s*(\d+)([smhdw])\s*", re.ASCII)
 LONGEST = timedelta(days=36500)

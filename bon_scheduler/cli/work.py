@@ -12,6 +12,7 @@ from bon_scheduler import declared, engine, ledger, service
 from bon_scheduler.cli.parsing import (
     BADLY,
     DONE,
+    HELD,
     find_job,
     make_directory,
     parse_instant,
@@ -19,6 +20,7 @@ from bon_scheduler.cli.parsing import (
     person,
     read_key,
     read_payload,
+    read_reason,
     reading,
     require_known,
     type_payload,
@@ -65,6 +67,8 @@ class RunOnce:
     send: bool
     dry_run: bool
     out: Path | None
+    release_brake: bool
+    reason: str | None
 
 
 async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOnce) -> int:
@@ -83,11 +87,14 @@ async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOn
     if instant > now:
         raise UsageError(f"--fire-time {told.fire_time} is in the future. Give one that has passed, or none for now.")
     typed = type_payload(job, arguments)
+    order = engine.Order(
+        job=job, payload=typed, fire_time=instant, asked_by=person(), released_for=_reason_to_release(told)
+    )
     letters = 0
     if told.dry_run:
         directory = None if out is None else make_directory("--out", out)
         async with service.dry_runner(settings, clock=clocks, out=directory) as dry_runner:
-            result = await dry_runner.run(job, typed, fire_time=instant, asked_by=person())
+            result = await dry_runner.run(order)
         letters = dry_runner.kept.total()
     else:
         if out is not None:
@@ -99,7 +106,7 @@ async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOn
                 parts.pool,
                 parts.runner,
                 parts.jobs,
-                engine.Order(job=job, payload=typed, fire_time=instant, asked_by=person()),
+                order,
                 concurrency=settings.worker_concurrency,
             )
     if report.as_json:
@@ -108,7 +115,14 @@ async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOn
         _show_result(report, result)
         if out is not None:
             report.say(_tell_letters(letters, out, result))
-    return DONE if result.went_well else BADLY
+    return HELD if result.held else DONE if result.went_well else BADLY
+
+
+def _reason_to_release(told: RunOnce) -> str | None:
+    """Return why the run may pass the brake; None: it may not."""
+    if told.release_brake is (told.reason is None):
+        raise UsageError("--release-brake and --reason TEXT go together. Give both or neither.")
+    return None if told.reason is None else read_reason(told.reason)
 
 
 def _tell_letters(letters: int, out: Path, result: engine.RunReport) -> str:
@@ -123,12 +137,16 @@ def _tell_letters(letters: int, out: Path, result: engine.RunReport) -> str:
 
 def _show_result(report: Report, result: engine.RunReport) -> None:
     alike: dict[tuple[str, str, str], list[Mapping[str, int]]] = {}
-    for run in [result.run, *result.caused]:
-        alike.setdefault((run["job"], run["state"], run["error"] or ""), []).append(run["counts"])
+    for run in [{**result.run, "error": result.why}, *result.caused]:
+        why = "" if run["state"] == "held" else run["error"] or ""
+        alike.setdefault((run["job"], run["state"], why), []).append(run["counts"])
     report.table(
         ["job", "outcome", "runs", Column("counts", wraps=20), Column("error", wraps=20)],
         [(job, state, len(c), format_counts(add_counts(c)), error) for (job, state, error), c in alike.items()],
     )
+    for run in [{**result.run, "error": result.why}, *result.caused]:
+        if run["state"] == "held":
+            report.say(f"{run['job']} is held: {run['error']}")
     if result.run["dry_run"]:
         report.say("A dry run: everything was rolled back, nobody was called, nothing was sent.")
     report.say(f"run {result.run['run_id']}; more with: python -m bon_scheduler show {result.run['run_id']}")

@@ -1,17 +1,17 @@
 """What a handler is given: its instants, its fenced transactions, and the way to ask for more runs."""
 
 import typing
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from typing import TypeVar
+from typing import Literal, TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
 from bon_scheduler import ledger
 from bon_scheduler.database import Pool
-from bon_scheduler.jobs import BusinessOutcome, Connection, Counts, Job, LostRunError, P
+from bon_scheduler.jobs import BusinessOutcome, ChangedRow, Connection, Counts, Job, LostRunError, P, Usual
 from bon_scheduler.ledger import Finished, Origin, Request, RunRef
 
 __all__ = ["AttemptContext"]
@@ -30,6 +30,7 @@ class AttemptContext:
     next_fire_time: datetime | None
     replay: bool
     retried: bool
+    released: bool
     zone: ZoneInfo
     pool: Pool
     resources: Mapping[type, object]
@@ -134,6 +135,16 @@ class AttemptContext:
     async def record(self, outcomes: Iterable[BusinessOutcome], *, on: Connection) -> None:
         """Record outcomes per business."""
         await ledger.record_outcomes(on, self.run_id, outcomes)
+
+    async def usual(self, count: str, *, on: Connection) -> Usual:
+        """Return what the count of that name was in the job's last runs."""
+        return await ledger.usual(on, self.job_name, count)
+
+    async def keep_rows(
+        self, change: Literal["deleted", "marked", "cleared"], rows: Sequence[ChangedRow], *, on: Connection
+    ) -> None:
+        """Keep which of BON's rows this run has changed."""
+        await ledger.record_rows(on, self.run_id, change, rows)
 
     async def progress(self, counts: Counts, *, on: Connection) -> Counts:
         """Add to what this run has done; return the counts of all its attempts."""

@@ -49,7 +49,7 @@ class Deadman:
         """Tell how a run ended; one that is to be retried has not ended."""
         if state in {"succeeded", "partial"}:
             self._ping(job, "")
-        elif state == "dead":
+        elif state in {"dead", "held"}:
             self._ping(job, "/fail")
 
     def _ping(self, job: str, path: str) -> None:

@@ -23,8 +23,8 @@ from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.database import Pool
 from bon_scheduler.engine.context import AttemptContext
-from bon_scheduler.engine.run_once import RunReport
-from bon_scheduler.jobs import AnyJob, BusinessOutcome, Connection, Counts, Cron, Job, P, Payload
+from bon_scheduler.engine.run_once import Order, RunReport
+from bon_scheduler.jobs import AnyJob, BusinessOutcome, Connection, Counts, Cron, HeldError, Job, P, Payload
 from bon_scheduler.ledger import DryRun, Row, RunRef
 from bon_scheduler.log import describe_error
 from bon_scheduler.mail import Delivery, Letter, Mailer, find_settled, is_mailbox, recipient_hash, write
@@ -153,10 +153,11 @@ class DryRunner:
     kept: Counter[str] = field(default_factory=Counter)
     """How many were, by kind."""
 
-    async def run(self, job: AnyJob, payload: Payload, *, fire_time: datetime, asked_by: str) -> RunReport:
+    async def run(self, order: Order) -> RunReport:
         """Do everything but keep it, then what it would cause; report as of a run that was real."""
+        job, payload, fire_time = order.job, order.payload, order.fire_time
         started = self.clock.now()
-        first = self._context(job, fire_time)
+        first = self._context(job, fire_time, released=order.released_for is not None)
         state, counts, error = await _attempt(job, first, payload)
         sample = _sampled(job, first, SAMPLE)
         caused: list[Row] = []
@@ -177,7 +178,7 @@ class DryRunner:
                     job.name,
                     payload.model_dump(mode="json"),
                     fire_time,
-                    asked_by,
+                    order.asked_by,
                     state,
                     started,
                     counts,
@@ -189,13 +190,14 @@ class DryRunner:
             raise LookupError(f"run {first.run_id} vanished from the ledger while it was being reported")
         return RunReport(run, _totals(first), caused, sample)
 
-    def _context(self, job: AnyJob, fire_time: datetime) -> DryContext:
+    def _context(self, job: AnyJob, fire_time: datetime, *, released: bool = False) -> DryContext:
         now, cron, zone = self.clock.now(), self.schedules.get(job.name), self.settings.bon_timezone
         mocking = self.settings.model_copy(update={"shaam_mode": ShaamMode.MOCK})
         return DryContext(
             ref=RunRef(uuid4(), 1, uuid4()),
             job_name=job.name,
             retried=False,
+            released=released,
             fire_time=fire_time,
             now=now,
             next_fire_time=next_fire_time(cron.expression, zone, now) if cron else None,
@@ -214,6 +216,8 @@ async def _attempt(job: AnyJob, ctx: DryContext, payload: Payload) -> tuple[str,
     try:
         async with asyncio.timeout(job.timeout.total_seconds()):
             counts = await job.handler(ctx, payload)
+    except HeldError as held:
+        return "held", held.figures, str(held)
     except Exception as error:  # noqa: BLE001 - whatever a handler raises is what the dry run shows
         log.warning("dry_run.raised", job=job.name, error=describe_error(error))
         return "dead", {}, describe_error(error)

@@ -16,6 +16,7 @@ import structlog
 from bon_scheduler.jobs import (
     AnyJob,
     Counts,
+    HeldError,
     JobContext,
     LostRunError,
     NeverRetryError,
@@ -90,15 +91,22 @@ def judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> Outcome:
     error = handler.exception()
     if error is None:
         return Outcome("succeeded", handler.result())
-    if isinstance(error, LostRunError):
-        return Outcome("lost", error=str(error))
-    if isinstance(error, NotNowError | MENDED_BY_ANOTHER_TRY):
-        after = error.after if isinstance(error, NotNowError) else SHORTLY
-        return Outcome("given_back", error=describe_error(error), wait=after)
-    if isinstance(error, NeverRetryError):
-        return Outcome("dead", error=describe_error(error))
+    if (told := _as_told(error)) is not None:
+        return told
     if isinstance(error, RetryLaterError):
         return Outcome("failed", error=describe_error(error), wait=None if wait is None else error.after)
     text = str(error) if isinstance(error, _EscapedError) else _explain(error)
     log.warning("handler.raised", error=text, where=where(error))
     return Outcome("failed", error=text, wait=wait)
+
+
+def _as_told(error: BaseException) -> Outcome | None:
+    """Return what an exception says by its kind that is to become of the run."""
+    if isinstance(error, LostRunError):
+        return Outcome("lost", error=str(error))
+    if isinstance(error, HeldError):
+        return Outcome("held", error.figures, error=str(error))
+    if isinstance(error, NotNowError | MENDED_BY_ANOTHER_TRY):
+        after = error.after if isinstance(error, NotNowError) else SHORTLY
+        return Outcome("given_back", error=describe_error(error), wait=after)
+    return Outcome("dead", error=describe_error(error)) if isinstance(error, NeverRetryError) else None

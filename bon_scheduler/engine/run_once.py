@@ -18,7 +18,7 @@ from bon_scheduler import ledger
 from bon_scheduler.database import Pool
 from bon_scheduler.engine.runner import Runner, to_its_end
 from bon_scheduler.jobs import AnyJob, Connection, Payload, Retry
-from bon_scheduler.ledger import OPEN_STATES, Action, Claim, Foreground, Row, RunRef, Verdict
+from bon_scheduler.ledger import OPEN_STATES, Action, Claim, Foreground, NewRun, Row, RunRef, Verdict
 
 __all__ = ["AlreadyRunningError", "Order", "RunReport", "run_once"]
 
@@ -44,6 +44,17 @@ class RunReport:
     """Of a dry run: what would be done for some of the businesses."""
 
     @property
+    def why(self) -> str | None:
+        """Why it did not end well, or is held."""
+        why: str | None = self.run["error"] or self.run["reason"]
+        return why
+
+    @property
+    def held(self) -> bool:
+        """Whether the brake holds this run or one that it caused."""
+        return any(run["state"] == "held" for run in [self.run, *self.caused])
+
+    @property
     def went_well(self) -> bool:
         """Whether this run and all it caused succeeded."""
         return all(state == "succeeded" for state in [self.run["state"], *(r["state"] for r in self.caused)])
@@ -59,7 +70,7 @@ class RunReport:
             "duration_ms": took,
             "counts": self.run["counts"],
             "businesses": self.businesses,
-            "error": self.run["error"],
+            "error": self.why,
             "caused": [
                 {name: run[name] for name in ("run_id", "job", "state", "counts", "error")} for run in self.caused
             ],
@@ -75,6 +86,8 @@ class Order:
     payload: Payload
     fire_time: datetime
     asked_by: str
+    released_for: str | None = None
+    """Why it may pass the brake; None: it may not."""
 
 
 async def run_once(
@@ -96,7 +109,9 @@ async def run_once(
 
     async def ask() -> Foreground:
         async with pool.acquire() as connection:
-            return await runner.claim_new(connection, job, order.payload, fire_time=order.fire_time, asked_by=asked_by)
+            arguments = order.payload.model_dump(mode="json")
+            wanted = NewRun(job, arguments, order.fire_time, asked_by, order.released_for)
+            return await runner.claim_new(connection, wanted)
 
     async def undo(answer: Foreground) -> None:
         if answer.claim is not None:

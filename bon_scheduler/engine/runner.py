@@ -29,7 +29,17 @@ from bon_scheduler.engine.deadman import Deadman
 from bon_scheduler.engine.outcome import Outcome, invoke, judge
 from bon_scheduler.engine.recorder import Recorder
 from bon_scheduler.jobs import AnyJob, Connection, Counts, Cron, LostRunError, Payload, Retry, explain_payload
-from bon_scheduler.ledger import Claim, Claimant, Foreground, Origin, Released, RunRef, UnreadableRunError, Worker
+from bon_scheduler.ledger import (
+    Claim,
+    Claimant,
+    Foreground,
+    NewRun,
+    Origin,
+    Released,
+    RunRef,
+    UnreadableRunError,
+    Worker,
+)
 from bon_scheduler.log import describe_error, where_now
 from bon_scheduler.mail import MailGate
 from bon_scheduler.metrics import Metrics
@@ -143,20 +153,9 @@ class Runner:
             ledger.claim_one(connection, run_id, sends_mail=job.sends_mail, by=self._claimant())
         )
 
-    async def claim_new(
-        self, connection: Connection, job: AnyJob, payload: Payload, *, fire_time: datetime, asked_by: str
-    ) -> Foreground:
+    async def claim_new(self, connection: Connection, wanted: NewRun) -> Foreground:
         """Ask for a run and take it for this worker, or do neither."""
-        return await self._claim_certain(
-            ledger.claim_new(
-                connection,
-                job,
-                payload.model_dump(mode="json"),
-                fire_time=fire_time,
-                asked_by=asked_by,
-                by=self._claimant(),
-            )
-        )
+        return await self._claim_certain(ledger.claim_new(connection, wanted, by=self._claimant()))
 
     def _claimant(self) -> Claimant:
         return Claimant(self.worker.id, self.worker.host, self.letters_apart)
@@ -252,6 +251,7 @@ class Runner:
             next_fire_time=next_fire_time(cron.expression, self._parts.zone, now) if cron else None,
             replay=claim.origin is Origin.PERSON and claim.fire_time_text is not None,
             retried=claim.retried,
+            released=claim.released,
             zone=self._parts.zone,
             pool=self._parts.pool,
             resources=self._parts.resources,
@@ -343,6 +343,9 @@ class Runner:
                 give_back = partial(ledger.give_back, ref=ctx.ref, wait=wait, why=error)
                 if await self._recorder.write(ctx.ref, give_back):
                     return outcome.name
+            elif outcome.name == "held":
+                hold = partial(ledger.hold, ref=ctx.ref, reason=error, figures=outcome.counts)
+                return await self._recorder.write(ctx.ref, hold)
             elif outcome.name != "lost":
                 fail = partial(ledger.fail, ref=ctx.ref, outcome=outcome.name, error=error, wait=wait)
                 return await self._recorder.write(ctx.ref, fail)
@@ -352,7 +355,7 @@ class Runner:
         recorded = await self._recorder.write(ctx.ref, lose)
         if recorded == outcome.name and recorded not in {"succeeded", "lost"}:
             # The first try at recording a failure took effect, and only its answer was lost.
-            return recorded if recorded == "given_back" else "dead" if outcome.wait is None else "retrying"
+            return recorded if recorded in {"given_back", "held"} else "dead" if outcome.wait is None else "retrying"
         if recorded == "lost":
             self._parts.metrics.fenced.labels(ctx.job_name).inc()
         return recorded
@@ -367,7 +370,7 @@ class Runner:
         if state in {"succeeded", "partial", "cancelled"}:
             log.info("run.ended", **fields)
         else:
-            level = log.error if state == "dead" else log.warning
+            level = log.error if state in {"dead", "held"} else log.warning
             level("run.ended", **fields, error=outcome.error, retry_in_seconds=retry_in)
         self._parts.metrics.attempt_ended(job.name, state, seconds, outcome.counts, self._parts.clock.now())
         self._parts.deadman.ended(job.name, state)

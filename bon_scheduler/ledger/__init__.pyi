@@ -19,6 +19,14 @@ from .attempts import (
     record_outcomes as record_outcomes,
     release_lost as release_lost,
 )
+from .brakes import (
+    Usual as Usual,
+    hold as hold,
+    record_rows as record_rows,
+    rows_of_business as rows_of_business,
+    rows_of_run as rows_of_run,
+    usual as usual,
+)
 from .changes import (
     Action as Action,
     Changed as Changed,
@@ -35,6 +43,7 @@ from .claims import (
     Demand as Demand,
     Foreground as Foreground,
     MailSlot as MailSlot,
+    NewRun as NewRun,
     UnreadableRunError as UnreadableRunError,
     Verdict as Verdict,
     Wanted as Wanted,

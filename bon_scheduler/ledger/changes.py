@@ -68,6 +68,22 @@ CANCEL = """
     insert into bon_scheduler.operator_actions (by, action, target, reason)
     select $2, 'cancel', id::text, $3 from changed
 """
+# $1 runs: uuid[], $2 by, $3 reason. Index: runs_pkey. The attempt that was held does not count.
+RELEASE = """
+    with changed as (
+        update bon_scheduler.runs
+           set state = 'queued', released = true, given_back = attempt, run_at = null, ready = true, reason = null,
+               counts = '{}'
+         where id = any ($1)
+        returning id
+    ), woken as (
+        select bon_scheduler.wake_workers() from changed limit 1
+    ), noted as (
+        insert into bon_scheduler.operator_actions (by, action, target, reason)
+        select $2, 'release', id::text, $3 from changed
+    )
+    select from woken
+"""
 # $1 job, or null for all. Index: runs_for_a_person.
 DEAD_RUNS = """
     select id
@@ -94,6 +110,7 @@ class Action(StrEnum):
 
     RETRY = "retry"
     CANCEL = "cancel"
+    RELEASE = "release"
 
     @property
     def changes(self) -> frozenset[str]:
@@ -104,8 +121,10 @@ class Action(StrEnum):
 _CHANGES = {
     Action.RETRY: frozenset({"dead", "partial", "cancelled"}),
     Action.CANCEL: frozenset({"queued", "running", "retrying", "held", "dead"}),
+    Action.RELEASE: frozenset({"held"}),
 }
 _MAKE_GOOD = f"make its tick good with: {COMMAND} run-once {{job}} --fire-time {{fire_time}}"
+_NOT_HELD = "is not held by the brake; leave it out"
 # By action and state: why not, and the remedy.
 _REFUSALS = {
     Action.RETRY: {
@@ -115,8 +134,8 @@ _REFUSALS = {
         "running": f"is running; wait for its end, or stop it first with: {COMMAND} cancel {{run_id}} --reason …",
         "retrying": "is retrying, it runs again by itself at {run_at}; leave it out",
         "succeeded": f"has succeeded, there is nothing to mend; do it anew with: {COMMAND} run-once {{job}}",
-        "held": "is held, it has not been tried and waits for a person's release; "
-        f"let it go with: {COMMAND} cancel {{run_id}} --reason …",
+        "held": "is held by the brake, it has changed nothing and waits for a person; "
+        f"have it go on with: {COMMAND} release {{run_id}} --reason …",
     },
     Action.CANCEL: {
         "succeeded": "has succeeded, what it did stays; leave it out",
@@ -125,7 +144,11 @@ _REFUSALS = {
         "missed": "is missed, it never was to run; leave it out",
         "paused": "is paused, it never was to run; leave it out",
     },
+    Action.RELEASE: {},
 }
+
+
+_STATEMENTS = {Action.RETRY: RETRY, Action.CANCEL: CANCEL, Action.RELEASE: RELEASE}
 
 
 class RefusedError(Exception):
@@ -203,12 +226,11 @@ def _fault(action: Action, run_id: UUID, row: Row | None) -> str | None:
         name: instant.isoformat() if isinstance(instant := row[name], datetime) else "once"
         for name in ("fire_time", "run_at")
     }
-    why = _REFUSALS[action][row["state"]]
+    why = _REFUSALS[action].get(row["state"], _NOT_HELD)
     return f"Run {run_id} {why.format(run_id=run_id, job=row['job'], **instants)}."
 
 
 async def _change(connection: Connection, action: Action, rows: Sequence[Row], by: str, reason: str) -> list[Changed]:
     run_ids = [row["id"] for row in rows]
-    statement = RETRY if action is Action.RETRY else CANCEL
-    await connection.execute(statement, run_ids, by, reason, timeout=CALL_TIMEOUT_SECONDS)
+    await connection.execute(_STATEMENTS[action], run_ids, by, reason, timeout=CALL_TIMEOUT_SECONDS)
     return [Changed(row["id"], row["job"], row["state"]) for row in rows]

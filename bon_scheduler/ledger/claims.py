@@ -27,6 +27,7 @@ __all__ = [
     "Demand",
     "Foreground",
     "MailSlot",
+    "NewRun",
     "UnreadableRunError",
     "Verdict",
     "Wanted",
@@ -42,7 +43,7 @@ __all__ = [
 CLAIM = """
     select extract(epoch from c.wait)::float8 as wait, c.run_id, c.attempt, c.job, c.fire_time::text as fire_time,
            c.asked_for::text as asked_for, c.payload::text as payload, c.origin, c.given_back, c.retried_after,
-           c.slot, c.trial, c.after_failures,
+           c.released, c.slot, c.trial, c.after_failures,
            case when $11 then exists (select from pg_listening_channels()) end as listens
       from bon_scheduler.claim($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) c
 """
@@ -52,17 +53,17 @@ CLAIM_ONE = """
            (c.run).fire_time::text as fire_time,
            coalesce((c.run).asked_for, (c.run).enqueued_at)::text as asked_for,
            (c.run).payload::text as payload, (c.run).origin, (c.run).given_back, (c.run).retried_after,
-           c.slot, c.trial, c.after_failures, c.holder_host, c.holder_since, c.holder_silent
+           (c.run).released, c.slot, c.trial, c.after_failures, c.holder_host, c.holder_since, c.holder_silent
       from bon_scheduler.claim_one($1, $2, $3, $4, $5) c
 """
-# $1 job, $2 payload: jsonb, $3 fire time, $4 asked by, then as CLAIM_ONE from $2 on.
+# $1 job, $2 payload: jsonb, $3 fire time, $4 asked by, $5 why it may pass the brake or null, then as CLAIM_ONE from $2.
 CLAIM_NEW = """
     select c.verdict, extract(epoch from c.wait)::float8 as wait, (c.run).id as run_id, (c.run).attempt, (c.run).job,
            (c.run).fire_time::text as fire_time,
            coalesce((c.run).asked_for, (c.run).enqueued_at)::text as asked_for,
            (c.run).payload::text as payload, (c.run).origin, (c.run).given_back, (c.run).retried_after,
-           c.slot, c.trial, c.after_failures, c.holder_host, c.holder_since, c.holder_silent
-      from bon_scheduler.claim_new($1, $2, $3, $4, $5, $6, $7, $8) c
+           (c.run).released, c.slot, c.trial, c.after_failures, c.holder_host, c.holder_since, c.holder_silent
+      from bon_scheduler.claim_new($1, $2, $3, $4, $5, $6, $7, $8, $9) c
 """
 
 
@@ -106,6 +107,8 @@ class Claim:
     given_back: int
     retried: bool
     """Whether a person has retried it."""
+    released: bool
+    """Whether a person has let it pass the brake."""
     mail_slot: MailSlot | None
 
     @property
@@ -179,6 +182,7 @@ def _claim(row: asyncpg.Record, worker: UUID) -> Claim:
         Origin(row["origin"]),
         row["given_back"],
         row["retried_after"] > 0,
+        row["released"],
         slot,
     )
 
@@ -228,17 +232,27 @@ class Claimant:
     """The time between two letters of all replicas; None while letters are only logged."""
 
 
+@dataclass(frozen=True, slots=True)
+class NewRun:
+    """A run that a person asks for, to take it at once."""
+
+    job: AnyJob
+    payload: Mapping[str, Any]
+    fire_time: datetime
+    asked_by: str
+    released_for: str | None
+    """Why it may pass the brake; None: it may not."""
+
+
 async def claim_one(connection: Connection, run_id: UUID, *, sends_mail: bool, by: Claimant) -> Foreground:
     """Take a certain run for a worker, counting the attempt from now; see the SQL function `claim_one`."""
     return await _claim_certain(connection, CLAIM_ONE, (run_id,), sends_mail, by)
 
 
-async def claim_new(
-    connection: Connection, job: AnyJob, payload: Mapping[str, Any], *, fire_time: datetime, asked_by: str, by: Claimant
-) -> Foreground:
+async def claim_new(connection: Connection, wanted: NewRun, *, by: Claimant) -> Foreground:
     """Ask for a run and take it; it was never asked for unless the verdict is `claimed`."""
-    asked = (job.name, dict(payload), fire_time, asked_by)
-    return await _claim_certain(connection, CLAIM_NEW, asked, job.sends_mail, by)
+    asked = (wanted.job.name, dict(wanted.payload), wanted.fire_time, wanted.asked_by, wanted.released_for)
+    return await _claim_certain(connection, CLAIM_NEW, asked, wanted.job.sends_mail, by)
 
 
 async def _claim_certain(

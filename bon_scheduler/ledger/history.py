@@ -102,7 +102,7 @@ DESCENDANTS = """
         union all
         select r.id from bon_scheduler.runs r join family f on r.caused_by = f.id
     )
-    select r.id as run_id, r.job, r.state::text as state, r.counts, r.error,
+    select r.id as run_id, r.job, r.state::text as state, r.counts, coalesce(r.error, r.reason) as error,
            case when r.ready then 0
                 else extract(epoch from least(r.run_at, now() + interval '1 day') - now()) end::float8 as wait_seconds
       from family f

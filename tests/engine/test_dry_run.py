@@ -13,6 +13,7 @@ import pytest
 
 from bon_scheduler import BusinessOutcome, Counts, JobContext, NoPayload, job, service
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
+from bon_scheduler.engine.run_once import Order
 from bon_scheduler.jobs import AnyJob
 from handlers.batches import FIRST, LARGEST
 from tests import arrange
@@ -258,7 +259,7 @@ async def test_what_the_ledger_would_refuse_of_a_run_it_refuses_of_a_dry_run(
     settings = make_settings()
     real = await run_job(each, jobs=[each])
     async with service.dry_runner(settings) as dry_runner:
-        dry = await dry_runner.run(each, NoPayload(), fire_time=datetime.now(UTC), asked_by="a test")
+        dry = await dry_runner.run(Order(job=each, payload=NoPayload(), fire_time=datetime.now(UTC), asked_by="a test"))
     assert (dry.run["state"], real.run["state"]) == ("dead", "dead")
     assert dry.run["error"].split(":")[0] == real.run["error"].split(":")[0]
     assert await connection.fetchval("select count(*) from bon_scheduler.runs where state = 'running'") == 0

@@ -10,7 +10,7 @@ from bon_scheduler import NoPayload, service
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.database.connections import Pool
 from bon_scheduler.engine.dry_run import DryRunner
-from bon_scheduler.engine.run_once import RunReport
+from bon_scheduler.engine.run_once import Order, RunReport
 from bon_scheduler.ledger import retention
 from bon_scheduler.schedule.audit import audit_ticks
 from handlers import JOBS
@@ -168,7 +168,9 @@ async def test_a_dry_run_counts_what_a_real_one_then_deletes_and_keeps_everythin
     await delivery(connection, old[-1], "sent")
     dry_runner = DryRunner(pool, settings, SystemClock(), {}, out=None)
     async with asyncio.timeout(20):
-        dry = await dry_runner.run(ledger_pruning, NoPayload(), fire_time=datetime.now(UTC), asked_by="a test")
+        dry = await dry_runner.run(
+            Order(job=ledger_pruning, payload=NoPayload(), fire_time=datetime.now(UTC), asked_by="a test")
+        )
     assert await left(connection, old) == old
     real = await prune(run_job)
     assert dry.run["counts"] == real.run["counts"]

@@ -454,6 +454,7 @@ async def ctx(
             next_fire_time=NOW + timedelta(minutes=15),
             replay=False,
             retried=False,
+            released=False,
             zone=settings.bon_timezone,
             pool=pool,
             resources={Settings: settings, Shaam: shaam, Rotator: rotator},

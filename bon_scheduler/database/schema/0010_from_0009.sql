@@ -8,6 +8,7 @@ alter table jobs
 
 alter table runs
     add column asked_for       timestamptz,
+    add column released        boolean not null default false,
     add column ready           boolean not null default true,
     add column turn            bigint not null default 1,
     add column business        text,
@@ -26,6 +27,24 @@ update runs r
  where r.state in ('queued', 'retrying', 'running');
 
 alter table runs drop column timed_at;
+
+alter table attempts
+    drop constraint attempts_outcome_check,
+    add constraint attempts_outcome_check check (outcome in
+        ('succeeded', 'partial', 'failed', 'timed_out', 'lost', 'given_back', 'dead', 'held', 'cancelled'));
+
+create table changed_rows (
+    run_id      uuid not null references runs (id) on delete cascade,
+    number      integer generated always as identity,
+    change      text not null check (change in ('deleted', 'marked', 'cleared')),
+    ids         uuid[] not null,
+    businesses  uuid[] not null,
+    items       integer[],
+    updated     timestamptz[],
+    recorded_at timestamptz not null default now(),
+    primary key (run_id, number)
+);
+create index changed_rows_businesses on changed_rows using gin (businesses);
 
 drop index runs_unfinished, runs_held, runs_ticks_of_job;
 create index runs_ready on runs (job, priority desc, turn, enqueued_at, id)

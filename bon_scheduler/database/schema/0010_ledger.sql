@@ -67,6 +67,7 @@ create table runs (
     caused_by       uuid references runs (id),
     retried_after   integer not null default 0,
     dry_run         boolean not null default false,
+    released        boolean not null default false,
     ready           boolean not null default true,
     turn            bigint not null default 1,
     business        text,
@@ -86,6 +87,7 @@ comment on column runs.retried_after is
     'The attempt after which a person last retried it. What failed for a business until then decides nothing.';
 comment on column runs.started_at is 'Of the first attempt.';
 comment on column runs.counts is 'In the order the handler gave them.';
+comment on column runs.released is 'Whether a person has let it pass the brake, once and for this run alone.';
 comment on column runs.dry_run is 'One row, written when it has ended, and never anybody''s to run.';
 comment on column runs.turn is
     'Among runs of one job and priority, lower turns go first. Each waiting run of a business stands a turn behind the '
@@ -123,7 +125,7 @@ create table attempts (
     started_at timestamptz not null,
     ended_at   timestamptz,
     outcome    text check (outcome in
-                 ('succeeded', 'partial', 'failed', 'timed_out', 'lost', 'given_back', 'dead', 'cancelled')),
+                 ('succeeded', 'partial', 'failed', 'timed_out', 'lost', 'given_back', 'dead', 'held', 'cancelled')),
     error      text,
     primary key (run_id, attempt)
 ) with (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 5000);
@@ -176,6 +178,24 @@ create table business_pauses (
 comment on table business_pauses is
     'Businesses that every job skips. A handler leaves one out with: and not exists (select from '
     'bon_scheduler.business_pauses p where p.business_id = …)';
+
+create table changed_rows (
+    run_id      uuid not null references runs (id) on delete cascade,
+    number      integer generated always as identity,
+    change      text not null check (change in ('deleted', 'marked', 'cleared')),
+    ids         uuid[] not null,
+    businesses  uuid[] not null,
+    items       integer[],
+    updated     timestamptz[],
+    recorded_at timestamptz not null default now(),
+    primary key (run_id, number)
+);
+comment on table changed_rows is
+    'Which of BON''s invoices a run has deleted, marked or cleared, a row for each batch. Kept as long as the run.';
+comment on column changed_rows.businesses is 'Whose each was, in the order of ids; so are the next two.';
+comment on column changed_rows.items is 'How many items went with each deleted draft.';
+comment on column changed_rows.updated is 'When each deleted draft was last touched.';
+create index changed_rows_businesses on changed_rows using gin (businesses);
 
 create table operator_actions (
     id     bigint generated always as identity primary key,

@@ -29,7 +29,7 @@ create or replace function claim(
 )
 returns table (
     wait interval, run_id uuid, attempt integer, job text, fire_time timestamptz, asked_for timestamptz,
-    payload jsonb, origin text, given_back integer, retried_after integer,
+    payload jsonb, origin text, given_back integer, retried_after integer, released boolean,
     slot interval, trial boolean, after_failures boolean
 )
 language plpgsql
@@ -132,7 +132,7 @@ begin
     end if;
     return query
     select least(next_timed, gate_wait), b.id, b.attempt, b.job, b.fire_time, coalesce(b.asked_for, b.enqueued_at), b.payload,
-           b.origin, b.given_back, b.retried_after,
+           b.origin, b.given_back, b.retried_after, b.released,
            case when b.id = any (mailed)
                 then greatest(first_slot + (array_position(mailed, b.id) - 1) * letters_apart
                               - clock_timestamp(), '0') end,

@@ -1,0 +1,110 @@
+"""
+What is usual for a job, runs that the brake holds, and which of BON's rows each run has changed.
+
+Sizes: a changed row takes 32 bytes, a deleted draft 44, besides a row for each batch.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from bon_scheduler.jobs import ChangedRow, Connection, Counts, LostRunError, Usual
+from bon_scheduler.ledger.attempts import RunRef
+from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
+
+__all__ = ["Usual", "hold", "record_rows", "rows_of_business", "rows_of_run", "usual"]
+
+LOOKED_AT = 14
+"""Runs that say what is usual."""
+
+# $1 job, $2 name of a count, $3 how many runs. Index: runs_by_job.
+USUAL = """
+    select count(*) as runs, percentile_cont(0.5) within group (order by number) as median
+      from (select (r.counts ->> $2)::bigint as number
+              from bon_scheduler.runs r
+             where r.job = $1
+               and r.state in ('succeeded', 'partial')
+               and not r.dry_run
+               and r.counts ->> $2 is not null
+             order by r.enqueued_at desc
+             limit $3) as recent
+"""
+# $1 run, $2 attempt, $3 worker, $4 reason, $5 figures: json. Index: runs_pkey.
+HOLD = """
+    with held as (
+        update bon_scheduler.runs
+           set state = 'held', reason = $4, error = null, counts = $5, worker = null
+         where id = $1 and attempt = $2 and worker = $3 and state = 'running'
+        returning id, attempt
+    ), ended as (
+        update bon_scheduler.attempts a
+           set ended_at = clock_timestamp(), outcome = 'held', error = $4
+          from held h
+         where a.run_id = h.id and a.attempt = h.attempt
+    )
+    select id from held
+"""
+# $1 run, $2 change, $3 ids: uuid[], $4 businesses: uuid[], $5 items: int[] or null, $6 updated: timestamptz[] or null.
+RECORD_ROWS = """
+    insert into bon_scheduler.changed_rows (run_id, change, ids, businesses, items, updated)
+    values ($1, $2, $3, $4, $5, $6)
+"""
+# $1 run. Index: changed_rows_pkey.
+ROWS_OF_RUN = """
+    select c.run_id, c.change, r.id, r.business_id, r.items, r.updated, c.recorded_at
+      from bon_scheduler.changed_rows c
+     cross join lateral unnest(c.ids, c.businesses, c.items, c.updated) as r (id, business_id, items, updated)
+     where c.run_id = $1
+     order by c.number, r.id
+"""
+# $1 business. Index: changed_rows_businesses.
+ROWS_OF_BUSINESS = """
+    select c.run_id, c.change, r.id, r.business_id, r.items, r.updated, c.recorded_at
+      from bon_scheduler.changed_rows c
+     cross join lateral unnest(c.ids, c.businesses, c.items, c.updated) as r (id, business_id, items, updated)
+     where c.businesses @> array[$1::uuid]
+       and r.business_id = $1
+     order by c.recorded_at, r.id
+"""
+
+
+async def usual(connection: Connection, job: str, count: str) -> Usual:
+    """Return the median of a count over the job's last runs that ended well."""
+    row = await connection.fetchrow(USUAL, job, count, LOOKED_AT, timeout=CALL_TIMEOUT_SECONDS)
+    if row is None:
+        raise LookupError("an aggregate always returns one row")
+    return Usual(row["runs"], row["median"])
+
+
+async def hold(connection: Connection, ref: RunRef, *, reason: str, figures: Counts) -> str:
+    """End the attempt, and have the run wait for a person; return its state. Raises LostRunError."""
+    found = await connection.fetchval(
+        HOLD, ref.run_id, ref.attempt, ref.worker, reason, dict(figures), timeout=CALL_TIMEOUT_SECONDS
+    )
+    if found is None:
+        raise LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
+    return "held"
+
+
+async def record_rows(connection: Connection, run_id: UUID, change: str, rows: Sequence[ChangedRow]) -> None:
+    """Keep which of BON's rows a batch of a run has changed."""
+    if not rows:
+        return
+    items: list[int | None] | None = [row.items for row in rows]
+    updated: list[datetime | None] | None = [row.updated for row in rows]
+    if all(row.items is None and row.updated is None for row in rows):
+        items = updated = None
+    await connection.execute(
+        RECORD_ROWS, run_id, change, [row.id for row in rows], [row.business_id for row in rows], items, updated
+    )
+
+
+async def rows_of_run(connection: Connection, run_id: UUID) -> list[dict[str, Any]]:
+    """Return each row that a run has changed, in order."""
+    return [dict(row) for row in await connection.fetch(ROWS_OF_RUN, run_id, timeout=CALL_TIMEOUT_SECONDS)]
+
+
+async def rows_of_business(connection: Connection, business_id: UUID) -> list[dict[str, Any]]:
+    """Return each row of a business that any run has changed, the oldest first."""
+    return [dict(row) for row in await connection.fetch(ROWS_OF_BUSINESS, business_id, timeout=CALL_TIMEOUT_SECONDS)]
