@@ -10,6 +10,9 @@ from .audit import (
 from .clocks import (
     Clocks as Clocks,
 )
+from .schedules import (
+    read_histories as read_histories,
+)
 from .timing import (
     Transition as Transition,
     check_cron as check_cron,
