@@ -98,7 +98,7 @@ class Uses:
     changes: tuple[str, ...] = ()
     deletes: bool = False
     locks: str | None = None
-    """It locks rows, for which UPDATE of any column is enough; the one to be granted where there is none."""
+    """It locks rows and changes nothing in them: UPDATE of any column is enough, and this one is to be granted."""
 
 
 class Privilege(NamedTuple):
@@ -119,7 +119,6 @@ TOKENS = {
             *("encrypted_access_token", "encrypted_refresh_token"),
             *("token_expires_at", "scope", "needs_reauth", "updated_at"),
         ),
-        locks="needs_reauth",
     ),
 }
 
