@@ -21,7 +21,10 @@ class Role:
 async def limited_role(connection: Connection, url: str, *, ours: bool = True) -> AsyncIterator[Role]:
     """Make a role that may log in and use both schemas, and where `ours` our tables and functions."""
     name = f"limited_{await connection.fetchval('select current_database()')}"
-    await connection.execute(f"create role {name} login; grant usage on schema public, bon_scheduler to {name}")
+    await connection.execute(
+        f"create role {name} login; grant usage on schema public, bon_scheduler to {name};"
+        f" alter role {name} set synchronous_commit to on"  # the server of the tests has it off
+    )
     if ours:
         await connection.execute(
             f"grant select, insert, update, delete on all tables in schema bon_scheduler to {name};"

@@ -1,23 +1,12 @@
 """`check` as a role that is not a superuser: what it cannot use is named, with the statement that mends it."""
 
-from collections.abc import AsyncIterator
-
 import pytest
 
 from bon_scheduler.cli.check import Finding, Level, check_deployment
 from bon_scheduler.clock import SystemClock
 from tests.conftest import Connection, MakeSettings
 from tests.process import run_command
-from tests.roles import Role, all_privileges, grant, limited_role, revoke
-
-
-@pytest.fixture
-async def role(connection: Connection, database_url: str) -> AsyncIterator[Role]:
-    """A role that may do what the jobs need, and nothing else."""
-    async with limited_role(connection, database_url) as role:
-        await grant(connection, role, all_privileges())
-        await connection.execute(f"alter role {role.name} set synchronous_commit to on")  # the tests' server has it off
-        yield role
+from tests.roles import Role, all_privileges, limited_role, revoke
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ __all__ = [
     "check_clock",
     "check_room",
     "check_same_database",
+    "check_same_role",
     "check_server",
     "check_session",
     "check_sessions",
@@ -58,6 +59,23 @@ async def check_same_database(settings: Settings) -> list[Finding]:
     except OtherDatabaseError as error:
         return [split_failure("same database", error)]
     return [ok("same database", "DATABASE_URL leads where DATABASE_LISTEN_URL does")]
+
+
+async def check_same_role(connection: Connection, settings: Settings) -> list[Finding]:
+    """Compare the roles of the two addresses: one must be able to end the connections of the other."""
+    if settings.database_listen_url is None:
+        return []
+    query = "select current_user::text"
+    async with database.connect(settings.listen_url, pooled=True) as listener:
+        listens_as = await listener.fetchval(query)
+    works_as = await connection.fetchval(query)
+    if works_as == listens_as:
+        return [ok("same role", f"both addresses log in as {works_as}")]
+    what = (
+        f"DATABASE_URL logs in as {works_as} and DATABASE_LISTEN_URL as {listens_as}, who cannot end a dead worker's "
+        "connections and was not looked at here"
+    )
+    return [Finding("same role", Level.WARNING, what, "Name one role in both.")]
 
 
 async def check_session(connection: Connection, settings: Settings) -> list[Finding]:
