@@ -26,7 +26,14 @@ INHERITED = """
        and split_part(item, '=', 1) = any ($1)
      order by 1, 2
 """
-ROLES = "select current_user::text as works_as, session_user::text as logs_in_as, pg_is_in_recovery() as standby"
+# A role whose password expires keeps its connections and gets no new one.
+ROLES = """
+    select current_user::text as works_as, session_user::text as logs_in_as, pg_is_in_recovery() as standby,
+           (select to_char(r.rolvaliduntil at time zone 'UTC', 'YYYY-MM-DD HH24:MI') || ' UTC'
+              from pg_roles r
+             where r.rolname = session_user
+               and r.rolvaliduntil < now() + interval '30 days') as expires
+"""
 IDLE_LIMIT = """
     select (extract(epoch from current_setting('idle_in_transaction_session_timeout')::interval) * 1000)::bigint
 """
@@ -47,6 +54,8 @@ class WorkingSession:
     works_as: str
     logs_in_as: str
     standby: bool
+    expires: str | None
+    """When the role's password does, where that is within 30 days."""
     isolation: str
     different: Mapping[str, str]
     """What is not as it must be."""

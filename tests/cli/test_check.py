@@ -198,6 +198,7 @@ async def test_what_a_role_sets_and_we_replace_is_told_and_does_no_harm(
         ("session_replication_role to replica", Level.FAILURE, "session_replication_role = replica"),
         ("transaction_timeout to '1h'", Level.FAILURE, "transaction_timeout = 1h"),
         ("synchronous_commit to off", Level.WARNING, "synchronous_commit is off"),
+        ("client_min_messages to error; alter role {} valid until '2026-01-01'", Level.WARNING, "2026-01-01 00:00 UTC"),
     ],
 )
 async def test_what_a_role_sets_and_nobody_replaces_is_named(
@@ -205,7 +206,7 @@ async def test_what_a_role_sets_and_nobody_replaces_is_named(
 ) -> None:
     if setting.startswith("transaction_timeout") and connection.get_server_version().major < 17:
         pytest.skip("transaction_timeout is PostgreSQL 17's")
-    await connection.execute(f"alter role {role.name} set {setting}")
+    await connection.execute(f"alter role {role.name} set {setting.format(role.name)}")
     [found] = await look.of("session")
     assert (found.level, said in found.what) == (level, True)
     assert found.remedy is not None
@@ -236,6 +237,15 @@ async def test_a_function_that_is_missing_or_another_is_named(connection: Connec
     await connection.execute("drop function bon_scheduler.shown")
     first, *_ = await look.of("functions")
     assert (first.level, first.what) == (Level.FAILURE, "function shown is missing")
+
+
+async def test_before_migrate_nothing_is_said_of_our_tables(
+    empty_database_url: str, make_settings: MakeSettings
+) -> None:
+    findings = await check_deployment(make_settings(DATABASE_URL=empty_database_url), SystemClock())
+    names = {each.name: each.level for each in findings}
+    assert names["schema"] is Level.FAILURE
+    assert {"our tables", "functions", "schedules", "deliveries"} & set(names) == set()
 
 
 async def test_each_table_of_ours_that_may_not_be_written_is_named(

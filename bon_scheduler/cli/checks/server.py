@@ -90,6 +90,10 @@ async def check_session(connection: Connection, settings: Settings) -> list[Find
         remedy = "; ".join(f"alter role {found.logs_in_as} reset {setting}" for setting in found.different)
         what = f"is not as it must be: {listed}"
         findings.append(Finding(name, Level.FAILURE, what, f"{remedy}; or the same of the database."))
+    if found.expires is not None:
+        what = f"the password of {found.logs_in_as} is valid until {found.expires}: then nothing connects any more"
+        remedy = f"alter role {found.logs_in_as} valid until 'infinity';"
+        findings.append(Finding(name, Level.WARNING, what, remedy))
     if not found.durable:
         what = "synchronous_commit is off: a crash of the server forgets letters that were sent and tokens"
         remedy = f"alter role {found.logs_in_as} set synchronous_commit to on;"
