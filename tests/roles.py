@@ -11,7 +11,7 @@ from tests.conftest import Connection
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A role, and the address of the database for it."""
+    """A role, as SQL writes it, and the address of the database for it."""
 
     name: str
     url: str
@@ -20,7 +20,8 @@ class Role:
 @asynccontextmanager
 async def limited_role(connection: Connection, url: str, *, ours: bool = True) -> AsyncIterator[Role]:
     """Make a role that may log in and use both schemas, and where `ours` our tables and functions."""
-    name = f"limited_{await connection.fetchval('select current_database()')}"
+    plain = f"Limited_{await connection.fetchval('select current_database()')}"
+    name = f'"{plain}"'  # a name that must be quoted
     await connection.execute(
         f"create role {name} login; grant usage on schema public, bon_scheduler to {name};"
         f" alter role {name} set synchronous_commit to on"  # the server of the tests has it off
@@ -33,7 +34,7 @@ async def limited_role(connection: Connection, url: str, *, ours: bool = True) -
     parts = urlsplit(url)
     there = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname
     try:
-        yield Role(name, urlunsplit(parts._replace(netloc=f"{name}@{there}")))
+        yield Role(name, urlunsplit(parts._replace(netloc=f"{plain}@{there}")))
     finally:
         await connection.execute(f"drop owned by {name}; drop role {name}")
 

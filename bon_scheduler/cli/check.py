@@ -5,6 +5,7 @@ Reads only, as the role and with the settings that a handler has. What cannot be
 other looks go on.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -41,6 +42,9 @@ from bon_scheduler.report import Column, Report
 
 __all__ = ["Finding", "Level", "check", "check_deployment"]
 
+LOOK_SECONDS = 20.0
+"""A table that somebody has locked must not keep the other findings back."""
+
 
 async def check_deployment(settings: Settings, clock: Clock) -> list[Finding]:
     """Look at everything; an unreachable database ends the looks at it."""
@@ -64,12 +68,13 @@ async def _check_database(settings: Settings, clock: Clock) -> list[Finding]:
 
         async def look(name: str, at: Callable[[Connection], Awaitable[list[Finding]]]) -> list[Finding]:
             try:
-                async with connection.transaction():
+                async with asyncio.timeout(LOOK_SECONDS), connection.transaction():
                     return await at(connection)
             except asyncpg.PostgresConnectionError:
                 raise
-            except asyncpg.PostgresError as error:
-                what = f"cannot be looked at: {describe_error(error)}"
+            except (asyncpg.PostgresError, TimeoutError) as error:
+                why = f"no answer in {LOOK_SECONDS:g} s" if isinstance(error, TimeoutError) else describe_error(error)
+                what = f"cannot be looked at: {why}"
                 return [Finding(name, Level.FAILURE, what, "See the other findings; then look again.")]
 
         schema = await look("schema", check_schema)

@@ -26,10 +26,10 @@ class Kind(StrEnum):
 
     def takes(self, base_type: str, *, is_enum: bool) -> bool:
         """Return whether a column of this type, as `format_type` writes it without its length, is as good."""
-        return base_type in ALIKE.get(self, {self.value}) or (self is Kind.WORD and is_enum)
+        return base_type.rpartition(".")[2] in ALIKE.get(self, {self.value}) or (self is Kind.WORD and is_enum)
 
 
-TEXTS = frozenset({"text", "character varying", "character", "citext", "public.citext"})
+TEXTS = frozenset({"text", "character varying", "character", "citext"})
 ALIKE: Mapping[Kind, frozenset[str]] = {
     Kind.TEXT: TEXTS,
     Kind.WORD: TEXTS,

@@ -28,7 +28,8 @@ INHERITED = """
 """
 # A role whose password expires keeps its connections and gets no new one.
 ROLES = """
-    select current_user::text as works_as, session_user::text as logs_in_as, pg_is_in_recovery() as standby,
+    select quote_ident(current_user) as works_as, quote_ident(session_user) as logs_in_as,
+           pg_is_in_recovery() as standby,
            (select to_char(r.rolvaliduntil at time zone 'UTC', 'YYYY-MM-DD HH24:MI') || ' UTC'
               from pg_roles r
              where r.rolname = session_user
@@ -53,6 +54,7 @@ class WorkingSession:
 
     works_as: str
     logs_in_as: str
+    """Both as SQL writes them."""
     standby: bool
     expires: str | None
     """When the role's password does, where that is within 30 days."""

@@ -2,6 +2,7 @@
 
 import pytest
 
+from bon_scheduler.cli import check
 from bon_scheduler.cli.check import Finding, Level, check_deployment
 from bon_scheduler.clock import SystemClock
 from tests.conftest import Connection, MakeSettings
@@ -54,9 +55,10 @@ async def test_who_needs_a_privilege_is_told_by_the_command_with_status_1(connec
     for arguments in ([], ["--json"]):
         checked = await run_command("check", *arguments, DATABASE_URL=role.url)
         assert checked.status == 1
-        assert f"role {role.name} may not select invoices (due_date)" in checked.out
-        assert "needed by overdue-detection, overdue-digest, send-overdue-digest" in checked.out
-        assert f"grant select (due_date) on public.invoices to {role.name};" in checked.out
+        out = checked.out.replace('\\"', '"')
+        assert f"role {role.name} may not select invoices (due_date)" in out
+        assert "needed by overdue-detection, overdue-digest, send-overdue-digest" in out
+        assert f"grant select (due_date) on public.invoices to {role.name};" in out
     await connection.execute(f"grant select (due_date) on public.invoices to {role.name}")
     assert (await run_command("check", DATABASE_URL=role.url)).status == 0
 
@@ -237,6 +239,27 @@ async def test_a_function_that_is_missing_or_another_is_named(connection: Connec
     await connection.execute("drop function bon_scheduler.shown")
     first, *_ = await look.of("functions")
     assert (first.level, first.what) == (Level.FAILURE, "function shown is missing")
+
+
+async def test_a_locked_table_keeps_no_other_finding_back(
+    connection: Connection, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "LOOK_SECONDS", 0.5)
+    async with connection.transaction():
+        await connection.execute("lock table bon_scheduler.deliveries")
+        assert [(name, what) for name, what, _ in await look.failures()] == [
+            ("deliveries", "cannot be looked at: no answer in 0.5 s")
+        ]
+
+
+async def test_what_needs_no_database_is_looked_at_without_one(make_settings: MakeSettings) -> None:
+    settings = make_settings(DATABASE_URL="postgresql://bon@127.0.0.1:1/bon")
+    found = await check_deployment(settings, SystemClock())
+    assert [(each.name, each.level) for each in found] == [
+        ("settings", Level.OK),
+        ("database", Level.FAILURE),
+        ("mail", Level.WARNING),
+    ]
 
 
 async def test_before_migrate_nothing_is_said_of_our_tables(

@@ -43,7 +43,7 @@ async def check_columns(connection: Connection) -> list[Finding]:
 
 async def check_privileges(connection: Connection) -> list[Finding]:
     """Ask for each privilege that some job needs."""
-    role = await connection.fetchval("select current_user::text")
+    role = await connection.fetchval("select quote_ident(current_user)")
     found = [refused(role, each) for each in await refusals(connection)]
     return found or [ok("privileges", f"role {role} may do in BON's tables what {len(USES)} users of them need")]
 

@@ -22,7 +22,7 @@ async def check_schema(connection: Connection) -> list[Finding]:
 
 async def check_own_tables(connection: Connection) -> list[Finding]:
     """Ask whether the role may read and write our tables."""
-    role = await connection.fetchval("select current_user::text")
+    role = await connection.fetchval("select quote_ident(current_user)")
     found = [refused(role, each) for each in await own_refusals(connection)]
     return found or [ok("our tables", f"role {role} may read and write them")]
 
@@ -62,7 +62,7 @@ async def check_schedules(connection: Connection) -> list[Finding]:
             "schedules",
             Level.FAILURE,
             f"{job}: {why}",
-            "Restart a service of this version, which declares its schedule anew; see `audit`.",
+            "Delete its last row in bon_scheduler.schedules: the newest `serve` declares the schedule anew.",
         )
         for job, why in histories.unusable.items()
     ] or [ok("schedules", "those in force can be read")]
