@@ -6,11 +6,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import trustme
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from bon_scheduler.demo.shaam_simulator import Misbehaviour, shaam_simulator
+from bon_scheduler.demo.smtp_sink import smtp_sink
 from bon_scheduler.jobs import AnyJob
 from handlers.draft_cleanup import draft_cleanup
 from handlers.overdue_detection import overdue_detection
@@ -110,9 +113,9 @@ async def test_behind_a_pooler_the_role_that_works_is_looked_at_and_nothing_stay
         assert await residue(url) == []
 
 
-@pytest.mark.parametrize("job", [draft_cleanup, session_cleanup, overdue_detection, shaam_token_refresh])
-async def test_a_role_with_these_privileges_does_the_jobs(
-    connection: Connection, role: Role, run_job: RunJob, job: AnyJob
+@pytest.mark.parametrize("job", [draft_cleanup, session_cleanup, overdue_detection])
+async def test_a_role_with_these_privileges_does_the_nightly_jobs(
+    connection: Connection, role: Role, run_job: RunJob, tmp_path: Path, job: AnyJob
 ) -> None:
     """What the statements' own rows need as well: cascades, foreign keys, the ledger, what a job causes."""
     long_past = datetime.now(UTC) - timedelta(days=40)
@@ -120,12 +123,58 @@ async def test_a_role_with_these_privileges_does_the_jobs(
     owner = await arrange.owner(connection, business, "owner@shop.example")
     await arrange.invoice(connection, business, due_date=long_past.date())
     draft = await arrange.draft(connection, business)
+    await arrange.insert(
+        connection,
+        "invoice_items",
+        {"invoice_id": draft, "position": 1, "description": "x", "quantity": 1}
+        | {"unit_price_minor_units": 1, "vat_rate_basis_points": 1800},
+    )
     await connection.execute("update invoices set updated_at = $2 where id = $1", draft, long_past)
     await arrange.session(connection, owner, long_past)
-    ran = await run_job(job, DATABASE_URL=role.url)
+    async with smtp_sink(tmp_path) as sink:
+        smtp = {"SMTP_HOST": sink.host, "SMTP_PORT": str(sink.port), "SMTP_TLS": "none"}
+        ran = await run_job(job, DATABASE_URL=role.url, **smtp)
     assert ran.run["state"] == "succeeded", ran.run
-    states = await connection.fetch("select job, state, error from bon_scheduler.runs where state <> 'succeeded'")
-    assert [dict(row) for row in states] == []
+    assert [run["state"] for run in ran.caused] == ["succeeded"] * len(ran.caused)
+    assert len(sink.messages) == (1 if job is overdue_detection else 0)
+    assert sum(count for name, count in ran.run["counts"].items() if name in {"deleted", "marked"}) == 1
+
+
+async def test_a_role_with_these_privileges_refreshes_tokens_and_flags_businesses(
+    connection: Connection, role: Role, run_job: RunJob
+) -> None:
+    async with shaam_simulator(client_id=tax.CLIENT_ID, client_secret=tax.CLIENT_SECRET) as simulator:
+        bon = tax.Bon(connection, simulator)
+        for subject in ("a", "b"):
+            await arrange.owner(connection, await bon.business(subject), f"{subject}@shop.example")
+        simulator.spoil["b"] = Misbehaviour.INVALID_GRANT
+        ran = await run_job(shaam_token_refresh, DATABASE_URL=role.url, **tax.environ(simulator.token_url))
+    assert (ran.run["counts"]["refreshed"], ran.run["counts"]["needs_reauth"], ran.run["counts"]["failed"]) == (1, 1, 0)
+    assert [(run["job"], run["state"]) for run in ran.caused] == [("notify-reauth", "succeeded")]
+
+
+async def test_commands_and_metrics_work_as_the_role(connection: Connection, role: Role) -> None:
+    business = str(await arrange.business(connection))
+    for arguments in (
+        ["enqueue", "session-cleanup"],
+        ["pause", "draft-cleanup", "--reason", "x"],
+        ["pause", "--business", business, "--reason", "x"],
+        ["resume", "--business", business[:8], "--reason", "x"],
+        ["run-once", "ledger-pruning"],
+        ["jobs"],
+        ["runs"],
+        ["audit"],
+    ):
+        answer = await run_command(*arguments, DATABASE_URL=role.url)
+        assert answer.status == 0, (arguments, answer.err)
+    async with (
+        serve(DATABASE_URL=role.url) as service,
+        aiohttp.ClientSession() as session,
+        session.get(f"http://127.0.0.1:{service.port}/metrics") as metrics,
+    ):
+        text = await metrics.text()
+    assert not service.saw("metrics.failed")
+    assert "health_check_status" in text
 
 
 async def test_the_service_logs_at_its_start_what_the_role_may_not_do(connection: Connection, role: Role) -> None:
