@@ -5,6 +5,7 @@ import pytest
 from bon_scheduler.cli import check
 from bon_scheduler.cli.check import Finding, Level, check_deployment
 from bon_scheduler.clock import SystemClock
+from bon_scheduler.report import Report
 from tests.conftest import Connection, MakeSettings
 from tests.process import run_command
 from tests.roles import Role, all_privileges, limited_role, revoke
@@ -61,6 +62,20 @@ async def test_who_needs_a_privilege_is_told_by_the_command_with_status_1(connec
         assert f"grant select (due_date) on public.invoices to {role.name};" in out
     await connection.execute(f"grant select (due_date) on public.invoices to {role.name}")
     assert (await run_command("check", DATABASE_URL=role.url)).status == 0
+
+
+async def test_a_narrow_terminal_shows_each_finding_whole(
+    connection: Connection, role: Role, make_settings: MakeSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for privilege in all_privileges():
+        await revoke(connection, role, privilege)
+    report = Report(as_json=False)
+    report.console.width = 80
+    assert await check.check(make_settings(DATABASE_URL=role.url), report, SystemClock()) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    found = " ".join(line[8:].strip() for line in lines)
+    assert f"→ grant delete on public.sessions to {role.name};" in found
 
 
 async def test_a_role_with_no_privilege_is_told_all_it_needs_at_once(
