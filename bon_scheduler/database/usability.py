@@ -72,15 +72,18 @@ SCHEMAS_REFUSED = """
      order by 1
 """
 ROLE = "select quote_ident(current_user)"
-# What the service does in its own tables; who applies migrations writes the history of the schema.
+# Who applies migrations writes the history of the schema; nobody else reads that of its functions.
 OWN_REFUSED = """
-    select c.relname as table_name, array_agg(p.kind order by p.place) as kinds
-      from pg_class c
-     cross join unnest(array['select', 'insert', 'update', 'delete']) with ordinality as p (kind, place)
-     where c.relnamespace = (select oid from pg_namespace where nspname = 'bon_scheduler')
-       and c.relkind in ('r', 'p')
-       and (p.kind = 'select' or c.relname not in ('migrations', 'functions'))
-       and not has_table_privilege(c.oid, p.kind)
+    select kinds, string_agg('bon_scheduler.' || table_name, ', ' order by table_name) as tables
+      from (select c.relname as table_name, string_agg(p.kind, ', ' order by p.place) as kinds
+              from pg_class c
+             cross join unnest(array['select', 'insert', 'update', 'delete']) with ordinality as p (kind, place)
+             where c.relnamespace = (select oid from pg_namespace where nspname = 'bon_scheduler')
+               and c.relkind in ('r', 'p')
+               and c.relname <> 'functions'
+               and (p.kind = 'select' or c.relname <> 'migrations')
+               and not has_table_privilege(c.oid, p.kind)
+             group by c.relname) refused
      group by 1
      order by 1
 """
@@ -187,13 +190,12 @@ def _refusal(table: str, kind: str, those: list[contract.Privilege], users: tupl
 
 
 async def own_refusals(connection: Connection) -> list[Refusal]:
-    """Return what the connection's role may not do in the tables of schema `bon_scheduler`, one a table."""
+    """Return what the connection's role may not do in the tables of schema `bon_scheduler`."""
     role = await connection.fetchval(ROLE)
-    found = []
-    for row in await connection.fetch(OWN_REFUSED):
-        kinds, table = ", ".join(row["kinds"]), f"bon_scheduler.{row['table_name']}"
-        found.append(Refusal(f"{kinds} {table}", (), f"grant {kinds} on {table} to {role};"))
-    return found
+    return [
+        Refusal(f"{row['kinds']} {row['tables']}", (), f"grant {row['kinds']} on {row['tables']} to {role};")
+        for row in await connection.fetch(OWN_REFUSED)
+    ]
 
 
 async def hidden_tables(connection: Connection) -> list[str]:

@@ -293,6 +293,11 @@ async def test_each_table_of_ours_that_may_not_be_written_is_named(
     [(_, what, remedy)] = await look.failures()
     assert what == f"role {role.name} may not insert, delete bon_scheduler.workers"
     assert remedy == f"grant insert, delete on bon_scheduler.workers to {role.name};"
+    await connection.execute(f"revoke delete, insert on bon_scheduler.runs from {role.name}")
+    [(_, _, remedy)] = await look.failures()
+    assert remedy == f"grant insert, delete on bon_scheduler.runs, bon_scheduler.workers to {role.name};"
+    await connection.execute(remedy)
+    assert await look.failures() == []
 
 
 async def test_a_schedule_that_cannot_be_read_is_named(connection: Connection, look: Look) -> None:
