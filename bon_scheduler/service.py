@@ -110,6 +110,8 @@ async def machinery(
             if isinstance(clock, Clocks):
                 await clock.read(connection)
             await ledger.register_jobs(connection, jobs, scheduled=schedules, anew=serves)
+        if serves:
+            await _report_unusable(pool)
         await stack.enter_async_context(_registered(control, worker))
         beating = Heartbeat(url=settings.listen_url, worker=worker).running()
         heartbeat = await stack.enter_async_context(beating)
@@ -133,6 +135,15 @@ async def machinery(
         reconciler = await stack.enter_async_context(Reconciler(pool=control, runner=runner, worker=worker).running())
         by_name = {job.name: job for job in jobs}
         yield Machinery(pool, control, by_name, schedules, worker, heartbeat, reconciler, runner, metrics, stopping)
+
+
+async def _report_unusable(pool: Pool) -> None:
+    """Log what the role may not do in BON's tables, and which hide rows. Jobs that need them fail, others go on."""
+    async with pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
+        for refusal in await database.refusals(connection):
+            log.error("privilege.missing", may_not=refusal.what, needed_by=refusal.users, remedy=refusal.grant)
+        for table in await database.hidden_tables(connection):
+            log.error("rows.hidden", table=table, remedy="See: python -m bon_scheduler check")
 
 
 @asynccontextmanager

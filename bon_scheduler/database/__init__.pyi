@@ -12,6 +12,10 @@ from .connections import (
     open_control_pool as open_control_pool,
     open_pool as open_pool,
 )
+from .contract import (
+    COLUMNS as COLUMNS,
+    USES as USES,
+)
 from .endpoints import (
     OtherDatabaseError as OtherDatabaseError,
     require_endpoints as require_endpoints,
@@ -30,4 +34,24 @@ from .migrations import (
     SchemaBehindError as SchemaBehindError,
     migration_sql as migration_sql,
     require_schema as require_schema,
+)
+from .room import (
+    Room as Room,
+    how_much_room as how_much_room,
+)
+from .working import (
+    WorkingSession as WorkingSession,
+    look_at_session as look_at_session,
+    offsets as offsets,
+)
+from .usability import (
+    Function as Function,
+    OtherColumn as OtherColumn,
+    Refusal as Refusal,
+    hidden_tables as hidden_tables,
+    missing_columns as missing_columns,
+    other_columns as other_columns,
+    own_functions as own_functions,
+    own_refusals as own_refusals,
+    refusals as refusals,
 )

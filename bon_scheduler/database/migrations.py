@@ -16,7 +16,7 @@ import asyncpg
 
 from bon_scheduler.jobs import Connection
 
-__all__ = ["NEEDED", "SchemaBehindError", "apply", "migration_sql", "require_schema"]
+__all__ = ["NEEDED", "SchemaBehindError", "apply", "function_texts", "migration_sql", "require_schema"]
 
 FIRST = 10
 """The version of the first file for an empty database."""
@@ -101,6 +101,11 @@ def _tables() -> list[_File]:
 
 def _functions() -> list[_File]:
     return _read(SCHEMA / "functions")
+
+
+def function_texts() -> dict[str, str]:
+    """Return the file of each SQL function, by its name."""
+    return {file.name: file.sql for file in _functions()}
 
 
 NEEDED = max(file.version for file in _tables())

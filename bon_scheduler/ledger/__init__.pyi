@@ -103,6 +103,7 @@ from .workers import (
     Watch as Watch,
     Worker as Worker,
     beat as beat,
+    count_serving as count_serving,
     declare_dead as declare_dead,
     register_worker as register_worker,
     retire_worker as retire_worker,

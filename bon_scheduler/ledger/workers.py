@@ -18,7 +18,17 @@ from bon_scheduler.clock import seconds_since_boot
 from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
 
-__all__ = ["LastBeat", "Watch", "Worker", "beat", "declare_dead", "last_beats", "register_worker", "retire_worker"]
+__all__ = [
+    "LastBeat",
+    "Watch",
+    "Worker",
+    "beat",
+    "count_serving",
+    "declare_dead",
+    "last_beats",
+    "register_worker",
+    "retire_worker",
+]
 
 # $1 worker, $2 host, $3 process id, $4 version, $5 whether it is a `serve`: boolean, $6 lease: interval.
 REGISTER_WORKER = """
@@ -38,6 +48,7 @@ RETIRE_WORKER = """
      where id = $1 or (last_word is null and seen_at < clock_timestamp() - interval '1 day')
 """
 LAST_BEATS = "select id as worker, last_word as id, lease from bon_scheduler.workers where last_word is not null"
+COUNT_SERVING = "select count(*) from bon_scheduler.workers where serves and last_word is not null"
 # $1 last beats: uuid[]; see the SQL functions.
 DECLARE_DEAD = "select id, host, pid from bon_scheduler.declare_dead($1)"
 
@@ -128,6 +139,11 @@ async def beat(connection: Connection, worker: UUID) -> bool:
 async def last_beats(connection: Connection) -> list[LastBeat]:
     """Return the last heartbeat of each worker that is not taken for dead."""
     return [LastBeat(*row) for row in await connection.fetch(LAST_BEATS, timeout=CALL_TIMEOUT_SECONDS)]
+
+
+async def count_serving(connection: Connection) -> int:
+    """Return how many `serve` processes are not taken for dead."""
+    return int(await connection.fetchval(COUNT_SERVING, timeout=CALL_TIMEOUT_SECONDS))
 
 
 async def declare_dead(connection: Connection, beats: Collection[UUID]) -> list[DeadWorker]:

@@ -11,6 +11,9 @@ from .clocks import (
     ClockError as ClockError,
     Clocks as Clocks,
 )
+from .schedules import (
+    read_histories as read_histories,
+)
 from .timing import (
     Transition as Transition,
     check_cron as check_cron,

@@ -1,0 +1,1 @@
+"""What `check` looks at: one module a concern, each function returns findings and changes nothing."""

@@ -1,0 +1,77 @@
+"""BON's tables: there, of the types that statements take them for, and usable by the role that works."""
+
+from bon_scheduler.cli.checks.findings import Finding, Level, ok
+from bon_scheduler.database import (
+    COLUMNS,
+    USES,
+    Refusal,
+    hidden_tables,
+    missing_columns,
+    missing_indexes,
+    other_columns,
+    refusals,
+)
+from bon_scheduler.jobs import Connection
+
+__all__ = ["check_columns", "check_hidden_rows", "check_indexes", "check_privileges", "refused"]
+
+MIGRATE_BON = "Run BON's own migrations on this database, or point DATABASE_URL at BON's."
+
+
+async def check_columns(connection: Connection) -> list[Finding]:
+    """Look for each column, and at its type."""
+    name, missing = "BON's tables", await missing_columns(connection)
+    absent = sorted({row["table_name"] for row in missing if row["no_table"]})
+    findings = [Finding(name, Level.FAILURE, f"table {table} is missing", MIGRATE_BON) for table in absent]
+    findings += [
+        Finding(name, Level.FAILURE, f"column {row['table_name']}.{row['column_name']} is missing", MIGRATE_BON)
+        for row in missing
+        if not row["no_table"]
+    ]
+    findings += [
+        Finding(
+            name,
+            Level.FAILURE,
+            f"column {column.name} {column.fault}",
+            "Run a version of bon_scheduler that knows BON's tables as they are now, or undo the change.",
+        )
+        for column in await other_columns(connection)
+    ]
+    count = sum(map(len, COLUMNS.values()))
+    return findings or [ok(name, f"{len(COLUMNS)} tables, {count} columns as expected")]
+
+
+async def check_privileges(connection: Connection) -> list[Finding]:
+    """Ask for each privilege that some job needs."""
+    role = await connection.fetchval("select quote_ident(current_user)")
+    found = [refused(role, each) for each in await refusals(connection)]
+    return found or [ok("privileges", f"role {role} may do in BON's tables what {len(USES)} users of them need")]
+
+
+def refused(role: str, refusal: Refusal) -> Finding:
+    """Return a refusal as a failure."""
+    users = f"; needed by {', '.join(refusal.users)}" if refusal.users else ""
+    return Finding("privileges", Level.FAILURE, f"role {role} may not {refusal.what}{users}", refusal.grant)
+
+
+async def check_hidden_rows(connection: Connection) -> list[Finding]:
+    """Look for tables whose rows a policy may hide: each statement on one is an error, by row_security = off."""
+    role = await connection.fetchval("select quote_ident(current_user)")
+    remedy = f"alter role {role} bypassrls; -- as a superuser"
+    return [
+        Finding("row security", Level.FAILURE, f"{table} hides rows from role {role}, so jobs that use it fail", remedy)
+        for table in await hidden_tables(connection)
+    ] or [ok("row security", "hides no rows")]
+
+
+async def check_indexes(connection: Connection) -> list[Finding]:
+    """Look for the indexes that BON lacks."""
+    return [
+        Finding(
+            "indexes",
+            Level.WARNING,
+            f"no index on {where}: each deleted draft scans the table",
+            f"Have BON run: {statement}",
+        )
+        for where, statement in (await missing_indexes(connection)).items()
+    ] or [ok("indexes", "the recommended ones exist")]
