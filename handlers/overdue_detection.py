@@ -92,19 +92,18 @@ LEFT_SETTLED = """
 """
 
 # $5 the later of as_of and today: date. Invoices whose due date was moved after they were marked. The later date, so
-# that replaying an old tick never un-marks what became overdue since. Index: none of BON's serves it, `check`
-# recommends one; in the order of the table, so that all batches together read it once.
+# that replaying an old tick never un-marks what became overdue since. Index: none of BON's serves it, so that each
+# batch reads the open invoices through; there are few such rows, as a rule one batch.
 PICK_MOVED = """
-    select id, business_id, ctid::text as key
+    select id, business_id, '' as key
       from public.invoices
      where is_overdue
        and status in ('finalized', 'sent', 'partially_paid')
        and (due_date is null or due_date >= $5)
-       and ctid > $1::text::tid
-       and $2::uuid is not null
+       and ($1::text, id) > ('', $2)
        and id <> all ($3)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
-     order by ctid
+     order by id
      limit $4
        for no key update skip locked
 """
@@ -172,7 +171,7 @@ async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Count
             left=LEFT_MOVED,
             change=_setting(CLEAR, "cleared"),
             arguments=(latest,),
-            begin="(0,0)",
+            begin="",
         ),
     )
     async with ctx.connection() as connection:

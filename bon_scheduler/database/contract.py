@@ -124,7 +124,9 @@ TOKENS = {
 
 USES: Mapping[str, Mapping[str, Uses]] = {
     "overdue-detection": {
-        "invoices": Uses(("business_id", "due_date", "is_overdue", "status"), changes=("is_overdue", "updated_at")),
+        "invoices": Uses(
+            ("id", "business_id", "due_date", "is_overdue", "status"), changes=("is_overdue", "updated_at")
+        ),
     },
     "overdue-digest": {
         "invoices": Uses(("id", *CREDIT_NOTES, "total_incl_vat_minor_units")),

@@ -33,7 +33,7 @@ USERS = {
 """Whose the statements of a module are, or one of them."""
 SOME = {
     "uuid": UUID(int=1),
-    "text": "x",
+    "text": "-infinity",  # also an instant and a date
     "bytea": b"x",
     "bool": False,
     "int4": 1,

@@ -1,10 +1,4 @@
-"""
-What a job is: its declaration, its typed payload, and what its handler is given.
-
-A handler is an `async def` of a `JobContext` and a `Payload` that returns counts.
-`@job` turns it into a `Job`; `handlers.JOBS` lists them. There is no registry
-and no discovery, and this module imports nothing of ours.
-"""
+"""A job's declaration, its typed payload, and what its handler is given."""
 
 import random
 import typing
@@ -21,6 +15,7 @@ from asyncpg.pool import PoolConnectionProxy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 __all__ = [
+    "AnyJob",
     "BusinessOutcome",
     "CatchUp",
     "ChangedRow",
@@ -28,16 +23,13 @@ __all__ = [
     "Counts",
     "Cron",
     "Exclusive",
-    "HeldError",
+    "Handler",
     "Job",
     "JobContext",
-    "LostRunError",
-    "NeverRetryError",
     "NoPayload",
-    "NotNowError",
+    "P",
     "Payload",
     "Retry",
-    "RetryLaterError",
     "Usual",
     "explain_payload",
     "job",
@@ -124,45 +116,6 @@ class Exclusive(StrEnum):
     """Two runs of the job."""
     BUSINESS = "business"
     """Two runs of the job for one business, and two for none."""
-
-
-class NeverRetryError(Exception):
-    """Raised by a handler whose failure another attempt cannot mend: the run ends `dead`."""
-
-
-class RetryLaterError(Exception):
-    """Raised by a handler that knows when to try again; still counts as an attempt."""
-
-    def __init__(self, message: str, *, after: timedelta) -> None:
-        super().__init__(message)
-        self.after = after
-
-
-class NotNowError(Exception):
-    """
-    Raised by a handler that lacks what every run of its job needs, as while a mail server is away: the run is
-    given back and comes again after `after`, and this attempt does not count. Effects must be none so far, or
-    such that a repetition finds them. The handler decides how long a run may go on like that.
-    """
-
-    def __init__(self, message: str, *, after: timedelta) -> None:
-        super().__init__(message)
-        self.after = after
-
-
-class HeldError(Exception):
-    """
-    Raised by a handler that has changed nothing yet and finds that it would change abnormally much: the run is
-    `held` until a person releases it. The message says why, and what an operator needs to decide.
-    """
-
-    def __init__(self, message: str, *, figures: Mapping[str, int]) -> None:
-        super().__init__(message)
-        self.figures = figures
-
-
-class LostRunError(Exception):
-    """The attempt no longer owns its run: what it was about to commit is rolled back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,29 @@
+# What other packages may use. Each name is imported when it is first asked for.
+
+from .declaration import (
+    AnyJob as AnyJob,
+    BusinessOutcome as BusinessOutcome,
+    CatchUp as CatchUp,
+    ChangedRow as ChangedRow,
+    Connection as Connection,
+    Counts as Counts,
+    Cron as Cron,
+    Exclusive as Exclusive,
+    Handler as Handler,
+    Job as Job,
+    JobContext as JobContext,
+    NoPayload as NoPayload,
+    P as P,
+    Payload as Payload,
+    Retry as Retry,
+    Usual as Usual,
+    explain_payload as explain_payload,
+    job as job,
+)
+from .errors import (
+    HeldError as HeldError,
+    LostRunError as LostRunError,
+    NeverRetryError as NeverRetryError,
+    NotNowError as NotNowError,
+    RetryLaterError as RetryLaterError,
+)

@@ -1,0 +1,45 @@
+"""What a handler raises to say what becomes of its run. Anything else is a failure: another try may mend it."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+
+__all__ = ["HeldError", "LostRunError", "NeverRetryError", "NotNowError", "RetryLaterError"]
+
+
+class NeverRetryError(Exception):
+    """Raised by a handler whose failure another attempt cannot mend: the run ends `dead`."""
+
+
+class RetryLaterError(Exception):
+    """Raised by a handler that knows when to try again; still counts as an attempt."""
+
+    def __init__(self, message: str, *, after: timedelta) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class NotNowError(Exception):
+    """
+    Raised by a handler that lacks what every run of its job needs, as while a mail server is away: the run is
+    given back and comes again after `after`, and this attempt does not count. Effects must be none so far, or
+    such that a repetition finds them. The handler decides how long a run may go on like that.
+    """
+
+    def __init__(self, message: str, *, after: timedelta) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class HeldError(Exception):
+    """
+    Raised by a handler that has changed nothing yet and finds that it would change abnormally much: the run is
+    `held` until a person releases it. The message says why, and what an operator needs to decide.
+    """
+
+    def __init__(self, message: str, *, figures: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.figures = figures
+
+
+class LostRunError(Exception):
+    """The attempt no longer owns its run: what it was about to commit is rolled back."""
