@@ -6,15 +6,15 @@ What a command needs is imported when it runs: `--help` and a wrong call are ans
 
 import importlib.util
 import io
-import os
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bon_scheduler import __version__
+from bon_scheduler.cli.telling import complain, require_text, tell
 from bon_scheduler.cli.usage import INTERRUPTED, STATES, UsageError
 
 if TYPE_CHECKING:
@@ -167,12 +167,30 @@ def runs(
 
 
 @app.command()
-def show(run_id: RunId, as_json: AsJson = False) -> None:
+def show(
+    run_id: RunId,
+    rows: Annotated[bool, typer.Option("--rows", help="List each invoice that it changed instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show one run. Its attempts, businesses and letters, what it caused, what operators did to it."""
-    from bon_scheduler.cli import look
+    from bon_scheduler.cli import evidence, look
     from bon_scheduler.clock import SystemClock
 
+    if rows:
+        _run(as_json, lambda settings, report: evidence.show_rows(settings, report, run=run_id))
+        return
     _run(as_json, lambda settings, report: look.show(settings, report, SystemClock(), run=run_id))
+
+
+@app.command()
+def history(
+    business: Annotated[str, typer.Option(metavar="UUID", help="Its id in BON.")],
+    as_json: AsJson = False,
+) -> None:
+    """List the invoices of a business that runs have deleted, marked or cleared."""
+    from bon_scheduler.cli import evidence
+
+    _run(as_json, lambda settings, report: evidence.history(settings, report, business=business))
 
 
 @app.command()
@@ -332,7 +350,7 @@ def demo(
     try:
         raise typer.Exit(run_demo(port=port, keep=home, once=once, report=Report(as_json=as_json)))
     except PostgresUnavailableError as error:
-        _complain(str(error))
+        complain(str(error))
         raise typer.Exit(1) from error
     except health.CannotListenError as error:
         raise UsageError(f"Cannot listen on --port {port}: {error.why}. Give another, or 0 for any.") from error
@@ -344,46 +362,15 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is written in escapes
     try:
-        _require_text(sys.argv[1:])
+        require_text(sys.argv[1:])
         app()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except UsageError as error:
-        _complain(str(error))
+        complain(str(error))
         sys.exit(2)
     except Exception as error:  # noqa: BLE001 - each is told in a paragraph
-        sys.exit(_tell(error))
-
-
-def _tell(error: Exception) -> int:
-    """Tell an error in a paragraph; return the exit status."""
-    import structlog
-
-    from bon_scheduler.cli.statuses import EXIT_STATUS
-    from bon_scheduler.config import LogFormat, LogLevel
-    from bon_scheduler.log import configure_logging, describe_error
-
-    if type(error) in EXIT_STATUS:
-        _complain(str(error))
-        return EXIT_STATUS[type(error)]
-    if os.environ.get("LOG_LEVEL", "").lower() == LogLevel.DEBUG:
-        configure_logging(LogLevel.DEBUG, LogFormat.JSON)
-        structlog.get_logger().debug("command.failed", exc_info=error)
-    _complain(f"{describe_error(error)}. LOG_LEVEL=debug shows where it came from.")
-    return 1
-
-
-def _require_text(arguments: Sequence[str]) -> None:
-    """Raise UsageError for bytes that are not text: neither a database nor a terminal would take them."""
-    for number, argument in enumerate(arguments, 1):
-        try:
-            argument.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"Argument {number} is not UTF-8. Write it in UTF-8.") from error
-
-
-def _complain(text: str) -> None:
-    sys.stderr.write(f"bon-scheduler: {text}\n")
+        sys.exit(tell(error))
 
 
 if __name__ == "__main__":

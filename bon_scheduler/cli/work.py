@@ -79,16 +79,15 @@ async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOn
         if "send" not in job.payload.model_fields:
             raise UsageError(f'"{told.name}" sends nothing by itself, so --send means nothing to it. Leave it out.')
         arguments["send"] = True
+    named = parse_instant(told.fire_time, settings) if told.fire_time else None
+    if named is not None and named > clock.now():
+        raise UsageError(f"--fire-time {told.fire_time} is in the future. Give one that has passed, or none for now.")
+    typed, released_for = type_payload(job, arguments), _reason_to_release(told)
     clocks = Clocks(clock)
     async with reading(settings) as connection:
         await clocks.require_agreement(connection)
-    now = clocks.now()
-    instant = parse_instant(told.fire_time, settings) if told.fire_time else now
-    if instant > now:
-        raise UsageError(f"--fire-time {told.fire_time} is in the future. Give one that has passed, or none for now.")
-    typed = type_payload(job, arguments)
     order = engine.Order(
-        job=job, payload=typed, fire_time=instant, asked_by=person(), released_for=_reason_to_release(told)
+        job=job, payload=typed, fire_time=named or clocks.now(), asked_by=person(), released_for=released_for
     )
     letters = 0
     if told.dry_run:
