@@ -188,6 +188,9 @@ async def serving(
     Left in the opposite order: triggers stop, attempts drain while readiness says so, probes and pool close.
     """
     clock = clock or SystemClock()
+    for name, found in database.protections(settings).items():
+        if found.remedy:
+            log.warning("database.exposed", setting=name, what=found.what, remedy=found.remedy)
     async with machinery(settings, jobs=jobs, clock=clock, serves=True) as parts:
         engine = Engine(
             connect=lambda: database.connect_worker(settings, parts.worker.id),

@@ -106,6 +106,7 @@ async def check_deployment(settings: Settings, clock: Clock) -> list[Finding]:
         async with database.connect(settings.listen_url, pooled=True) as connection:
             return [
                 Finding("settings", Level.OK, "every setting is usable"),
+                *_check_protection(settings),
                 await _check_server(connection),
                 await _check_sessions(settings),
                 *await _check_same_database(settings),
@@ -120,8 +121,15 @@ async def check_deployment(settings: Settings, clock: Clock) -> list[Finding]:
     except DatabaseUnavailableError as error:
         return [
             Finding("settings", Level.OK, "every setting is usable"),
-            Finding("database", Level.FAILURE, str(error), "Start PostgreSQL, or correct DATABASE_URL."),
+            _failure("database", error),
         ]
+
+
+def _check_protection(settings: Settings) -> list[Finding]:
+    return [
+        Finding("encryption", Level.WARNING if found.remedy else Level.OK, f"{name}: {found.what}", found.remedy)
+        for name, found in database.protections(settings).items()
+    ]
 
 
 async def _check_server(connection: Connection) -> Finding:

@@ -2,9 +2,7 @@
 
 from .connections import (
     Limits as Limits,
-    DatabaseUnavailableError as DatabaseUnavailableError,
     Pool as Pool,
-    PoolerError as PoolerError,
     TRANSIENT_ERRORS as TRANSIENT_ERRORS,
     connect as connect,
     connect_worker as connect_worker,
@@ -14,6 +12,7 @@ from .connections import (
 )
 from .endpoints import (
     OtherDatabaseError as OtherDatabaseError,
+    protections as protections,
     require_endpoints as require_endpoints,
     require_same_database as require_same_database,
     require_sessions as require_sessions,
@@ -30,4 +29,8 @@ from .migrations import (
     SchemaBehindError as SchemaBehindError,
     migration_sql as migration_sql,
     require_schema as require_schema,
+)
+from .unavailable import (
+    DatabaseUnavailableError as DatabaseUnavailableError,
+    PoolerError as PoolerError,
 )

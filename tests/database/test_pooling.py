@@ -19,8 +19,8 @@ from bon_scheduler.cli import parsing
 from bon_scheduler.cli.check import Level, check_deployment
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.database import connections, endpoints, pooling
-from bon_scheduler.database.connections import PoolerError
 from bon_scheduler.database.endpoints import OtherDatabaseError
+from bon_scheduler.database.unavailable import PoolerError
 from bon_scheduler.ledger.workers import Worker
 from tests.conftest import Connection, MakeSettings
 from tests.process import run_command
