@@ -32,6 +32,10 @@ ENDED = (
     "was answered for, and the connection was ended without a word. Either something other than PostgreSQL answers at "
     "that port, or a proxy does whose server is away: check host and port of DATABASE_URL."
 )
+TOO_OLD = (
+    "ended the connection: a server before version 17, and many a proxy, cannot be addressed in TLS from the first "
+    "byte. Take sslnegotiation=direct out of DATABASE_URL."
+)
 BY_STATE: Mapping[str, str] = {
     "28P01": LOGIN,
     "3D000": MISSING,
@@ -47,7 +51,10 @@ BY_STATE: Mapping[str, str] = {
     "22023": "refuses what the parameter options of DATABASE_URL sets. Correct it, or leave it out.",
     "42704": "refuses what the parameter options of DATABASE_URL sets. Correct it, or leave it out.",
 }
-POOLER_ALONE = "is behind a pooler that cannot reach the server. Start the server, or read the pooler's log."
+POOLER_ALONE = (
+    "is behind a pooler that has no connection to the server to give. Start the server, or raise default_pool_size of "
+    "the pooler; its log says which."
+)
 BY_POOLERS_WORDS: Mapping[str, str] = {
     "no such database": MISSING,
     "no such user": LOGIN,
@@ -56,7 +63,7 @@ BY_POOLERS_WORDS: Mapping[str, str] = {
     "no more connections": BY_STATE["53300"],
     "server_login_retry": POOLER_ALONE,
     "cannot connect to server": POOLER_ALONE,
-    "query_wait_timeout": "is behind a pooler whose connections are all in use. Raise default_pool_size there.",
+    "query_wait_timeout": POOLER_ALONE,
     "shutting down": "is behind a pooler that is shutting down. Try again in a moment.",
     "SSL required": "is behind a pooler that asks for encryption. Write sslmode=require in DATABASE_URL.",
 }
@@ -171,7 +178,7 @@ def _connection_said(words: str, address: DatabaseAddress) -> str:
     if "error response during SSL exchange" in words:
         return "ends the connection before it is encrypted. Read the server's log: it may be full or starting up."
     if "rejected SSL upgrade" not in words:
-        return ENDED
+        return TOO_OLD if address.tls.direct else ENDED
     if address.tls.mode is TlsMode.PREFER:
         return "is not there: what answers is not PostgreSQL. Correct host and port of DATABASE_URL."
     return (
