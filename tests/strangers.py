@@ -12,6 +12,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from tests.waiting import until
+
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 CANCEL = struct.pack("!ii", 16, 80877102)
 PASSWORD = "hunter2-S3c"
@@ -89,6 +91,21 @@ class Pretender:
     def url(self, more: str = "") -> str:
         """Return its address, with a password."""
         return f"postgresql://bon:{PASSWORD}@{self.host}:{self.port}/bon{more}"
+
+
+@asynccontextmanager
+async def leaving_nothing_open() -> AsyncIterator[None]:
+    """Wait until no more is open than before: a connection in TLS that was refused takes a moment to close."""
+
+    def count() -> int:
+        return len(list(Path("/dev/fd").iterdir()))
+
+    async def closed() -> bool:
+        return count() <= before
+
+    before = count()
+    yield
+    await until(closed)
 
 
 @asynccontextmanager

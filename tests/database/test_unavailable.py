@@ -21,7 +21,7 @@ from bon_scheduler.demo.postgres import find_binaries, running_postgres
 from tests.conftest import MakeSettings
 from tests.pooler import answers, needs_pgbouncer, pgbouncer
 from tests.process import run_command
-from tests.strangers import PASSWORD, TlsServer, pretending
+from tests.strangers import PASSWORD, TlsServer, leaving_nothing_open, pretending
 from tests.waiting import until
 
 NOBODY = "Is PostgreSQL running there"
@@ -29,9 +29,10 @@ NOBODY = "Is PostgreSQL running there"
 
 async def refusal(url: str) -> str:
     """Return what is said where a database cannot be had."""
-    with pytest.raises(DatabaseUnavailableError) as caught:
-        async with connections.connect(url):
-            pass
+    async with leaving_nothing_open():
+        with pytest.raises(DatabaseUnavailableError) as caught:
+            async with connections.connect(url):
+                pass
     said = str(caught.value)
     assert PASSWORD not in said
     assert said.startswith("Cannot connect: the database ")
