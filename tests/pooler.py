@@ -4,11 +4,12 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+import asyncpg
 import pytest
 
 from tests.waiting import until
@@ -32,6 +33,7 @@ min_pool_size = 4
 unix_socket_dir =
 {more}
 """
+SERVERS = 8
 TOLERANT = "ignore_startup_parameters = idle_in_transaction_session_timeout,client_connection_check_interval"
 
 
@@ -64,3 +66,15 @@ async def answers(url: str) -> None:
             return probe.connect_ex(("127.0.0.1", urlsplit(url).port or 0)) == 0
 
     await until(look)
+
+
+@asynccontextmanager
+async def other_clients(url: str) -> AsyncIterator[list[asyncpg.Connection]]:
+    """As many clients as the pooler has servers, each in a transaction, as BON's API is: without any setting."""
+    async with AsyncExitStack() as stack:
+        clients = []
+        for _ in range(SERVERS):
+            clients.append(client := await asyncpg.connect(url, statement_cache_size=0))
+            stack.callback(client.terminate)
+            await client.execute("begin")
+        yield clients

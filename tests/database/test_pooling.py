@@ -1,8 +1,6 @@
 """The service behind a real PgBouncer: works with DATABASE_LISTEN_URL, and is refused without it."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,13 +17,12 @@ from bon_scheduler.database.endpoints import OtherDatabaseError
 from bon_scheduler.database.unavailable import PoolerError
 from bon_scheduler.ledger.workers import Worker
 from tests.conftest import Connection, MakeSettings
-from tests.pooler import TOLERANT, answers, needs_pgbouncer, pgbouncer
+from tests.pooler import SERVERS, TOLERANT, answers, needs_pgbouncer, other_clients, pgbouncer
 from tests.process import run_command
 from tests.waiting import until
 
 pytestmark = needs_pgbouncer
 
-SERVERS = 8
 # The settings that a pooler knows of, and sets back for the next client; and those of a transaction, which end with it.
 MINDED = [
     *("application_name", "client_encoding", "DateStyle", "TimeZone", "standard_conforming_strings"),
@@ -39,18 +36,6 @@ RESIDUE = """
            (select jsonb_agg(channel) from pg_listening_channels() as channel) as channels,
            (select jsonb_agg(objid) from pg_locks where pid = pg_backend_pid() and locktype = 'advisory') as locks
 """
-
-
-@asynccontextmanager
-async def other_clients(url: str) -> AsyncIterator[list[asyncpg.Connection]]:
-    """As many clients as the pooler has servers, each in a transaction, as BON's API is: without any setting."""
-    async with AsyncExitStack() as stack:
-        clients = []
-        for _ in range(SERVERS):
-            clients.append(client := await asyncpg.connect(url, statement_cache_size=0))
-            stack.callback(client.terminate)
-            await client.execute("begin")
-        yield clients
 
 
 async def residue(url: str) -> list[dict[str, object]]:
