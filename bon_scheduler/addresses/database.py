@@ -15,6 +15,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from bon_scheduler.addresses.parameters import fault_of_parameters
 from bon_scheduler.addresses.tls import Tls, read_tls
+from bon_scheduler.addresses.web import fault_of_host
 
 __all__ = ["DatabaseAddress", "describe_database", "read_database_address"]
 
@@ -61,11 +62,12 @@ class DatabaseAddress:
     def arguments(self) -> dict[str, Any]:
         """Return what asyncpg takes, all of it; raise ValueError where a certificate's file is of no use."""
         hosts = [host for host, _ in self.servers if host]
-        usual = os.environ.get("PGPORT") or str(DEFAULT_PORT)
-        ports = [int(port or usual) for _, port in self.servers] if usual.isdigit() else None
+        outside = os.environ.get("PGPORT", "")
+        usual = outside if _is_port(outside) else DEFAULT_PORT
+        ports = [int(port or usual) for _, port in self.servers]
         return {
             "host": hosts or None,
-            "port": ports or None,
+            "port": ports if any(port for _, port in self.servers) else None,
             "database": self.database,
             "ssl": self.tls.context(),
             "direct_tls": self.tls.direct,
@@ -99,7 +101,12 @@ def read_database_address(url: str) -> DatabaseAddress:
         raise ValueError(f"cannot be taken apart; {ENCODE}") from None
     if _is_astray(parts, url):
         raise ValueError(f"can be read in more than one way; {ENCODE}")
+    text = unquote(url)
+    if "\0" in text or "\ufffd" in text:
+        raise ValueError("holds %00, or a percent-encoding that is not UTF-8; encode it anew")
     servers = _servers(parts, query)
+    if any(fault_of_host(host) for host, _ in servers if host and not host.startswith("/")):
+        raise ValueError("names a host that is neither a name nor a number")
     if what := fault_of_parameters(query):
         raise ValueError(what)
     keepalive = {KEEPALIVE[name]: max(0, int(query[name])) for name in KEEPALIVE if name in query}

@@ -48,8 +48,6 @@ BY_STATE: Mapping[str, str] = {
     "57P03": "is starting up, shutting down or recovering. Try again in a moment; its log says what it waits for.",
     "57P01": "is shutting down, or an operator ended the connection. Try again in a moment.",
     "57P02": "is restarting after a crash of one of its processes. Try again in a moment.",
-    "22023": "refuses what the parameter options of DATABASE_URL sets. Correct it, or leave it out.",
-    "42704": "refuses what the parameter options of DATABASE_URL sets. Correct it, or leave it out.",
 }
 POOLER_ALONE = (
     "is behind a pooler that has no connection to the server to give. Start the server, or raise default_pool_size of "
@@ -68,6 +66,8 @@ BY_POOLERS_WORDS: Mapping[str, str] = {
     "SSL required": "is behind a pooler that asks for encryption. Write sslmode=require in DATABASE_URL.",
 }
 """PgBouncer has words of its own for most of this, and one SQLSTATE."""
+OF_OPTIONS = frozenset({"22023", "42704", "42601"})
+"""A setting that is none, one without that value, and what is no setting."""
 WRONG_NAME = frozenset({62, 64})
 """OpenSSL's codes of a certificate that is another host's, and another number's."""
 
@@ -89,7 +89,7 @@ def explain_unavailable(address: DatabaseAddress) -> Iterator[None]:
     """Turn what asyncpg raises while connecting into DatabaseUnavailableError, without credentials."""
     try:
         yield
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+    except (OSError, UnicodeError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
         if UNSUPPORTED_STARTUP in str(error):
             raise PoolerError(
                 f"{address} is behind a connection pooler (PgBouncer). Set DATABASE_LISTEN_URL to the "
@@ -103,6 +103,8 @@ def _explain(error: Exception, address: DatabaseAddress) -> str:
         what = _server_said(error, address)
     elif isinstance(error, ssl.SSLError):
         what = _tls_failed(error)
+    elif isinstance(error, UnicodeError):
+        what = "cannot be found: a host's name is too long to be one. Correct it."
     elif isinstance(error, OSError):
         what = _network_said(error, address)
     elif isinstance(error, asyncpg.TargetServerAttributeNotMatched):
@@ -120,6 +122,8 @@ def _server_said(error: asyncpg.PostgresError, address: DatabaseAddress) -> str 
         return "asks for a password, and DATABASE_URL has none. Write it there, percent-encoded, or name a passfile."
     if state == "28000":
         return _not_admitted(error, address)
+    if state in OF_OPTIONS and address.options:
+        return "refuses what the parameter options of DATABASE_URL sets. Correct it, or leave it out."
     if state in BY_STATE:
         return BY_STATE[state]
     return next((what for words, what in BY_POOLERS_WORDS.items() if words in str(error)), None)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bon_scheduler import declared
 from bon_scheduler.addresses import describe_database, parameters, read_database_address
@@ -197,6 +199,31 @@ def test_an_address_leads_where_libpq_takes_it(url: str, says: str) -> None:
 def test_more_ports_than_hosts_are_refused() -> None:
     with pytest.raises(ValueError, match="names more or fewer ports than hosts"):
         read_database_address("postgresql://h1,h2/bon?port=1,2,3")
+
+
+@pytest.mark.parametrize(
+    "rest", ["bon:S3c%00x@h/bon", "bon@h/bon%00", "bon:S3c%ff@h/bon", "bon@a..b/bon", "bon@h%00x/bon", "bon@h x/bon"]
+)
+def test_what_no_server_could_be_told_is_refused(rest: str) -> None:
+    said = fault(f"postgresql://{rest}")
+    assert said
+    assert "S3c" not in said
+
+
+@given(st.text(max_size=40), st.text(max_size=20), st.text(max_size=20))
+@settings(max_examples=300, deadline=None)
+def test_an_address_is_taken_or_refused_and_never_more(rest: str, name: str, value: str) -> None:
+    """Whatever is written there: no other error, and no part of the login in what messages name."""
+    for url in (
+        f"postgresql://{rest}",
+        f"postgresql://u:{CANARY}@h/bon?{name}={value}",
+        f"postgresql://h/{rest}?host={value}",
+    ):
+        try:
+            named = str(read_database_address(url))
+        except ValueError as error:
+            named = str(error)
+        assert CANARY not in named
 
 
 async def test_a_refused_parameter_is_status_2() -> None:

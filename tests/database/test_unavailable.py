@@ -156,9 +156,10 @@ async def test_a_connection_that_is_ended_without_a_word_is_not_silence(closing:
 
 
 async def test_a_name_that_does_not_resolve_is_said() -> None:
-    said = await refusal(f"postgresql://bon:{PASSWORD}@no-such-host.invalid/bon")
-    assert "cannot be found: a host's name does not resolve" in said
-    assert NOBODY not in said
+    for name in ("no-such-host.invalid", "a" * 64):
+        said = await refusal(f"postgresql://bon:{PASSWORD}@{name}/bon")
+        assert "cannot be found: a host's name" in said
+        assert NOBODY not in said
 
 
 @pytest.fixture
