@@ -27,6 +27,17 @@ AT_HOME = {
     "sslkey": "postgresql.key",
 }
 """Where libpq looks, in ~/.postgresql, for what nobody names."""
+VARIABLES = {
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslcert": "PGSSLCERT",
+    "sslkey": "PGSSLKEY",
+    "sslcrl": "PGSSLCRL",
+    "sslcrldir": "PGSSLCRLDIR",
+    "sslnegotiation": "PGSSLNEGOTIATION",
+    "ssl_min_protocol_version": "PGSSLMINPROTOCOLVERSION",
+    "ssl_max_protocol_version": "PGSSLMAXPROTOCOLVERSION",
+}
+"""libpq's, for what the address does not say."""
 HOW = "see docs/operations.md, The way to the database"
 
 
@@ -168,8 +179,7 @@ def _mode(said: str | None, files: Mapping[str, str], *, local: bool) -> TlsMode
 
 def _told(name: str, query: Mapping[str, str]) -> str | None:
     """Return what the address says, else what libpq's variable does."""
-    variable = f"PG{name.removesuffix('_version').upper().replace('_', '')}{'VERSION' if '_version' in name else ''}"
-    return query.get(name) or (os.environ.get(variable) if name != "sslpassword" else None)
+    return query.get(name) or os.environ.get(VARIABLES.get(name, ""))
 
 
 def _at_home() -> dict[str, str]:
