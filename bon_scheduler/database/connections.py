@@ -255,7 +255,8 @@ async def connect(
     pooler's; with `settings` transactions are limited as in a pool, and `session` says what else is set.
     """
     address = read_database_address(url)
-    with explain_unavailable(address):
+    listens = settings is not None and settings.database_listen_url is not None and url == settings.listen_url
+    with explain_unavailable(address, "DATABASE_LISTEN_URL" if listens else "DATABASE_URL"):
         session = session or (_session(settings) if settings else None)
         options = _options(address, command_seconds=limits.command_seconds, session=session)
         seconds = limits.connect_seconds or address.connect_seconds or CONNECT_TIMEOUT_SECONDS

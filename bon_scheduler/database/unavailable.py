@@ -85,7 +85,7 @@ class CertificateFileError(OSError):
 
 
 @contextmanager
-def explain_unavailable(address: DatabaseAddress) -> Iterator[None]:
+def explain_unavailable(address: DatabaseAddress, setting: str = "DATABASE_URL") -> Iterator[None]:
     """Turn what asyncpg raises while connecting into DatabaseUnavailableError, without credentials."""
     try:
         yield
@@ -95,7 +95,7 @@ def explain_unavailable(address: DatabaseAddress) -> Iterator[None]:
                 f"{address} is behind a connection pooler (PgBouncer). Set DATABASE_LISTEN_URL to the "
                 "server's own address as well; DATABASE_URL may then go through the pooler."
             ) from error
-        raise DatabaseUnavailableError(_explain(error, address)) from error
+        raise DatabaseUnavailableError(_explain(error, address).replace("DATABASE_URL", setting)) from error
 
 
 def _explain(error: Exception, address: DatabaseAddress) -> str:

@@ -231,3 +231,10 @@ async def test_a_command_prints_it_and_ends_with_status_1(tls_server: TlsServer)
         assert PASSWORD not in ended.err
         assert NOBODY not in ended.err
         assert "Traceback" not in ended.err
+
+
+async def test_the_setting_that_is_to_be_mended_is_named(tls_server: TlsServer, database_url: str) -> None:
+    wrong = tls_server.url(f"secret:{PASSWORD}x")
+    for name, other in (("DATABASE_URL", "DATABASE_LISTEN_URL"), ("DATABASE_LISTEN_URL", "DATABASE_URL")):
+        ended = await run_command("migrate", **{name: wrong, other: database_url})
+        assert f"the password of {name}. Check both." in " ".join(ended.err.split())
