@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from bon_scheduler.addresses import fault_of_database_url, fault_of_host, fault_of_web_address
+from bon_scheduler.addresses import fault_of_host, fault_of_web_address, read_database_address
 
 __all__ = ["LOOPBACK_HOSTS", "ClientAuth", "LogFormat", "LogLevel", "Settings", "ShaamMode", "SmtpTls"]
 
@@ -103,7 +103,8 @@ class Settings(BaseSettings):
 
     database_url: SecretStr
     """`postgresql://…`, as libpq writes it. In the password write `#`, `/`, `?`, `@`, `[` and `]` as `%23`, `%2F`,
-    `%3F`, `%40`, `%5B` and `%5D`."""
+    `%3F`, `%40`, `%5B` and `%5D`. Off this machine it is encrypted unless it says `sslmode=disable`; what becomes of
+    each parameter is in operations.md."""
     database_listen_url: SecretStr | None = None
     """The server's own address, where `DATABASE_URL` goes through a pooler in transaction mode. Both must lead to the
     same database. Unset: `DATABASE_URL`."""
@@ -187,9 +188,10 @@ class Settings(BaseSettings):
     @field_validator("database_url", "database_listen_url")
     @classmethod
     def _is_postgres(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and (what := fault_of_database_url(value.get_secret_value())):
-            raise ValueError(what)
-        return value
+        if value is None:
+            return None
+        read_database_address(value.get_secret_value()).arguments()  # which reads the certificates' files as well
+        return SecretStr(value.get_secret_value().strip())
 
     @field_validator("health_host", "smtp_host")
     @classmethod

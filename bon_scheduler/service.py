@@ -205,6 +205,9 @@ async def serving(
     Left in the opposite order: triggers stop, attempts drain while readiness says so, probes and pool close.
     """
     clocks = Clocks(clock or SystemClock())
+    for name, found in database.protections(settings).items():
+        if found.remedy:
+            log.warning("database.exposed", setting=name, what=found.what, remedy=found.remedy)
     async with machinery(settings, jobs=jobs, clock=clock or clocks, serves=True) as parts:
         engine = Engine(
             connect=lambda: database.connect_worker(settings, parts.worker.id),

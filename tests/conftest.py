@@ -27,6 +27,7 @@ import pytest
 import structlog
 
 from bon_scheduler import declared, engine, service
+from bon_scheduler.addresses import read_database_address
 from bon_scheduler.config import LogFormat, LogLevel, Settings
 from bon_scheduler.database import connections
 from bon_scheduler.database.connections import Pool
@@ -70,7 +71,9 @@ def _container() -> Iterator[str]:
     from testcontainers.community.postgres import PostgresContainer  # noqa: PLC0415 - imports docker
 
     with PostgresContainer("postgres:18-alpine", driver=None) as container:
-        yield container.get_connection_url()
+        url = container.get_connection_url()
+        # An engine on another machine has no TLS in its containers.
+        yield url if read_database_address(url).tls.local else f"{url}?sslmode=disable"
 
 
 def _engine_answers() -> bool:

@@ -1,7 +1,9 @@
 """What enters is bounded: each door refuses what no run could be judged by, and what lies in a table hurts nobody."""
 
 import json
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -16,6 +18,7 @@ from bon_scheduler.ledger import Origin, Request
 from bon_scheduler.report import show_controls
 from tests import arrange
 from tests.conftest import Connection, MakeSettings, RunJob
+from tests.pooler import answers, needs_pgbouncer, pgbouncer
 from tests.process import run_command
 from tests.waiting import until
 
@@ -123,7 +126,18 @@ async def test_the_inner_door_takes_no_fire_time_that_has_not_come_or_that_is_no
         )
 
 
-# What lies in a table all the same
+# What lies in a table all the same, directly and through a pooler in transaction mode
+
+
+@pytest.fixture(params=["directly", pytest.param("pooled", marks=needs_pgbouncer)])
+async def through(request: pytest.FixtureRequest, tmp_path: Path, database_url: str) -> AsyncIterator[dict[str, str]]:
+    """The addresses that lead to the test's database."""
+    if request.param == "directly":
+        yield {"DATABASE_URL": database_url}
+        return
+    with pgbouncer(tmp_path, database_url) as url:
+        await answers(url)
+        yield {"DATABASE_URL": url, "DATABASE_LISTEN_URL": database_url}
 
 
 MADE_BY_HAND = """
@@ -150,14 +164,14 @@ BY_HAND = [
 async def test_a_run_that_no_job_could_judge_ends_at_once_with_the_reason_and_is_listed_beside_the_others(
     make_settings: MakeSettings,
     connection: Connection,
-    database_url: str,
+    through: dict[str, str],
     payload: str,
     fire_time: str | None,
     run_at: str | None,
     ready: bool,
     says: str,
 ) -> None:
-    async with service.serving(make_settings(), jobs=[a_test]) as serving:
+    async with service.serving(make_settings(**through), jobs=[a_test]) as serving:
         run_id = await connection.fetchval(MADE_BY_HAND, payload, fire_time, run_at, ready)
         other = await connection.fetchval("select bon_scheduler.enqueue('a-test')")
 
@@ -175,20 +189,20 @@ async def test_a_run_that_no_job_could_judge_ends_at_once_with_the_reason_and_is
         assert (rows[run_id]["state"], rows[run_id]["attempt"]) == ("dead", 1)
         assert says in rows[run_id]["error"]
         assert serving.engine.connected
-    listed = await run_command("runs", "--json", DATABASE_URL=database_url)
+    listed = await run_command("runs", "--json", **through)
     assert {row["run_id"] for row in listed.document["runs"]} == {str(run_id), str(other)}
-    shown = await run_command("show", str(run_id), "--json", DATABASE_URL=database_url)
+    shown = await run_command("show", str(run_id), "--json", **through)
     assert (shown.status, shown.document["state"]) == (0, "dead"), shown.err
-    assert (await run_command("show", str(run_id), DATABASE_URL=database_url)).status == 0
+    assert (await run_command("show", str(run_id), **through)).status == 0
 
 
 @pytest.mark.parametrize("run_at", ["infinity", "-infinity", "294000-01-01", "0044-03-15 BC"])
 async def test_an_instant_that_never_comes_disturbs_nobody(
-    make_settings: MakeSettings, connection: Connection, database_url: str, run_at: str
+    make_settings: MakeSettings, connection: Connection, through: dict[str, str], run_at: str
 ) -> None:
     await ledger.register_jobs(connection, [a_test])
     await connection.fetchval(MADE_BY_HAND, "{}", None, run_at, False)
-    async with service.serving(make_settings(), jobs=[a_test]) as serving:
+    async with service.serving(make_settings(**through), jobs=[a_test]) as serving:
         other = await connection.fetchval("select bon_scheduler.enqueue('a-test')")
 
         async def ended() -> bool:
@@ -200,7 +214,7 @@ async def test_an_instant_that_never_comes_disturbs_nobody(
             assert serving.engine.connected
         assert await ledger.queue_ages(connection) is not None
     for command in (["runs"], ["jobs"]):
-        answer = await run_command(*command, DATABASE_URL=database_url)
+        answer = await run_command(*command, **through)
         assert answer.status == 0, answer.err
 
 
@@ -209,10 +223,10 @@ async def test_an_instant_that_never_comes_disturbs_nobody(
 
 @pytest.mark.parametrize("number", [2**63, 2**64, -(2**70), 10**4000])
 async def test_a_whole_number_reaches_the_handler_as_it_was_written(
-    make_settings: MakeSettings, connection: Connection, database_url: str, number: int
+    make_settings: MakeSettings, connection: Connection, through: dict[str, str], number: int
 ) -> None:
     seen.clear()
-    async with service.serving(make_settings(), jobs=[counts]):
+    async with service.serving(make_settings(**through), jobs=[counts]):
         run_id = await ledger.enqueue(connection, Request("counts", {"n": number}, origin=Origin.PROGRAM))
 
         async def ended() -> bool:
@@ -220,7 +234,7 @@ async def test_a_whole_number_reaches_the_handler_as_it_was_written(
 
         await until(ended)
     assert seen == [number]
-    shown = await run_command("show", str(run_id), "--json", DATABASE_URL=database_url)
+    shown = await run_command("show", str(run_id), "--json", **through)
     assert json.loads(shown.out)["payload"] == {"n": number}
 
 

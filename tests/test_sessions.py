@@ -1,17 +1,21 @@
 """A session of ours is ours, whatever the role or the database sets: each setting, and each job on BON's tables."""
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import asyncpg
 import pytest
 
 from bon_scheduler import Counts, JobContext, NoPayload, Retry, job, service
+from bon_scheduler.database import connections
 from handlers.draft_cleanup import draft_cleanup
 from handlers.overdue_detection import overdue_detection
 from handlers.session_cleanup import session_cleanup
 from tests import arrange
 from tests.conftest import Connection, MakeSettings, RunJob
+from tests.pooler import answers, needs_pgbouncer, other_clients, pgbouncer
 from tests.process import run_command
 from tests.waiting import until
 
@@ -30,6 +34,8 @@ HOSTILE = {
     "standard_conforming_strings": ["off"],
 }
 CASES = [(name, value) for name, values in HOSTILE.items() for value in values]
+WAYS = ["directly", pytest.param("pooled", marks=needs_pgbouncer), pytest.param("left", marks=needs_pgbouncer)]
+"""Said by the database, directly or behind a pooler; or left on a pooler's servers by its last client."""
 DECOYS = """
     create schema evil;
     create table evil.sessions as table public.sessions;
@@ -52,15 +58,36 @@ async def load(connection: Connection) -> None:
     await connection.execute("insert into evil.sessions select * from public.sessions")
 
 
-@pytest.mark.parametrize(("name", "value"), CASES)
+@asynccontextmanager
+async def hostile(directory: Path, url: str, way: str, setting: tuple[str, str]) -> AsyncIterator[dict[str, str]]:
+    """Have sessions begin with a setting; yield the addresses that lead to them."""
+    name, value = setting
+    if way != "left":
+        async with connections.connect(url) as connection:
+            database = await connection.fetchval("select current_database()")
+            await connection.execute(f'alter database "{database}" set {name} to {value}')
+    if way == "directly":
+        yield {"DATABASE_URL": url}
+        return
+    with pgbouncer(directory, url) as through:
+        await answers(through)
+        if way == "left":
+            async with other_clients(through) as clients:
+                for client in clients:
+                    await client.execute(f"set {name} to {value}; commit")
+        yield {"DATABASE_URL": through, "DATABASE_LISTEN_URL": url}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("setting", CASES, ids="-".join)
 async def test_whatever_the_database_sets_the_jobs_do_what_they_do(
-    connection: Connection, run_job: RunJob, name: str, value: str
+    connection: Connection, run_job: RunJob, tmp_path: Path, database_url: str, way: str, setting: tuple[str, str]
 ) -> None:
     await load(connection)
-    database = await connection.fetchval("select current_database()")
-    await connection.execute(f'alter database "{database}" set {name} to {value}')
     decoys = await connection.fetchval("select count(*) from evil.sessions")
-    ended = {each.name: (await run_job(each)).run for each in (draft_cleanup, session_cleanup, overdue_detection)}
+    async with hostile(tmp_path, database_url, way, setting) as environ:
+        jobs = (draft_cleanup, session_cleanup, overdue_detection)
+        ended = {each.name: (await run_job(each, **environ)).run for each in jobs}
     assert {run["state"] for run in ended.values()} == {"succeeded"}
     assert ended["draft-cleanup"]["counts"]["deleted"] == 1
     assert ended["session-cleanup"]["counts"]["deleted"] == 1
@@ -68,9 +95,15 @@ async def test_whatever_the_database_sets_the_jobs_do_what_they_do(
     assert await connection.fetchval("select count(*) from evil.sessions") == decoys
 
 
-@pytest.mark.parametrize(("name", "value"), CASES)
+@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize("setting", CASES, ids="-".join)
 async def test_whatever_the_database_sets_the_service_works_and_commands_answer(
-    make_settings: MakeSettings, connection: Connection, database_url: str, name: str, value: str
+    make_settings: MakeSettings,
+    connection: Connection,
+    tmp_path: Path,
+    database_url: str,
+    way: str,
+    setting: tuple[str, str],
 ) -> None:
     @job("a-test")
     async def a_test(ctx: JobContext, _: NoPayload) -> Counts:
@@ -78,20 +111,18 @@ async def test_whatever_the_database_sets_the_service_works_and_commands_answer(
             await tx.fetchval("select pg_sleep(0.3)")
             return await ctx.finish({}, on=tx)
 
-    database = await connection.fetchval("select current_database()")
-    await connection.execute(f'alter database "{database}" set {name} to {value}')
-    async with service.serving(make_settings(), jobs=[a_test]) as serving:
-        await connection.execute("select bon_scheduler.enqueue('a-test') from generate_series(1, 3)")
+    async def ended() -> bool:
+        succeeded = "select count(*) from bon_scheduler.runs where state = 'succeeded' and attempt = 1"
+        return bool(await connection.fetchval(succeeded) == 3)
 
-        async def ended() -> bool:
-            succeeded = "select count(*) from bon_scheduler.runs where state = 'succeeded' and attempt = 1"
-            return bool(await connection.fetchval(succeeded) == 3)
-
-        await until(ended)
-        assert serving.engine.connected
-    for command in (["runs"], ["jobs"], ["audit"]):
-        answer = await run_command(*command, DATABASE_URL=database_url)
-        assert answer.status == 0, answer.err
+    async with hostile(tmp_path, database_url, way, setting) as environ:
+        async with service.serving(make_settings(**environ), jobs=[a_test]) as serving:
+            await connection.execute("select bon_scheduler.enqueue('a-test') from generate_series(1, 3)")
+            await until(ended)
+            assert serving.engine.connected
+        for command in (["runs"], ["jobs"], ["audit"]):
+            answer = await run_command(*command, **environ)
+            assert answer.status == 0, answer.err
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from bon_scheduler import declared
 from bon_scheduler.addresses import describe_database
 from bon_scheduler.config import Settings
-from bon_scheduler.database import connections
+from bon_scheduler.database import DatabaseUnavailableError, connections
 from bon_scheduler.environment import SettingsError
 
 USABLE = {"DATABASE_URL": "postgresql://bon@127.0.0.1/bon"}
@@ -71,7 +71,7 @@ def test_an_address_that_is_none_is_refused(rest: str) -> None:
         ("bon:S3c@127.0.0.1:1,127.0.0.1:2/bon?target_session_attrs=read-write", "bon at 127.0.0.1:1, 127.0.0.1:2"),
         ("/bon?host=/nowhere", "bon at /nowhere"),
         ("/?host=127.0.0.1:1,127.0.0.1:2&dbname=bon&user=bon@server", "bon at 127.0.0.1:1, 127.0.0.1:2"),
-        ("?host=/nowhere&port=5433&user=bon@server&database=bon", "bon at /nowhere"),
+        ("?host=/nowhere&port=5433&user=bon@server&database=bon", "bon at /nowhere:5433"),
         ("bon@%2Fnowhere:7/bon", "bon at /nowhere:7"),
         ("127.0.0.1:1/bon?user=bon@server&password=S3c@", "bon at 127.0.0.1:1"),
         ("bon@127.0.0.1:1/b%40n?sslmode=disable&passfile=/nowhere", "b@n at 127.0.0.1:1"),
@@ -83,12 +83,12 @@ async def test_whatever_asyncpg_takes_is_taken_and_named_without_its_password(re
     """Nothing answers there: asyncpg has understood an address that it tried to connect to."""
     url = f"postgresql://{rest}"
     assert describe_database(url) == f"the database {says}"
-    with pytest.raises(connections.DatabaseUnavailableError, match="Is PostgreSQL running there") as caught:
+    with pytest.raises(DatabaseUnavailableError, match="Is PostgreSQL running there") as caught:
         async with connections.connect(read(DATABASE_URL=url).database_url.get_secret_value()):
             pass
     assert isinstance(caught.value.__cause__, OSError), repr(caught.value.__cause__)
     assert not isinstance(caught.value.__cause__, asyncpg.InterfaceError)
-    assert f"the database {says}: " in str(caught.value)
+    assert f"the database {says} does not answer (" in str(caught.value)
     assert "S3c" not in str(caught.value)
 
 

@@ -13,7 +13,7 @@ import asyncpg
 
 from bon_scheduler import database
 from bon_scheduler.cli.checks.bon import check_columns, check_hidden_rows, check_indexes, check_privileges
-from bon_scheduler.cli.checks.findings import Finding, Level, ok
+from bon_scheduler.cli.checks.findings import Finding, Level, ok, split_failure
 from bon_scheduler.cli.checks.outside import check_mail, check_shaam, check_spool
 from bon_scheduler.cli.checks.own import (
     check_functions,
@@ -24,6 +24,7 @@ from bon_scheduler.cli.checks.own import (
 )
 from bon_scheduler.cli.checks.server import (
     check_clock,
+    check_protection,
     check_room,
     check_same_database,
     check_same_role,
@@ -48,14 +49,11 @@ LOOK_SECONDS = 20.0
 
 async def check_deployment(settings: Settings, clock: Clock) -> list[Finding]:
     """Look at everything; an unreachable database ends the looks at it."""
-    findings = [ok("settings", "every setting is usable")]
+    findings = [ok("settings", "every setting is usable"), *check_protection(settings)]
     try:
         findings += await _check_database(settings, clock)
     except DatabaseUnavailableError as error:
-        remedy = "Start PostgreSQL, or correct DATABASE_URL."
-        if isinstance(error.__cause__, asyncpg.TooManyConnectionsError):
-            remedy = "Raise the connection limit of the role, the database or the server, or end what uses it up."
-        findings.append(Finding("database", Level.FAILURE, str(error), remedy))
+        findings.append(split_failure("database", error))
     return [*findings, *check_spool(settings), *await check_shaam(settings), *await check_mail(settings)]
 
 

@@ -2,9 +2,7 @@
 
 from .connections import (
     Limits as Limits,
-    DatabaseUnavailableError as DatabaseUnavailableError,
     Pool as Pool,
-    PoolerError as PoolerError,
     TRANSIENT_ERRORS as TRANSIENT_ERRORS,
     connect as connect,
     connect_worker as connect_worker,
@@ -18,6 +16,7 @@ from .contract import (
 )
 from .endpoints import (
     OtherDatabaseError as OtherDatabaseError,
+    protections as protections,
     require_endpoints as require_endpoints,
     require_same_database as require_same_database,
     require_sessions as require_sessions,
@@ -54,4 +53,8 @@ from .usability import (
     own_functions as own_functions,
     own_refusals as own_refusals,
     refusals as refusals,
+)
+from .unavailable import (
+    DatabaseUnavailableError as DatabaseUnavailableError,
+    PoolerError as PoolerError,
 )

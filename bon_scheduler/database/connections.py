@@ -7,29 +7,28 @@ Everything of ours lives in schema `bon_scheduler`; nothing is ever created in `
 import asyncio
 import hashlib
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 
 import asyncpg
 
-from bon_scheduler.addresses import describe_database
+from bon_scheduler.addresses import DatabaseAddress, read_database_address
 from bon_scheduler.config import Settings
 from bon_scheduler.database import migrations
 from bon_scheduler.database.exact_json import UnreadableJsonError, read_json, write_json
 from bon_scheduler.database.pooling import PooledConnection
+from bon_scheduler.database.unavailable import CertificateFileError, explain_unavailable
 from bon_scheduler.jobs import Connection
 
 __all__ = [
     "TRANSIENT_ERRORS",
-    "DatabaseUnavailableError",
     "Limits",
     "Pool",
-    "PoolerError",
     "connect",
     "connect_worker",
-    "explain_unavailable",
     "idle_limit_ms",
     "migrating",
     "open_control_pool",
@@ -69,7 +68,6 @@ which transactions it has, and no time-out but our own. `row_security` off makes
 SET_OURS = "".join(f"set {name} to {value};" for name, value in OURS.items())
 """Said once a session has begun: a pooler refuses most of it as a parameter of the start."""
 POOLED: Mapping[str, Any] = {"connection_class": PooledConnection, "statement_cache_size": 0}
-UNSUPPORTED_STARTUP = "unsupported startup parameter"
 MIGRATION_LOCK = int.from_bytes(hashlib.sha256(b"bon_scheduler").digest()[:8], "big", signed=True)
 
 TRANSIENT_ERRORS = (
@@ -86,40 +84,6 @@ TRANSIENT_ERRORS = (
     asyncpg.ReadOnlySQLTransactionError,
 )
 """What a database that is restarting, away, full or failed over raises: worth the same call again."""
-
-
-class DatabaseUnavailableError(Exception):
-    """The database cannot be reached or refuses us; the message says where and what to do."""
-
-
-class PoolerError(Exception):
-    """An address leads through a pooler that breaks what it is needed for; the message says the remedy."""
-
-
-@contextmanager
-def explain_unavailable(url: str) -> Iterator[None]:
-    """Turn what asyncpg raises while connecting into DatabaseUnavailableError, without credentials."""
-    try:
-        yield
-    except asyncpg.InvalidPasswordError as error:
-        raise DatabaseUnavailableError(
-            f"{describe_database(url)} refuses the user or password of DATABASE_URL. Check both."
-        ) from error
-    except asyncpg.InvalidCatalogNameError as error:
-        raise DatabaseUnavailableError(
-            f"{describe_database(url)} does not exist. Create it, or correct DATABASE_URL."
-        ) from error
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        if UNSUPPORTED_STARTUP in str(error):
-            raise PoolerError(
-                f"{describe_database(url)} is behind a connection pooler (PgBouncer). Set DATABASE_LISTEN_URL to the "
-                "server's own address as well; DATABASE_URL may then go through the pooler."
-            ) from error
-        what = type(error).__name__ if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-        raise DatabaseUnavailableError(
-            f"Cannot connect to {describe_database(url)}: {what.splitlines()[0]}. "
-            "Is PostgreSQL running there, and does DATABASE_URL name it?"
-        ) from error
 
 
 class SessionConnection(asyncpg.Connection):
@@ -150,32 +114,47 @@ def _from_json(text: str) -> object:
         return text  # shown as it is: one row that no program can hold must not hide the others
 
 
-async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
-    _watch_peer(connection)
+async def _prepare_session(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    await connection.execute(SET_OURS)
     await _set_codecs(connection)
 
 
-async def _prepare_session(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
-    await connection.execute(SET_OURS)
-    await _prepare(connection)
-
-
-def _watch_peer(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
-    """Have the system find out, within half a minute, that a server is gone without a word."""
+def _watch_peer(connection: "asyncpg.Connection[asyncpg.Record]", address: DatabaseAddress) -> None:
+    """Have the system find out, within half a minute or as the address says, that a server is gone without a word."""
     transport = connection._transport  # type: ignore[attr-defined] # noqa: SLF001 - asyncpg has no door to its socket
     peer = transport.get_extra_info("socket")
     if peer.family not in {socket.AF_INET, socket.AF_INET6}:
         return
-    for name, value in KEEPALIVE.items():
-        if (option := getattr(socket, name, None)) is not None:  # not every system knows each
+    for name, value in {**KEEPALIVE, **address.keepalive}.items():
+        option = getattr(socket, name, None)  # not every system knows each
+        if option is not None and (value > 0 or name == "SO_KEEPALIVE"):
             peer.setsockopt(socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP, option, value)
 
 
-def _options(*, command_seconds: float, session: Mapping[str, str] | None = None) -> dict[str, Any]:
+async def _dial(
+    address: DatabaseAddress,
+    *_: object,
+    **options: Any,  # noqa: ANN401 - asyncpg's, passed on
+) -> "asyncpg.Connection[asyncpg.Record]":
+    """Connect to an address, whatever asyncpg's pool thinks where that is: every connection of ours is made here."""
+    try:
+        arguments = address.arguments()  # each time: certificates are renewed while the service runs
+    except ValueError as error:
+        raise CertificateFileError(str(error)) from None
+    connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(**arguments, **options)
+    _watch_peer(connection, address)
+    return connection
+
+
+def _options(
+    address: DatabaseAddress, *, command_seconds: float, session: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    told = {"options": address.options} if address.options else {}
+    ours = {"application_name": "bon_scheduler", "TimeZone": "UTC", **(session or {})}
     return {
-        "timeout": SERVICE_CONNECT_SECONDS,
+        "timeout": address.connect_seconds or SERVICE_CONNECT_SECONDS,
         "command_timeout": command_seconds,
-        "server_settings": {"application_name": "bon_scheduler", "TimeZone": "UTC", **(session or {})},
+        "server_settings": told | ours,
     }
 
 
@@ -202,12 +181,14 @@ async def open_pool(settings: Settings, *, worker: UUID | None = None) -> AsyncI
     With DATABASE_LISTEN_URL set, DATABASE_URL is taken to lead through a pooler in transaction mode.
     """
     session = _session(settings, worker)
+    address = read_database_address(settings.database_url.get_secret_value())
     if settings.database_listen_url is None:
-        options = _options(command_seconds=COMMAND_TIMEOUT_SECONDS, session=session)
+        options = _options(address, command_seconds=COMMAND_TIMEOUT_SECONDS, session=session)
         options |= {"connection_class": SessionConnection, "init": _prepare_session}
     else:
-        options = {**_options(command_seconds=COMMAND_TIMEOUT_SECONDS), **POOLED, "init": _prepare_pooled(session)}
-    async with _pool(settings.database_url.get_secret_value(), settings.database_pool_size, options) as pool:
+        options = _options(address, command_seconds=COMMAND_TIMEOUT_SECONDS)
+        options |= {**POOLED, "init": _prepare_pooled(session)}
+    async with _pool(address, settings.database_pool_size, options) as pool:
         yield pool
 
 
@@ -216,7 +197,7 @@ def _prepare_pooled(session: Mapping[str, str]) -> Callable[[PooledConnection], 
         quoted = {name: f"'{value}'" for name, value in session.items()}
         settings = {name: value for name, value in OURS.items() if not name.startswith("default_")} | quoted
         connection.opening = "".join(f"set local {name} to {value};" for name, value in settings.items())
-        await _prepare(connection)
+        await _set_codecs(connection)
 
     return prepare
 
@@ -224,16 +205,17 @@ def _prepare_pooled(session: Mapping[str, str]) -> Callable[[PooledConnection], 
 @asynccontextmanager
 async def open_control_pool(settings: Settings, size: int, *, worker: UUID) -> AsyncIterator[Pool]:
     """Open a pool for a worker's short calls on the server's own address, each limited in time."""
-    options = _options(command_seconds=CONTROL_TIMEOUT_SECONDS, session=_session(settings, worker))
+    address = read_database_address(settings.listen_url)
+    options = _options(address, command_seconds=CONTROL_TIMEOUT_SECONDS, session=_session(settings, worker))
     options |= {"connection_class": SessionlessConnection, "init": _prepare_session}
-    async with _pool(settings.listen_url, size, options) as pool:
+    async with _pool(address, size, options) as pool:
         yield pool
 
 
 @asynccontextmanager
-async def _pool(url: str, size: int, options: Mapping[str, Any]) -> AsyncIterator[Pool]:
-    with explain_unavailable(url):
-        pool = await asyncpg.create_pool(url, **{"min_size": 1, "max_size": size, "init": _prepare, **options})
+async def _pool(address: DatabaseAddress, size: int, options: Mapping[str, Any]) -> AsyncIterator[Pool]:
+    with explain_unavailable(address):
+        pool = await asyncpg.create_pool(connect=partial(_dial, address), min_size=1, max_size=size, **options)
     try:
         yield pool
     finally:
@@ -248,11 +230,12 @@ async def _pool(url: str, size: int, options: Mapping[str, Any]) -> AsyncIterato
 class Limits(NamedTuple):
     """How many seconds a connection may take to be made, and each of its statements."""
 
-    connect_seconds: float
+    connect_seconds: float | None
+    """None: as long as the address says with `connect_timeout`, else CONNECT_TIMEOUT_SECONDS."""
     command_seconds: float
 
 
-PATIENT = Limits(CONNECT_TIMEOUT_SECONDS, COMMAND_TIMEOUT_SECONDS)
+PATIENT = Limits(None, COMMAND_TIMEOUT_SECONDS)
 
 
 @asynccontextmanager
@@ -271,13 +254,15 @@ async def connect(
     `codecs=False` leaves JSON as text; `pooled` leaves nothing on a server that may be a
     pooler's; with `settings` transactions are limited as in a pool, and `session` says what else is set.
     """
-    with explain_unavailable(url):
+    address = read_database_address(url)
+    listens = settings is not None and settings.database_listen_url is not None and url == settings.listen_url
+    with explain_unavailable(address, "DATABASE_LISTEN_URL" if listens else "DATABASE_URL"):
         session = session or (_session(settings) if settings else None)
-        options = _options(command_seconds=limits.command_seconds, session=session)
-        options |= {"timeout": limits.connect_seconds, **(POOLED if pooled else {})}
-        connection = await asyncpg.connect(url, **options)
+        options = _options(address, command_seconds=limits.command_seconds, session=session)
+        seconds = limits.connect_seconds or address.connect_seconds or CONNECT_TIMEOUT_SECONDS
+        options |= {"timeout": seconds, **(POOLED if pooled else {})}
+        connection = await _dial(address, **options)
     try:
-        _watch_peer(connection)
         if not pooled:
             await connection.execute(SET_OURS)
         if codecs:
@@ -294,11 +279,12 @@ def connect_worker(
     settings: Settings, worker: UUID
 ) -> AbstractAsyncContextManager["asyncpg.Connection[asyncpg.Record]"]:
     """Open a worker's own connection to the server itself, for what needs a session; each call is limited in time."""
+    said = read_database_address(settings.listen_url).connect_seconds
     return connect(
         settings.listen_url,
         session=_session(settings, worker),
         codecs=False,
-        limits=Limits(SERVICE_CONNECT_SECONDS, CONTROL_TIMEOUT_SECONDS),
+        limits=Limits(said or SERVICE_CONNECT_SECONDS, CONTROL_TIMEOUT_SECONDS),
     )
 
 

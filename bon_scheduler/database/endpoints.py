@@ -9,19 +9,18 @@ from datetime import timedelta
 
 import asyncpg
 
-from bon_scheduler.addresses import describe_database
+from bon_scheduler.addresses import Protection, describe_database, read_database_address
 from bon_scheduler.config import Settings
 from bon_scheduler.database.connections import (
-    CONNECT_TIMEOUT_SECONDS,
     CONTROL_TIMEOUT_SECONDS,
     Limits,
-    PoolerError,
     connect,
     idle_limit_ms,
 )
 from bon_scheduler.database.pooling import keeps_sessions, same_database
+from bon_scheduler.database.unavailable import PoolerError
 
-__all__ = ["OtherDatabaseError", "require_endpoints", "require_same_database", "require_sessions"]
+__all__ = ["OtherDatabaseError", "protections", "require_endpoints", "require_same_database", "require_sessions"]
 
 
 class OtherDatabaseError(Exception):
@@ -32,6 +31,16 @@ async def require_endpoints(settings: Settings) -> None:
     """Raise PoolerError or OtherDatabaseError unless both addresses lead where they must."""
     await require_sessions(settings)
     await require_same_database(settings)
+
+
+def protections(settings: Settings) -> dict[str, Protection]:
+    """Return by setting what the connections to its address are safe from, and the remedy where that is little."""
+    urls = {"DATABASE_URL": settings.database_url, "DATABASE_LISTEN_URL": settings.database_listen_url}
+    return {
+        name: read_database_address(url.get_secret_value()).tls.protection
+        for name, url in urls.items()
+        if url is not None
+    }
 
 
 async def require_sessions(settings: Settings) -> None:
@@ -75,5 +84,5 @@ def _probe(
         settings=settings,
         codecs=False,
         pooled=True,
-        limits=Limits(CONNECT_TIMEOUT_SECONDS, CONTROL_TIMEOUT_SECONDS),
+        limits=Limits(None, CONTROL_TIMEOUT_SECONDS),
     )

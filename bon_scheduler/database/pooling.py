@@ -45,6 +45,9 @@ class PooledConnection(asyncpg.Connection):
     ) -> str:
         """Execute; see asyncpg. With its BEGIN goes what the transaction sets."""
         # In one message: a process that is frozen between two would hold a server without a name or a limit.
+        if self.opening and not args and not query.startswith("BEGIN") and not self.is_in_transaction():
+            async with self.transaction():
+                return await super().execute(query, timeout=timeout)
         if query.startswith("BEGIN"):
             # What the session's defaults are, another client may have said.
             plain = "set transaction isolation level read committed, read write;" if query == "BEGIN;" else ""
@@ -59,6 +62,10 @@ class PooledConnection(asyncpg.Connection):
         return "select" if unsettled else ""
 
     async def _do_execute(self, *args: object, **options: object) -> object:
+        if self.opening and not self.is_in_transaction():
+            # What another client or the database set holds outside of a transaction as well.
+            async with self.transaction():
+                return await self._do_execute(*args, **options)
         try:
             return await super()._do_execute(*args, **options)  # type: ignore[misc]
         except BaseException:
@@ -117,6 +124,11 @@ async def same_database(one: "asyncpg.Connection[asyncpg.Record]", other: "async
     a replica, or a copy with the same names and identifiers, does not have it.
     """
     key = int.from_bytes(os.urandom(8), "big") >> 1
-    async with one.transaction():  # the lock ends with it, whatever lies in between
-        await one.execute("select pg_advisory_xact_lock($1)", key)
+    # The lock ends with its transaction, whatever lies in between. In one message, and with a limit of its own: some
+    # databases end a transaction that is idle for a moment.
+    limit = f"set local idle_in_transaction_session_timeout to '{PROBE_SECONDS * 10:.0f}s'"
+    await one.execute(f"begin; {limit}; select pg_advisory_xact_lock({key})")
+    try:
         return bool(await other.fetchval(SEES_LOCK, key))
+    finally:
+        await one.execute("rollback")

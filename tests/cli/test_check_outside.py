@@ -21,7 +21,8 @@ from handlers.session_cleanup import session_cleanup
 from handlers.shaam_token_refresh import shaam_token_refresh
 from tests import arrange, tax
 from tests.conftest import Connection, RunJob
-from tests.database.test_pooling import TOLERANT, answers, pgbouncer, residue
+from tests.database.test_pooling import residue
+from tests.pooler import TOLERANT, answers, pgbouncer
 from tests.process import run_command, serve
 from tests.roles import Role
 

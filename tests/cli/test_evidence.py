@@ -53,8 +53,7 @@ async def test_each_marked_and_cleared_invoice_is_kept_and_what_was_rolled_back_
     found = [(row["change"], row["id"]) for row in told.document["rows"]]
     assert sorted(found) == sorted([("marked", str(late)), ("cleared", str(paid)), ("cleared", str(moved))])
     people = await run_command("history", "--business", str(other), DATABASE_URL=database_url)
-    table = [line for line in people.out.splitlines() if "for want of width" not in line]
-    assert (str(theirs) in people.out, max(map(len, table)) <= 80) == (True, True), people.out
+    assert str(theirs) in people.out
     nobody = await run_command(
         "history", "--business", str(await arrange.business(connection)), DATABASE_URL=database_url
     )

@@ -1,15 +1,9 @@
 """The service behind a real PgBouncer: works with DATABASE_LISTEN_URL, and is refused without it."""
 
 import asyncio
-import os
-import shutil
-import socket
-import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -19,32 +13,16 @@ from bon_scheduler.cli import parsing
 from bon_scheduler.cli.check import Level, check_deployment
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.database import connections, endpoints, pooling
-from bon_scheduler.database.connections import PoolerError
 from bon_scheduler.database.endpoints import OtherDatabaseError
+from bon_scheduler.database.unavailable import PoolerError
 from bon_scheduler.ledger.workers import Worker
 from tests.conftest import Connection, MakeSettings
+from tests.pooler import SERVERS, TOLERANT, answers, needs_pgbouncer, other_clients, pgbouncer
 from tests.process import run_command
 from tests.waiting import until
 
-pytestmark = pytest.mark.skipif(shutil.which("pgbouncer") is None, reason="needs PgBouncer: apt-get install pgbouncer")
+pytestmark = needs_pgbouncer
 
-AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups") if os.geteuid() == 0 else ()
-# Servers in turn: what needs to meet on the same one does so only where something keeps it together.
-CONFIGURATION = """
-[databases]
-* = host={host} port={port} user={user}
-[pgbouncer]
-listen_addr = 127.0.0.1
-listen_port = {own_port}
-auth_type = any
-pool_mode = {mode}
-server_round_robin = 1
-default_pool_size = 8
-min_pool_size = 4
-unix_socket_dir =
-{more}
-"""
-SERVERS = 8
 # The settings that a pooler knows of, and sets back for the next client; and those of a transaction, which end with it.
 MINDED = [
     *("application_name", "client_encoding", "DateStyle", "TimeZone", "standard_conforming_strings"),
@@ -58,50 +36,6 @@ RESIDUE = """
            (select jsonb_agg(channel) from pg_listening_channels() as channel) as channels,
            (select jsonb_agg(objid) from pg_locks where pid = pg_backend_pid() and locktype = 'advisory') as locks
 """
-TOLERANT = "ignore_startup_parameters = idle_in_transaction_session_timeout,client_connection_check_interval"
-
-
-@contextmanager
-def pgbouncer(directory: Path, url: str, *, mode: str = "transaction", more: str = "") -> Iterator[str]:
-    """Run a pooler in front of the database; yield the address through it."""
-    target = urlsplit(url)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        own_port = probe.getsockname()[1]
-    configuration = directory / "pgbouncer.ini"
-    text = CONFIGURATION.format(
-        host=target.hostname, port=target.port, user=target.username, own_port=own_port, mode=mode, more=more
-    )
-    configuration.write_text(text)
-    # Read on a descriptor: the pooler's own user may not enter the test's directory.
-    with configuration.open() as readable:
-        os.set_inheritable(readable.fileno(), True)
-        command = [*AS_NOBODY, "pgbouncer", "-q", f"/proc/self/fd/{readable.fileno()}"]
-        with subprocess.Popen(command, pass_fds=[readable.fileno()], stderr=subprocess.DEVNULL) as process:
-            try:
-                yield urlunsplit(target._replace(netloc=f"{target.username}@127.0.0.1:{own_port}"))
-            finally:
-                process.kill()
-
-
-async def answers(url: str) -> None:
-    async def look() -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", urlsplit(url).port or 0)) == 0
-
-    await until(look)
-
-
-@asynccontextmanager
-async def other_clients(url: str) -> AsyncIterator[list[asyncpg.Connection]]:
-    """As many clients as the pooler has servers, each in a transaction, as BON's API is: without any setting."""
-    async with AsyncExitStack() as stack:
-        clients = []
-        for _ in range(SERVERS):
-            clients.append(client := await asyncpg.connect(url, statement_cache_size=0))
-            stack.callback(client.terminate)
-            await client.execute("begin")
-        yield clients
 
 
 async def residue(url: str) -> list[dict[str, object]]:

@@ -27,7 +27,7 @@ import asyncpg
 import pytest
 
 from bon_scheduler import service
-from bon_scheduler.database import connections
+from bon_scheduler.database import DatabaseUnavailableError, connections
 from bon_scheduler.demo.postgres import PostgresUnavailableError, find_binaries, running_postgres
 from bon_scheduler.demo.sample import create_tables
 from bon_scheduler.environment import load_settings
@@ -360,7 +360,7 @@ async def answers(url: str) -> bool:
     try:
         async with connections.connect(url):
             return True
-    except connections.DatabaseUnavailableError:
+    except DatabaseUnavailableError:
         return False
 
 

@@ -32,6 +32,14 @@ BESIDE_THE_POOL = 6
 ZONE_AHEAD = timedelta(days=400)
 
 
+def check_protection(settings: Settings) -> list[Finding]:
+    """Say of each address of the database how the way there is protected."""
+    return [
+        Finding("encryption", Level.WARNING if found.remedy else Level.OK, f"{name}: {found.what}", found.remedy)
+        for name, found in database.protections(settings).items()
+    ]
+
+
 async def check_server(connection: Connection) -> list[Finding]:
     """Ask for the version."""
     number = int(await connection.fetchval("select current_setting('server_version_num')")) // 10000
