@@ -6,7 +6,8 @@ asks for runs of this job instead, one a batch, which the replicas share. Nothin
 business: the second finds it claimed or refreshed.
 
 A business's failure, slowness or defect stays its own. Only the application's fault ends the run: it is tried a
-handful of times, flags nobody, and is reported once.
+handful of times, flags nobody, and is reported once. A token that is another business's is neither sent nor flagged:
+its business is counted as `foreign`, where there is one.
 """
 
 import asyncio
@@ -202,9 +203,10 @@ def with_paused(paused: int) -> dict[str, int]:
 
 
 def _count(results: Iterable[Result]) -> dict[str, int]:
-    """Count results by name, those that did not occur as 0."""
+    """Count results by name, those that did not occur as 0; foreign tokens only where there are any."""
     tally: Counter[str] = Counter(result.count for result in results)
-    return {"due": tally.total(), **{name: tally[name] for name in COUNTS}}
+    foreign = {"foreign": tally["foreign"]} if tally["foreign"] else {}
+    return {"due": tally.total(), **{name: tally[name] for name in COUNTS}} | foreign
 
 
 def _any_readable(cipher: "shaam.TokenCipher", stored: Iterable[str]) -> bool:

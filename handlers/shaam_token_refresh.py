@@ -82,6 +82,8 @@ async def shaam_token_refresh(ctx: JobContext, payload: RefreshTokens) -> Counts
         paused = await count_paused(connection, horizon)
     if ctx.get(Settings).shaam_mode is ShaamMode.MOCK:
         return await _mock(ctx, len(due), paused)
+    # Once for all batches: each business that meets a token which nobody has seen would ask for it otherwise.
+    await ctx.get(shaam.Rotator).census.take()
     if len(due) > MOST_FOR_ONE_RUN:
         return await _share_out(ctx, due, horizon, paused)
     return await end_run(ctx, await rotate(ctx, due), paused=paused)

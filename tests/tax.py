@@ -122,10 +122,17 @@ def ended(report: RunReport) -> tuple[str, Counts]:
 async def assert_secret(connection: Connection, simulator: ShaamSimulator, *texts: str) -> None:
     """Assert that neither these texts nor our schema hold a token, a fingerprint, or the client's id or secret."""
     dump = [*texts]
-    for table in ("runs", "attempts", "business_outcomes", "shaam_refreshes", "deliveries", "operator_actions"):
-        rows = await connection.fetch(f"select to_jsonb(t) - 'token_fingerprint' as row from bon_scheduler.{table} t")
+    tables = "runs", "attempts", "business_outcomes", "shaam_refreshes", "shaam_tokens", "deliveries", "operator_actions"
+    for table in tables:
+        rows = await connection.fetch(
+            f"select to_jsonb(t) - '{{token_fingerprint,fingerprint,sealed}}'::text[] as row from bon_scheduler.{table} t"
+        )
         dump.append(json.dumps([row["row"] for row in rows], ensure_ascii=False))
-    fingerprints = await connection.fetch("select token_fingerprint from bon_scheduler.shaam_refreshes")
+    fingerprints = await connection.fetch(
+        "select token_fingerprint from bon_scheduler.shaam_refreshes"
+        " union select fingerprint from bon_scheduler.shaam_tokens"
+        " union select sealed from bon_scheduler.shaam_tokens"
+    )
     stored = await connection.fetch(
         "select encrypted_access_token, encrypted_refresh_token from business_shaam_credentials"
     )

@@ -9,7 +9,7 @@ import structlog
 __all__ = ["Count", "Result", "not_called", "superseded", "waits"]
 
 log = structlog.get_logger()
-Count: TypeAlias = Literal["refreshed", "joined", "needs_reauth", "deferred", "failed"]
+Count: TypeAlias = Literal["refreshed", "joined", "needs_reauth", "deferred", "failed", "foreign"]
 
 
 @dataclass(frozen=True, slots=True)

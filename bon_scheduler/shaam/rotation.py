@@ -43,6 +43,7 @@ from bon_scheduler.shaam.client import (
     name_of,
 )
 from bon_scheduler.shaam.limiter import Limiter
+from bon_scheduler.shaam.ownership import Census, find_owner
 from bon_scheduler.shaam.refreshes import (
     CALL_TIMEOUT_SECONDS,
     Claimed,
@@ -75,6 +76,9 @@ SAVE_WAITS_SECONDS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SPOOLED_SAVE_WAITS_SECONDS = (0.25,)
 """Where a spool is, a process that dies meanwhile is the greater risk."""
 REFUSED = "not called: its new tokens are kept, and the database refuses them"
+SEVERAL_HOLD = (
+    "token.foreign: when the stored token was first seen, another row held it too, or it was stored as an access token"
+)
 COUNTED_AS: dict[State, Count] = {State.NEEDS_REAUTH: "needs_reauth", State.FAILED: "failed"}
 LOOK_AGAIN_SECONDS = 0.1
 JOIN_BEYOND_ANSWER_SECONDS = 15.0
@@ -100,6 +104,7 @@ class Rotator:
         self.cipher = TokenCipher(settings.shaam_encryption_key.get_secret_value())
         spool = None if settings.spool_dir is None else Spool(settings.spool_dir, self.cipher)
         self.breaker = Breaker()
+        self.census = Census(pool, self.cipher)
         self.unsaved = UnsavedTokens(pool, spool, clock)
         self._pool = pool
         self._shaam = shaam
@@ -236,6 +241,14 @@ class Rotator:
         return (await self._find_answer(exchange) if claimed.unanswered > 1 else None) or claimed
 
     async def _claim(self, exchange: Exchange) -> Claimed | Verdict:
+        begun = self.census.begun
+        claimed = await self._claim_once(exchange)
+        if claimed is not Verdict.UNKNOWN:
+            return claimed
+        await self.census.take(after=begun)
+        return await self._claim_once(exchange)
+
+    async def _claim_once(self, exchange: Exchange) -> Claimed | Verdict:
         async with asyncio.timeout(CALL_TIMEOUT_SECONDS), self._pool.acquire() as connection:
             return await refreshes.claim(
                 connection, exchange, lease=self._lease, spool=self._spool_id, patience=PATIENCE_WITH_SPOOL
@@ -259,6 +272,10 @@ class Rotator:
         match verdict:
             case Verdict.SUPERSEDED:
                 return superseded(business_id)
+            case Verdict.FOREIGN:
+                return await self._refuse_foreign(exchange)
+            case Verdict.UNKNOWN:
+                return waits(business_id, "its row changed while the ledger looked whose its token is")
             case Verdict.HELD:
                 return Result(business_id, "deferred", "kept", held=True)
             case Verdict.WAITS:
@@ -346,12 +363,19 @@ class Rotator:
         log.warning("token.needs_reauth", business_id=str(credential.business_id), reason=reason)
         return Result(credential.business_id, "needs_reauth", "failed", reason)
 
-    async def _report(self, business_id: UUID, event: str, text: str) -> Result:
+    async def _refuse_foreign(self, exchange: Exchange) -> Result:
+        """Leave a token alone that is not this business's: nobody's is spent, and nobody is flagged."""
+        async with asyncio.timeout(CALL_TIMEOUT_SECONDS), self._pool.acquire() as connection:
+            owner = await find_owner(connection, exchange.fingerprint)
+        text = SEVERAL_HOLD if owner is None else f"token.foreign: the stored token is business {owner}'s"
+        return await self._report(exchange.credential.business_id, "token.foreign", text, "foreign")
+
+    async def _report(self, business_id: UUID, event: str, text: str, count: Count = "failed") -> Result:
         """Report what a person must mend before the business can be called."""
         log.error(event, business_id=str(business_id), reason=text)
         async with self._pool.acquire() as connection:
             await refreshes.note(connection, business_id, State.FAILED, text)
-        return Result(business_id, "failed", "failed", text)
+        return Result(business_id, count, "failed", text)
 
     async def _settle(self, exchange: Exchange, end: End) -> None:
         """End an exchange that brought no tokens. Where the database fails, its lease runs out instead."""

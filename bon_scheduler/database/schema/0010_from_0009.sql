@@ -36,3 +36,26 @@ create index runs_held on runs (worker, job) where state = 'running';
 
 drop table pgqueuer, pgqueuer_log, pgqueuer_schedules, pgqueuer_statistics;
 drop type if exists pgqueuer_status, pgqueuer_statistics_status;
+
+create table shaam_tokens (
+    fingerprint bytea primary key,
+    business_id uuid,
+    sealed      bytea,
+    known_since timestamptz not null default now(),
+    seen_at     timestamptz not null default now()
+);
+comment on table shaam_tokens is
+    'One row a refresh token: whose it is. It was first seen in that business''s row, or given for one of its tokens.';
+comment on column shaam_tokens.fingerprint is 'A keyed SHA-256 of the token.';
+comment on column shaam_tokens.business_id is 'Null: several rows held it when it was first seen, so it is nobody''s.';
+comment on column shaam_tokens.sealed is 'The SHA-256 of the stored text it was last seen as; null: not seen since an upgrade.';
+comment on column shaam_tokens.seen_at is
+    'When it was registered, or last found in another row. It is forgotten some days later, unless its business has it still.';
+create index shaam_tokens_sealed on shaam_tokens (sealed);
+create index shaam_tokens_by_age on shaam_tokens (seen_at);
+-- What was sent last by several businesses is nobody's.
+insert into shaam_tokens (fingerprint, business_id)
+select token_fingerprint, case when count(*) = 1 then (array_agg(business_id))[1] end
+  from shaam_refreshes
+ where token_fingerprint is not null
+ group by token_fingerprint;

@@ -263,3 +263,20 @@ comment on column shaam_refreshes.failures is 'In a row.';
 comment on column shaam_refreshes.next_attempt_at is 'Not tried by schedule before.';
 comment on column shaam_refreshes.silent_until is 'Not tried at all before: the authority asked for it (Retry-After).';
 create index shaam_refreshes_spool on shaam_refreshes (spool) where spool is not null;
+
+create table shaam_tokens (
+    fingerprint bytea primary key,
+    business_id uuid,
+    sealed      bytea,
+    known_since timestamptz not null default now(),
+    seen_at     timestamptz not null default now()
+);
+comment on table shaam_tokens is
+    'One row a refresh token: whose it is. It was first seen in that business''s row, or given for one of its tokens.';
+comment on column shaam_tokens.fingerprint is 'A keyed SHA-256 of the token.';
+comment on column shaam_tokens.business_id is 'Null: several rows held it when it was first seen, so it is nobody''s.';
+comment on column shaam_tokens.sealed is 'The SHA-256 of the stored text it was last seen as; null: not seen since an upgrade.';
+comment on column shaam_tokens.seen_at is
+    'When it was registered, or last found in another row. It is forgotten some days later, unless its business has it still.';
+create index shaam_tokens_sealed on shaam_tokens (sealed);
+create index shaam_tokens_by_age on shaam_tokens (seen_at);
