@@ -12,7 +12,7 @@ unknown and takes another. Looked at are only rows whose text is not the one tha
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 from uuid import UUID
 
@@ -50,7 +50,8 @@ REGISTER = """
     insert into bon_scheduler.shaam_tokens as t (fingerprint, business_id, sealed)
     select * from unnest($1::bytea[], $2::uuid[], $3::bytea[]) order by 1
     on conflict (fingerprint) do update
-       set business_id = case when t.business_id = excluded.business_id or t.known_since <> now() then t.business_id end,
+       set business_id = case when t.known_since <> now() or t.business_id = excluded.business_id then t.business_id
+                         end,
            sealed = case when t.business_id = excluded.business_id then excluded.sealed else t.sealed end,
            seen_at = now()
 """
@@ -92,7 +93,7 @@ class Census:
                     await self._register(connection, rows)
             self._done = number
 
-    async def _register(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    async def _register(self, connection: Connection, rows: Iterable[Any]) -> None:
         holders: dict[bytes, set[UUID]] = defaultdict(set)
         sealed: dict[bytes, bytes] = {}
         never: set[bytes] = set()

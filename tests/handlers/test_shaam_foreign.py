@@ -1,4 +1,4 @@
-"""A token belongs to its business: in another's row it is sent by nobody, and nobody is flagged or written to for it."""
+"""A token belongs to its business: in another's row nobody sends it, and nobody is flagged or written to for it."""
 
 import asyncio
 import importlib
