@@ -12,7 +12,7 @@ import bon_scheduler
 ROOT = Path(__file__).parents[1]
 MODULES = [path for top in ("bon_scheduler", "handlers", "health") for path in (ROOT / top).rglob("*.py")]
 STUBS = [path for top in ("bon_scheduler", "handlers") for path in (ROOT / top).rglob("__init__.pyi")]
-MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS, MOST_AT_THE_TOP = 400, 60, 6, 12
+MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS, MOST_AT_THE_TOP = 400, 60, 6, 13
 DECLARED_BY_FIELDS = {"job"}
 """A decorator whose parameters are the fields of `Job`."""
 
