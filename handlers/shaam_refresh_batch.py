@@ -85,6 +85,7 @@ READ_SAMPLE = """
 
 AT_ONCE = timedelta(0)
 COUNTS = ("refreshed", "joined", "needs_reauth", "deferred", "failed")
+RARE_COUNTS = ("foreign", "braked")
 
 
 class RefreshBatch(Payload):
@@ -123,9 +124,9 @@ async def count_paused(connection: Connection, horizon: datetime) -> int:
     return int(await connection.fetchval(COUNT_PAUSED, horizon))
 
 
-async def rotate(ctx: JobContext, due: Sequence[UUID]) -> list[Result]:
+async def rotate(ctx: JobContext, due: Sequence[UUID], *, braked: bool = False) -> list[Result]:
     """
-    Refresh each of these, SHAAM_CONCURRENCY at a time; return what became of each.
+    Refresh each of these, SHAAM_CONCURRENCY at a time; return what became of each. One is, while consent is `braked`.
 
     Raises NeverRetryError where no stored token at all can be opened: then nobody is called.
     """
@@ -149,7 +150,7 @@ async def rotate(ctx: JobContext, due: Sequence[UUID]) -> list[Result]:
     await rotator.prepare()
     tell = teller(ctx)
     answers = await asyncio.gather(
-        *(rotator.rotate(credential, tell) for credential in credentials), return_exceptions=True
+        *(rotator.rotate(credential, tell, on_demand=braked) for credential in credentials), return_exceptions=True
     )
     return [
         _failure(credential.business_id, answer) if isinstance(answer, BaseException) else answer
@@ -203,10 +204,10 @@ def with_paused(paused: int) -> dict[str, int]:
 
 
 def _count(results: Iterable[Result]) -> dict[str, int]:
-    """Count results by name, those that did not occur as 0; foreign tokens only where there are any."""
+    """Count results by name, those that did not occur as 0, unless they are rare."""
     tally: Counter[str] = Counter(result.count for result in results)
-    foreign = {"foreign": tally["foreign"]} if tally["foreign"] else {}
-    return {"due": tally.total(), **{name: tally[name] for name in COUNTS}} | foreign
+    rare = {name: tally[name] for name in RARE_COUNTS if tally[name]}
+    return {"due": tally.total(), **{name: tally[name] for name in COUNTS}} | rare
 
 
 def _any_readable(cipher: "shaam.TokenCipher", stored: Iterable[str]) -> bool:

@@ -68,7 +68,7 @@ CLAIM = """
             or r.spool is null
             or r.spool = excluded.spool
             or r.lease_until <= clock_timestamp() - $7::interval)
-       and (r.state <> 'refreshed' or r.token_fingerprint is distinct from excluded.token_fingerprint)
+       and (r.state not in ('refreshed', 'spent') or r.token_fingerprint is distinct from excluded.token_fingerprint)
     returning unanswered, failures
 """
 
@@ -84,6 +84,7 @@ FIND_REFUSAL = """
                 when t.business_id is distinct from $1 then 'foreign'
                 when r.holder is not null and r.lease_until > clock_timestamp() then 'held'
                 when r.state = 'refreshed' and r.token_fingerprint = $3 then 'spent'
+                when r.state = 'spent' and r.token_fingerprint = $3 then 'braked'
                 else 'waits' end
       from (select $1::uuid as business_id) asked
       left join bon_scheduler.shaam_refreshes r on r.business_id = asked.business_id
@@ -158,7 +159,7 @@ SETTLE = """
            holder = null,
            lease_until = null,
            spool = null,
-           unanswered = case when $3 = 'needs_reauth' then 0 when $4 then greatest(unanswered - 1, 0)
+           unanswered = case when $3 in ('needs_reauth', 'spent') then 0 when $4 then greatest(unanswered - 1, 0)
                              else unanswered end,
            failures = failures + case when $5::interval is null then 0 else 1 end,
            next_attempt_at = clock_timestamp() + greatest($5::interval, $6::interval),
@@ -196,6 +197,8 @@ class State(StrEnum):
 
     SENDING = "sending"
     REFRESHED = "refreshed"
+    SPENT = "spent"
+    """The authority says so; whether its owner is asked is not decided yet."""
     NEEDS_REAUTH = "needs_reauth"
     DEFERRED = "deferred"
     FAILED = "failed"
@@ -214,6 +217,8 @@ class Verdict(StrEnum):
     """Another exchange of this business is under way."""
     SPENT = "spent"
     """An earlier refresh spent this token, and somebody wrote it over its successor."""
+    BRAKED = "braked"
+    """The authority called this token spent, and its owner is not asked yet, or the brake on consent holds."""
     WAITS = "waits"
     """An answer to it may lie in the spool of a replica that is not there just now."""
 

@@ -238,7 +238,8 @@ insert into mail_gate default values;
 
 create table shaam_refreshes (
     business_id        uuid primary key,
-    state              text not null check (state in ('sending', 'refreshed', 'needs_reauth', 'deferred', 'failed')),
+    state              text not null check (state in ('sending', 'refreshed', 'spent', 'needs_reauth', 'deferred',
+                                                      'failed')),
     holder             uuid,
     lease_until        timestamptz,
     token_fingerprint  bytea,
@@ -280,3 +281,30 @@ comment on column shaam_tokens.seen_at is
     'When it was registered, or last found in another row. It is forgotten some days later, unless its business has it still.';
 create index shaam_tokens_sealed on shaam_tokens (sealed);
 create index shaam_tokens_by_age on shaam_tokens (seen_at);
+
+create table consent_brake (
+    only_one       boolean primary key default true check (only_one),
+    run            uuid,
+    since          timestamptz not null default clock_timestamp(),
+    due            integer not null default 0,
+    flagged        integer not null default 0,
+    spent          integer not null default 0,
+    unlimited      boolean not null default false,
+    braked_at      timestamptz,
+    reason         text,
+    allowed        boolean not null default false,
+    released_at    timestamptz,
+    released_by    text,
+    release_reason text
+);
+comment on table consent_brake is
+    'One row: how many grants the authority calls spent in a run of all replicas, and whether owners are asked at all. '
+    'Lock it BEFORE BON''s credentials.';
+comment on column consent_brake.run is 'The scheduled run whose answers are counted; null: only what was asked on demand.';
+comment on column consent_brake.since is 'When counting began.';
+comment on column consent_brake.due is 'How many businesses that run had to refresh.';
+comment on column consent_brake.flagged is 'Of those that are spent.';
+comment on column consent_brake.unlimited is 'A person released the brake for this run.';
+comment on column consent_brake.braked_at is 'Null while owners are asked.';
+comment on column consent_brake.allowed is 'A person released the brake for the run that comes next.';
+insert into consent_brake default values;
