@@ -171,7 +171,7 @@ async def test_a_backup_of_bons_rows_alone_asks_ten_and_calls_nobody(
     await refresh()
     requests = bon.simulator.requests
     await connection.execute(
-        "update business_shaam_credentials c set encrypted_refresh_token = b.encrypted_refresh_token, updated_at = now()"
+        "update business_shaam_credentials c set encrypted_refresh_token = b.encrypted_refresh_token"
         "  from backup b where b.business_id = c.business_id"
     )
     await again(refresh, bon)
