@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from bon_scheduler.addresses import fault_of_host, fault_of_web_address, read_database_address
+from bon_scheduler.files import fault_of_shared_directory
 
 __all__ = ["LOOPBACK_HOSTS", "ClientAuth", "LogFormat", "LogLevel", "Settings", "ShaamMode", "SmtpTls"]
 
@@ -74,6 +76,12 @@ class LogLevel(StrEnum):
     INFO = "info"
     WARNING = "warning"
     ERROR = "error"
+
+
+def _is_guessable(key: bytes) -> bool:
+    """Return whether it has few different bytes, or they rise or fall by the same step, as no random key's do."""
+    steps = {(after - before) % 256 for before, after in pairwise(key)}
+    return len(set(key)) <= len(key) // 2 or len(steps) == 1
 
 
 def _zone(value: object) -> ZoneInfo:
@@ -162,7 +170,8 @@ class Settings(BaseSettings):
     shaam_mode: ShaamMode = ShaamMode.MOCK
     """Which of the authority's systems is called. `mock` calls nobody and changes nothing."""
     shaam_encryption_key: SecretStr | None = None
-    """The key with which BON encrypts tokens, 64 hexadecimal characters."""
+    """The key with which BON encrypts tokens, 64 hexadecimal characters, random: zeros, sequences and examples are
+    refused."""
     shaam_client_id: SecretStr | None = None
     """BON's id at the authority."""
     shaam_client_secret: SecretStr | None = None
@@ -177,7 +186,8 @@ class Settings(BaseSettings):
     """How long to wait for an answer; keep it below `SHUTDOWN_SECONDS`."""
     spool_dir: Path | None = None
     """A directory where rotated tokens wait, encrypted, that the database does not take: on a persistent volume, of
-    this replica or shared. Unset: they are in memory only."""
+    this replica or shared. It belongs to this user or root, and only they and a group of this process may write it.
+    Unset: they are in memory only."""
 
     deadman_urls: Mapping[str, SecretStr] = Field(default_factory=dict, exclude=True)
     """Pinged after each success of the job, `/start` and `/fail` beside it (healthchecks.io's convention); without `?`
@@ -234,6 +244,12 @@ class Settings(BaseSettings):
             text = value.get_secret_value()
             if len(text) != KEY_LENGTH_HEX or not all(c in "0123456789abcdefABCDEF" for c in text):
                 raise ValueError(f"must be 64 hexadecimal characters (32 bytes), has {len(text)} characters")
+            if _is_guessable(bytes.fromhex(text)):
+                raise ValueError(
+                    "must be random; this is one that anybody would try (a few bytes again and again, a sequence, an "
+                    "example). Make one with: python3 -c 'import secrets; print(secrets.token_hex(32))'. BON must "
+                    "encrypt with it, and seal the tokens it has with it, first"
+                )
         return value
 
     @field_validator("shaam_token_url")
@@ -255,6 +271,8 @@ class Settings(BaseSettings):
             raise ValueError("must be a directory that exists, on a persistent volume")
         if value is not None and not os.access(value, os.R_OK | os.W_OK | os.X_OK):
             raise ValueError("must be a directory this process can read and write")
+        if value is not None and (what := fault_of_shared_directory(value)):
+            raise ValueError(what)
         return value
 
     @property

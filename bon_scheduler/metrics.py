@@ -70,6 +70,8 @@ class Metrics:
         self.shaam_min_ttl = gauge("shaam_token_min_ttl_seconds", text)
         self.shaam_needs_reauth = gauge("shaam_needs_reauth", "Active businesses whose owner must consent again")
         self.shaam_failing = gauge("shaam_failing", "Active businesses whose last refresh failed")
+        text = "1 while owners are not asked to consent again: too many grants are spent for it to be their doing"
+        self.consent_braked = gauge("bon_consent_braked", text)
 
     def shaam_answered(self, result: str, seconds: float) -> None:
         """Account for one request to the tax authority."""

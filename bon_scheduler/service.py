@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import structlog
 
@@ -148,7 +147,7 @@ async def _report_unusable(pool: Pool) -> None:
 
 @asynccontextmanager
 async def dry_runner(
-    settings: Settings, *, clock: Clock | None = None, out: Path | None = None
+    settings: Settings, *, clock: Clock | None = None, out: int | None = None
 ) -> AsyncIterator[DryRunner]:
     """Make dry runs for the duration of the context: nothing is opened but the database, and this is no worker."""
     await require_endpoints(settings)

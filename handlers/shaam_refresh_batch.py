@@ -6,7 +6,8 @@ asks for runs of this job instead, one a batch, which the replicas share. Nothin
 business: the second finds it claimed or refreshed.
 
 A business's failure, slowness or defect stays its own. Only the application's fault ends the run: it is tried a
-handful of times, flags nobody, and is reported once.
+handful of times, flags nobody, and is reported once. A token that is another business's is neither sent nor flagged:
+its business is counted as `foreign`, where there is one.
 """
 
 import asyncio
@@ -84,6 +85,7 @@ READ_SAMPLE = """
 
 AT_ONCE = timedelta(0)
 COUNTS = ("refreshed", "joined", "needs_reauth", "deferred", "failed")
+RARE_COUNTS = ("foreign", "braked")
 
 
 class RefreshBatch(Payload):
@@ -122,9 +124,9 @@ async def count_paused(connection: Connection, horizon: datetime) -> int:
     return int(await connection.fetchval(COUNT_PAUSED, horizon))
 
 
-async def rotate(ctx: JobContext, due: Sequence[UUID]) -> list[Result]:
+async def rotate(ctx: JobContext, due: Sequence[UUID], *, braked: bool = False) -> list[Result]:
     """
-    Refresh each of these, SHAAM_CONCURRENCY at a time; return what became of each.
+    Refresh each of these, SHAAM_CONCURRENCY at a time; return what became of each. One is, while consent is `braked`.
 
     Raises NeverRetryError where no stored token at all can be opened: then nobody is called.
     """
@@ -148,7 +150,7 @@ async def rotate(ctx: JobContext, due: Sequence[UUID]) -> list[Result]:
     await rotator.prepare()
     tell = teller(ctx)
     answers = await asyncio.gather(
-        *(rotator.rotate(credential, tell) for credential in credentials), return_exceptions=True
+        *(rotator.rotate(credential, tell, on_demand=braked) for credential in credentials), return_exceptions=True
     )
     return [
         _failure(credential.business_id, answer) if isinstance(answer, BaseException) else answer
@@ -202,9 +204,10 @@ def with_paused(paused: int) -> dict[str, int]:
 
 
 def _count(results: Iterable[Result]) -> dict[str, int]:
-    """Count results by name, those that did not occur as 0."""
+    """Count results by name, those that did not occur as 0, unless they are rare."""
     tally: Counter[str] = Counter(result.count for result in results)
-    return {"due": tally.total(), **{name: tally[name] for name in COUNTS}}
+    rare = {name: tally[name] for name in RARE_COUNTS if tally[name]}
+    return {"due": tally.total(), **{name: tally[name] for name in COUNTS}} | rare
 
 
 def _any_readable(cipher: "shaam.TokenCipher", stored: Iterable[str]) -> bool:

@@ -9,6 +9,7 @@ How a token is rotated without being lost is in `bon_scheduler.shaam.rotation`; 
 application's own fault does, in `shaam_refresh_batch`.
 """
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -29,7 +30,7 @@ from bon_scheduler.jobs import (
     RetryLaterError,
     job,
 )
-from bon_scheduler.shaam import Credential, find_standing
+from bon_scheduler.shaam import Credential, Result, find_standing
 from handlers.shaam_refresh_batch import (
     COUNTS,
     RefreshBatch,
@@ -82,9 +83,27 @@ async def shaam_token_refresh(ctx: JobContext, payload: RefreshTokens) -> Counts
         paused = await count_paused(connection, horizon)
     if ctx.get(Settings).shaam_mode is ShaamMode.MOCK:
         return await _mock(ctx, len(due), paused)
+    # Once for all batches: each business that meets a token which nobody has seen would ask for it otherwise.
+    await ctx.get(shaam.Rotator).census.take()
+    async with ctx.transaction() as tx:
+        brake = await shaam.begin_run(tx, ctx.run_id, due=len(due), tell=teller(ctx))
+        if brake.since is not None:
+            due = await shaam.choose_one(tx, due)
     if len(due) > MOST_FOR_ONE_RUN:
         return await _share_out(ctx, due, horizon, paused)
-    return await end_run(ctx, await rotate(ctx, due), paused=paused)
+    results = await rotate(ctx, due, braked=brake.since is not None)
+    async with ctx.transaction() as tx:
+        if brake.since is not None and any(result.count == "refreshed" for result in results):
+            await shaam.release_after_success(tx)
+        flagged = await shaam.end_run(tx, tell=teller(ctx))
+    return await end_run(ctx, [_as_flagged(result, flagged) for result in results], paused=paused)
+
+
+def _as_flagged(result: Result, flagged: set[UUID]) -> Result:
+    """Tell of a business whose owner was asked only at the end of the run."""
+    if result.business_id not in flagged:
+        return result
+    return replace(result, count="needs_reauth", outcome="failed")
 
 
 def _horizon(ctx: JobContext) -> datetime:

@@ -120,6 +120,7 @@ class Probes:
         self.metrics.shaam_min_ttl.set(math.nan if ttl is None else ttl)
         self.metrics.shaam_needs_reauth.set(summary.needs_reauth)
         self.metrics.shaam_failing.set(summary.failing)
+        self.metrics.consent_braked.set((await shaam.consent_brake(connection)).since is not None)
 
     async def watch_loop(self) -> None:
         """Measure, once a second, how late the event loop wakes a sleeper."""

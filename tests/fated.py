@@ -8,7 +8,7 @@ real simulator over HTTP; only the doors it goes through are watched.
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -170,9 +170,15 @@ class FatedShaam(Shaam):
 
 
 class FatedSpool(Spool):
-    def __init__(self, directory: Path, fate: Fate) -> None:
+    def __init__(self, directory: Path, fate: Fate, unreadable: Collection[Path]) -> None:
         super().__init__(directory, CIPHER)
         self._fate = fate
+        self._unreadable = unreadable
+
+    def _open(self, path: Path) -> str | None:
+        if path in self._unreadable:  # a file's permissions would not stop root
+            raise PermissionError(13, "Permission denied")
+        return super()._open(path)
 
     def write(self, text: str) -> None:
         self._fate.step()
@@ -206,6 +212,8 @@ class Replica:
     spool: Path | None
     fate: Fate = field(default_factory=Fate)
     worker: Worker = field(default_factory=Worker)
+    unreadable: set[Path] = field(default_factory=set)
+    """Files of the spool that this process may not read."""
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
     _shaam: FatedShaam | None = None
     _rotator: Rotator | None = None
@@ -228,7 +236,7 @@ class Replica:
         )
         self._rotator.breaker.seconds = self.seconds
         if self.spool is not None:
-            spool = FatedSpool(self.spool, self.fate)
+            spool = FatedSpool(self.spool, self.fate, self.unreadable)
             self._rotator.unsaved._spool, self._rotator._spool_id = spool, spool.id
         await self._stack.enter_async_context(self._rotator.running())
 

@@ -18,7 +18,7 @@ from tests.conftest import Connection
 
 Refresh: TypeAlias = Callable[..., Coroutine[Any, Any, RunReport]]
 
-KEY = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
+KEY = "aae24849842d7082b66f57ce8270bd04da2c39ffb97df22803c270983032c4e5"
 CIPHER = TokenCipher(KEY)
 CLIENT_ID = "client-id-of-bon"
 CLIENT_SECRET = "client-s3cret-of-bon"
@@ -122,10 +122,24 @@ def ended(report: RunReport) -> tuple[str, Counts]:
 async def assert_secret(connection: Connection, simulator: ShaamSimulator, *texts: str) -> None:
     """Assert that neither these texts nor our schema hold a token, a fingerprint, or the client's id or secret."""
     dump = [*texts]
-    for table in ("runs", "attempts", "business_outcomes", "shaam_refreshes", "deliveries", "operator_actions"):
-        rows = await connection.fetch(f"select to_jsonb(t) - 'token_fingerprint' as row from bon_scheduler.{table} t")
+    tables = (
+        "runs",
+        "attempts",
+        "business_outcomes",
+        "shaam_refreshes",
+        "shaam_tokens",
+        "deliveries",
+        "operator_actions",
+    )
+    for table in tables:
+        row = "to_jsonb(t) - '{token_fingerprint,fingerprint,sealed}'::text[]"
+        rows = await connection.fetch(f"select {row} as row from bon_scheduler.{table} t")
         dump.append(json.dumps([row["row"] for row in rows], ensure_ascii=False))
-    fingerprints = await connection.fetch("select token_fingerprint from bon_scheduler.shaam_refreshes")
+    fingerprints = await connection.fetch(
+        "select token_fingerprint from bon_scheduler.shaam_refreshes"
+        " union select fingerprint from bon_scheduler.shaam_tokens"
+        " union select sealed from bon_scheduler.shaam_tokens"
+    )
     stored = await connection.fetch(
         "select encrypted_access_token, encrypted_refresh_token from business_shaam_credentials"
     )

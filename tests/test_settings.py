@@ -1,5 +1,11 @@
 """Settings, read in this process: what is refused, how it is said, and what is not refused."""
 
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import asyncpg
@@ -197,3 +203,82 @@ NO_PLACES = ["right/Asia/Jerusalem", "posix/UTC", "localtime", "posixrules", "Fa
 def test_a_zone_that_is_no_place_is_refused(zone: str) -> None:
     with pytest.raises(SettingsError, match="IANA name"):
         read(BON_TIMEZONE=zone)
+
+
+# owner, group, mode, and what is said. The groups of this process end with the one that is given for it.
+SPOOLS = [
+    (None, None, 0o700, None),
+    (None, None, 0o755, None),
+    (None, "ours", 0o2770, None),
+    (None, "ours", 0o2775, None),
+    (None, "theirs", 0o2750, None),
+    (None, "theirs", 0o2770, "must not be writable by a group this process is not in"),
+    (None, None, 0o777, "must not be writable by everybody"),
+    (None, None, 0o1777, "must not be writable by everybody"),
+    (None, "ours", 0o2777, "must not be writable by everybody"),
+    (65534, None, 0o700, "must belong to the user this process runs as, or to root"),
+    (65534, "ours", 0o2770, "must belong to the user this process runs as, or to root"),
+]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="directories of others are root's to make")
+@pytest.mark.parametrize(("owner", "group", "mode", "says"), SPOOLS)
+def test_a_spool_that_others_may_write_is_refused(
+    tmp_path: Path, owner: int | None, group: str | None, mode: int, says: str | None
+) -> None:
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    os.chown(spool, owner or 0, {"ours": os.getgid(), "theirs": 54321, None: 0}[group])
+    spool.chmod(mode)
+    if says is None:
+        assert read(SPOOL_DIR=str(spool)).spool_dir == spool
+        return
+    (fault,) = faults(SPOOL_DIR=str(spool))
+    assert fault.startswith(f"SPOOL_DIR: {says}")
+    assert str(spool) in fault
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="users and groups are root's to choose")
+def test_a_volume_that_kubernetes_mounts_with_a_group_is_taken_by_who_is_in_that_group() -> None:
+    """It is root's, and the process runs as a user whose only way in is the group: here in a process of its own."""
+    code = """if True:
+        import os, sys
+        from pathlib import Path
+        from bon_scheduler.files import fault_of_shared_directory
+        os.setgroups([2000])
+        os.setgid(65532)
+        os.setuid(65532)
+        print(fault_of_shared_directory(Path(sys.argv[1])))
+        Path(sys.argv[1], "x").touch()
+    """
+    with tempfile.TemporaryDirectory() as name:
+        os.chown(name, 0, 2000)
+        Path(name).chmod(0o2770)
+        told = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=False)
+    assert told.stdout.strip() == "None", told.stderr
+    assert told.returncode == 0, told.stderr
+
+
+ASCENDING = bytes(range(32))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [bytes(32), b"\xff" * 32, b"\xab" * 32, ASCENDING, bytes(reversed(ASCENDING)), bytes(range(0, 256, 8)),
+     bytes(n % 256 for n in range(240, 272)), b"\xde\xad\xbe\xef" * 8, bytes.fromhex("0123456789abcdef" * 4),
+     bytes.fromhex("00112233445566778899aabbccddeeff" * 2), bytes(31) + b"\x01", bytes(16) + ASCENDING[:16]],
+    ids=bytes.hex,
+)  # fmt: skip
+@pytest.mark.parametrize("write", [bytes.hex, lambda key: key.hex().upper()])
+def test_a_key_that_anybody_would_try_is_refused_with_how_to_make_one(
+    key: bytes, write: Callable[[bytes], str]
+) -> None:
+    (fault,) = faults(SHAAM_ENCRYPTION_KEY=write(key))
+    assert fault.startswith("SHAAM_ENCRYPTION_KEY: must be random")
+    assert "secrets.token_hex(32)" in fault
+    assert key.hex() not in fault.lower()
+
+
+def test_no_random_key_is_refused() -> None:
+    for _ in range(1000):
+        read(SHAAM_ENCRYPTION_KEY=secrets.token_hex(32))

@@ -4,8 +4,8 @@ import difflib
 import getpass
 import os
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from bon_scheduler import database, declared, ledger
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.config import Settings
 from bon_scheduler.database import UnreadableJsonError, read_json, require_endpoints, require_schema, write_json
+from bon_scheduler.files import open_private_directory
 from bon_scheduler.jobs import AnyJob, Connection, Payload, explain_payload
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "parse_instant",
     "parse_span",
     "person",
+    "private_directory",
     "read_key",
     "read_payload",
     "read_reason",
@@ -167,6 +169,26 @@ def make_directory(option: str, path: Path) -> Path:
     if not usable:
         raise UsageError(f'{option} "{path}" cannot be written to. Give another.')
     return path
+
+
+@contextmanager
+def private_directory(option: str, path: Path) -> Iterator[int]:
+    """Open a directory in which nobody else may write, made if it is not there; raises UsageError."""
+    remedy = "Give another, or one that is not there yet."
+    try:
+        descriptor = open_private_directory(path)
+    except ValueError as error:
+        raise UsageError(f'{option} "{path}" {error}, and what is written there is for you alone. {remedy}') from error
+    except OSError as error:
+        raise UsageError(
+            f'{option} "{path}" cannot be used: {error.strerror}. Links are not followed. {remedy}'
+        ) from error
+    try:
+        if not os.access(".", os.W_OK | os.X_OK, dir_fd=descriptor):
+            raise UsageError(f'{option} "{path}" cannot be written to. {remedy}')
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def type_payload(job: AnyJob, value: Mapping[str, Any]) -> Payload:

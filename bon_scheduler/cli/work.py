@@ -14,10 +14,10 @@ from bon_scheduler.cli.parsing import (
     DONE,
     HELD,
     find_job,
-    make_directory,
     parse_instant,
     parse_span,
     person,
+    private_directory,
     read_key,
     read_payload,
     read_reason,
@@ -91,8 +91,10 @@ async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOn
     )
     letters = 0
     if told.dry_run:
-        directory = None if out is None else make_directory("--out", out)
-        async with service.dry_runner(settings, clock=clocks, out=directory) as dry_runner:
+        async with AsyncExitStack() as stack:
+            directory = None if out is None else stack.enter_context(private_directory("--out", out))
+            runner = service.dry_runner(settings, clock=clocks, out=directory)
+            dry_runner = await stack.enter_async_context(runner)
             result = await dry_runner.run(order)
         letters = dry_runner.kept.total()
     else:

@@ -8,6 +8,7 @@ real deployment can reach it, and nothing outside this process tree is left behi
 """
 
 import asyncio
+import secrets
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
@@ -33,7 +34,8 @@ from bon_scheduler.shaam import TokenCipher
 __all__ = ["run_demo"]
 
 JOBS = ("overdue-detection", "draft-cleanup", "session-cleanup", "shaam-token-refresh")
-KEY = "00112233445566778899aabbccddeeff" * 2
+KEY = secrets.token_hex(32)
+"""Of this demo alone: the next one makes the database anew."""
 CLIENT = {"SHAAM_CLIENT_ID": "demo-client", "SHAAM_CLIENT_SECRET": "demo-secret"}
 LOOK_AGAIN_SECONDS = 0.05
 LONGEST_SECONDS = 60

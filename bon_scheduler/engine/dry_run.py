@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
-from pathlib import Path
 from uuid import UUID, uuid4
 
 import structlog
@@ -24,6 +23,7 @@ from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.database import Pool
 from bon_scheduler.engine.context import AttemptContext
 from bon_scheduler.engine.run_once import Order, RunReport
+from bon_scheduler.files import write_private
 from bon_scheduler.jobs import AnyJob, BusinessOutcome, Connection, Counts, Cron, HeldError, Job, P, Payload
 from bon_scheduler.ledger import DryRun, Row, RunRef
 from bon_scheduler.log import describe_error
@@ -44,7 +44,7 @@ class DryMailer:
     settings: Settings
     pool: Pool
     clock: Clock
-    out: Path | None
+    out: int | None
     kept: Counter[str]
     """How many letters were written to `out`, by kind."""
 
@@ -61,13 +61,13 @@ class DryMailer:
         return Delivery.LOGGED if self.settings.smtp_host is None else Delivery.SENT
 
 
-def _keep(directory: Path, letter: Letter, settings: Settings, now: datetime) -> None:
-    """Write a letter as .html, .txt and .eml; its name holds no address."""
+def _keep(directory: int, letter: Letter, settings: Settings, now: datetime) -> None:
+    """Write a letter as .html, .txt and .eml, for its reader alone; its name holds no address."""
     who = recipient_hash(letter.business_id, letter.recipient)[:8]
     name = f"{letter.kind}-{letter.as_of}-{letter.business_id}-{who}"
-    directory.joinpath(f"{name}.html").write_text(letter.html, encoding="utf-8")
-    directory.joinpath(f"{name}.txt").write_text(letter.text, encoding="utf-8")
-    directory.joinpath(f"{name}.eml").write_bytes(write(letter, settings, now=now).content)
+    write_private(directory, f"{name}.html", letter.html.encode())
+    write_private(directory, f"{name}.txt", letter.text.encode())
+    write_private(directory, f"{name}.eml", write(letter, settings, now=now).content)
 
 
 @dataclass(slots=True)
@@ -148,8 +148,8 @@ class DryRunner:
     settings: Settings
     clock: Clock
     schedules: Mapping[str, Cron]
-    out: Path | None
-    """Where letters are kept as files; None: nowhere."""
+    out: int | None
+    """The opened directory where letters are kept as files; None: nowhere."""
     kept: Counter[str] = field(default_factory=Counter)
     """How many were, by kind."""
 

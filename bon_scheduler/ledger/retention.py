@@ -20,6 +20,8 @@ __all__ = ["BATCH", "PRUNERS", "Horizon", "mark_horizon"]
 BATCH = 2000
 """Rows deleted in one transaction: a fraction of a second's work."""
 OUTCOMES_KEPT = timedelta(days=60)
+SPENT_TOKENS_KEPT = timedelta(days=7)
+"""A business's token changes a hundred times a day, and one in another's row is met at its next refresh."""
 
 # In all: $1 now: timestamptz, as this worker believes; the database's clock holds it back, so that one clock
 # that is far ahead forgets nothing.
@@ -86,6 +88,28 @@ PRUNE_OUTCOMES = """
     )
     select count(*) from pruned
 """
+# $2 kept: interval, $3 rows: int. Index: shaam_tokens_by_age. What is still in its business's row stays, and what was
+# nobody's, otherwise the last row that holds it would count as its owner.
+PRUNE_TOKENS = """
+    with old as (
+        select t.fingerprint
+          from bon_scheduler.shaam_tokens t
+         where t.seen_at < least($1, clock_timestamp()) - $2::interval
+           and t.business_id is not null
+           and not exists (select from public.business_shaam_credentials c
+                            where c.business_id = t.business_id
+                              and sha256(convert_to(c.encrypted_refresh_token, 'UTF8')) = t.sealed)
+         order by t.seen_at
+         limit $3
+           for update skip locked
+    ), pruned as (
+        delete from bon_scheduler.shaam_tokens t
+         using old
+         where t.fingerprint = old.fingerprint
+        returning 1
+    )
+    select count(*) from pruned
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +142,7 @@ PRUNERS: Mapping[str, Pruner] = MappingProxyType(
         "deliveries": _pruner(PRUNE_DELIVERIES, lambda horizon: horizon.runs_kept),
         "outcomes": _pruner(PRUNE_OUTCOMES, lambda horizon: min(OUTCOMES_KEPT, horizon.runs_kept)),
         "runs": _pruner(PRUNE_RUNS, lambda horizon: horizon.runs_kept),
+        "tokens": _pruner(PRUNE_TOKENS, lambda _: SPENT_TOKENS_KEPT),
     }
 )
 """By the name it is counted under."""

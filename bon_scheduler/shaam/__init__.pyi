@@ -7,15 +7,24 @@ from .cipher import (
 from .client import (
     Shaam as Shaam,
 )
+from .consent import (
+    ConsentBrake as ConsentBrake,
+    begin_run as begin_run,
+    choose_one as choose_one,
+    consent_brake as consent_brake,
+    end_run as end_run,
+    release_after_success as release_after_success,
+    release_consent_brake as release_consent_brake,
+)
 from .refreshes import (
     Credential as Credential,
 )
 from .results import (
     Result as Result,
+    Tell as Tell,
 )
 from .rotation import (
     Rotator as Rotator,
-    Tell as Tell,
 )
 from .spool import (
     count_files as count_files,

@@ -3,8 +3,9 @@ The ledger of SHAAM refreshes: who is at a business's tokens, what was sent, and
 
 It must survive a worker that dies or freezes at any statement, beside others that do the same. So a token is
 sent only by whoever has committed a claim: a lease on the business, and the intent to send this very token. A
-claim is refused while another's lease lasts; for a token that is known to be spent; and for one whose answer may
-lie in another replica's spool, until that replica says it does not, or its patience is over.
+claim is refused while another's lease lasts; for a token that is not known to be this business's (`ownership`); for
+one that is known to be spent; and for one whose answer may lie in another replica's spool, until that replica says it
+does not, or its patience is over.
 
 Saving is not fenced: what the authority has done is done. It is a compare-and-set on the token that was sent, as
 it is stored, so that a consent or a rotation that came meanwhile is never overwritten by an older token.
@@ -39,7 +40,8 @@ __all__ = [
 CALL_TIMEOUT_SECONDS = 10.0
 
 # $1 business, $2 the refresh token to send, as stored, $3 its fingerprint, $4 the exchange: uuid, $5 lease:
-# interval, $6 our spool: uuid or null, $7 patience with another's spool: interval. Index: shaam_refreshes_pkey.
+# interval, $6 our spool: uuid or null, $7 patience with another's spool: interval. Index: shaam_refreshes_pkey,
+# shaam_tokens_pkey.
 # `for share` waits for whoever is changing the credentials and looks at what they become: otherwise a claim that
 # began before a save committed would send the token that the save replaced.
 CLAIM = """
@@ -50,6 +52,7 @@ CLAIM = """
      where c.business_id = $1
        and c.encrypted_refresh_token = $2
        and c.needs_reauth = false
+       and exists (select from bon_scheduler.shaam_tokens t where t.fingerprint = $3 and t.business_id = $1)
        for share of c
     on conflict (business_id) do update
        set state = 'sending',
@@ -65,23 +68,27 @@ CLAIM = """
             or r.spool is null
             or r.spool = excluded.spool
             or r.lease_until <= clock_timestamp() - $7::interval)
-       and (r.state <> 'refreshed' or r.token_fingerprint is distinct from excluded.token_fingerprint)
+       and (r.state not in ('refreshed', 'spent') or r.token_fingerprint is distinct from excluded.token_fingerprint)
     returning unanswered, failures
 """
 
 # Why a claim was refused. $1 business, $2 the refresh token, as stored, $3 its fingerprint. Index:
-# shaam_refreshes_pkey.
+# shaam_refreshes_pkey, shaam_tokens_pkey. Whose it is BEFORE what this business did last, which says nothing of it.
 FIND_REFUSAL = """
     select case when not exists (select from public.business_shaam_credentials c
                                   where c.business_id = $1
                                     and c.encrypted_refresh_token = $2
                                     and c.needs_reauth = false)
                 then 'superseded'
+                when t.fingerprint is null then 'unknown'
+                when t.business_id is distinct from $1 then 'foreign'
                 when r.holder is not null and r.lease_until > clock_timestamp() then 'held'
                 when r.state = 'refreshed' and r.token_fingerprint = $3 then 'spent'
+                when r.state = 'spent' and r.token_fingerprint = $3 then 'braked'
                 else 'waits' end
       from (select $1::uuid as business_id) asked
       left join bon_scheduler.shaam_refreshes r on r.business_id = asked.business_id
+      left join bon_scheduler.shaam_tokens t on t.fingerprint = $3
 """
 
 # Whether a claim stands: an answer that is saved late ends it. $1 business, $2 the exchange.
@@ -117,6 +124,12 @@ SAVE = """
           from (select count(*) from saved) first
          where r.business_id = $1
            and r.token_fingerprint = $7
+    ), known as (
+        insert into bon_scheduler.shaam_tokens as t (fingerprint, business_id, sealed)
+        select $9, business_id, sha256(convert_to($4, 'UTF8')) from saved
+        on conflict (fingerprint) do update
+           set sealed = excluded.sealed, seen_at = excluded.seen_at
+         where t.business_id = excluded.business_id
     )
     select exists (select from saved)
 """
@@ -146,7 +159,7 @@ SETTLE = """
            holder = null,
            lease_until = null,
            spool = null,
-           unanswered = case when $3 = 'needs_reauth' then 0 when $4 then greatest(unanswered - 1, 0)
+           unanswered = case when $3 in ('needs_reauth', 'spent') then 0 when $4 then greatest(unanswered - 1, 0)
                              else unanswered end,
            failures = failures + case when $5::interval is null then 0 else 1 end,
            next_attempt_at = clock_timestamp() + greatest($5::interval, $6::interval),
@@ -184,6 +197,8 @@ class State(StrEnum):
 
     SENDING = "sending"
     REFRESHED = "refreshed"
+    SPENT = "spent"
+    """The authority says so; whether its owner is asked is not decided yet."""
     NEEDS_REAUTH = "needs_reauth"
     DEFERRED = "deferred"
     FAILED = "failed"
@@ -194,10 +209,16 @@ class Verdict(StrEnum):
 
     SUPERSEDED = "superseded"
     """The row holds another token by now, or none, or its owner is already asked."""
+    UNKNOWN = "unknown"
+    """Nobody has seen this token yet, so that nobody knows whose it is."""
+    FOREIGN = "foreign"
+    """The token is another business's, or several rows held it when it was first seen."""
     HELD = "held"
     """Another exchange of this business is under way."""
     SPENT = "spent"
     """An earlier refresh spent this token, and somebody wrote it over its successor."""
+    BRAKED = "braked"
+    """The authority called this token spent, and its owner is not asked yet, or the brake on consent holds."""
     WAITS = "waits"
     """An answer to it may lie in the spool of a replica that is not there just now."""
 

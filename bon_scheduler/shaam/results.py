@@ -1,15 +1,20 @@
 """What became of one business when its token was to be exchanged, as runs count and record it."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 from uuid import UUID
 
 import structlog
 
-__all__ = ["Count", "Result", "not_called", "superseded", "waits"]
+from bon_scheduler.jobs import Connection
+
+__all__ = ["Count", "Result", "Tell", "braked", "not_called", "superseded", "waits"]
 
 log = structlog.get_logger()
-Count: TypeAlias = Literal["refreshed", "joined", "needs_reauth", "deferred", "failed"]
+Count: TypeAlias = Literal["refreshed", "joined", "needs_reauth", "deferred", "failed", "foreign", "braked"]
+Tell: TypeAlias = Callable[[Connection, UUID], Awaitable[None]]
+"""Called in the transaction that flags a business."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,11 @@ class Result:
 def not_called(business_id: UUID, reason: str) -> Result:
     """Leave it for later, for a reason that lies elsewhere."""
     return Result(business_id, "deferred", "failed", f"not called: {reason}", called=False)
+
+
+def braked(business_id: UUID, reason: str) -> Result:
+    """Leave its owner alone until it is known whether the run's spent grants are few."""
+    return Result(business_id, "braked", "kept", f"nobody is asked to consent yet: {reason}")
 
 
 def waits(business_id: UUID, text: str) -> Result:

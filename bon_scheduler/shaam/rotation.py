@@ -13,22 +13,21 @@ network's flag nobody. No connection to the database is held while the authority
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 from uuid import UUID, uuid4
 
-import asyncpg
 import structlog
 
 from bon_scheduler.clock import Clock, seconds_since_boot
 from bon_scheduler.config import Settings
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool
-from bon_scheduler.jobs import Connection, Retry
+from bon_scheduler.jobs import Retry
 from bon_scheduler.log import describe_error
 from bon_scheduler.metrics import Metrics
-from bon_scheduler.shaam import refreshes
+from bon_scheduler.shaam import consent, refreshes
 from bon_scheduler.shaam.breaker import Breaker
 from bon_scheduler.shaam.cipher import TokenCipher, UnreadableTokenError
 from bon_scheduler.shaam.client import (
@@ -42,7 +41,9 @@ from bon_scheduler.shaam.client import (
     Transient,
     name_of,
 )
+from bon_scheduler.shaam.consent import Asked
 from bon_scheduler.shaam.limiter import Limiter
+from bon_scheduler.shaam.ownership import Census, find_owner
 from bon_scheduler.shaam.refreshes import (
     CALL_TIMEOUT_SECONDS,
     Claimed,
@@ -53,15 +54,12 @@ from bon_scheduler.shaam.refreshes import (
     State,
     Verdict,
 )
-from bon_scheduler.shaam.results import Count, Result, not_called, superseded, waits
+from bon_scheduler.shaam.results import Count, Result, Tell, braked, not_called, superseded, waits
 from bon_scheduler.shaam.spool import Spool
 from bon_scheduler.shaam.standing import find_standing
-from bon_scheduler.shaam.unsaved import UnsavedTokens
+from bon_scheduler.shaam.unsaved import UnsavedTokens, persist
 
-__all__ = ["Rotator", "Tell"]
-
-Tell: TypeAlias = Callable[[Connection, UUID], Awaitable[None]]
-"""Called in the transaction that flags a business."""
+__all__ = ["Rotator"]
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -75,6 +73,13 @@ SAVE_WAITS_SECONDS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SPOOLED_SAVE_WAITS_SECONDS = (0.25,)
 """Where a spool is, a process that dies meanwhile is the greater risk."""
 REFUSED = "not called: its new tokens are kept, and the database refuses them"
+SEVERAL_HOLD = (
+    "token.foreign: when the stored token was first seen, another row held it too, or it was stored as an access token"
+)
+WAITS_BECAUSE = {
+    Verdict.UNKNOWN: "its row changed while the ledger looked whose its token is",
+    Verdict.WAITS: "an answer to an earlier request may lie in the spool of a replica that is not there",
+}
 COUNTED_AS: dict[State, Count] = {State.NEEDS_REAUTH: "needs_reauth", State.FAILED: "failed"}
 LOOK_AGAIN_SECONDS = 0.1
 JOIN_BEYOND_ANSWER_SECONDS = 15.0
@@ -100,6 +105,9 @@ class Rotator:
         self.cipher = TokenCipher(settings.shaam_encryption_key.get_secret_value())
         spool = None if settings.spool_dir is None else Spool(settings.spool_dir, self.cipher)
         self.breaker = Breaker()
+        self.census = Census(pool, self.cipher)
+        self.braked = False
+        """Whether the brake on consent held when this process looked last."""
         self.unsaved = UnsavedTokens(pool, spool, clock)
         self._pool = pool
         self._shaam = shaam
@@ -132,6 +140,8 @@ class Rotator:
         """
         await self.unsaved.recover()
         await self.unsaved.rehearse()
+        async with self._pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
+            self.braked = (await consent.consent_brake(connection)).since is not None
 
     async def rotate(self, credential: Credential, tell: Tell, *, on_demand: bool = False) -> Result:
         """Wait for a turn and exchange one business's token, once; cancelled, what was sent is seen to its end."""
@@ -181,7 +191,7 @@ class Rotator:
 
     async def _exchange(self, credential: Credential, tell: Tell, limiter: Limiter, stopped: asyncio.Event) -> Result:
         business_id = credential.business_id
-        if (reason := self._why_not()) is not None:
+        if (reason := self._why_not(limiter)) is not None:
             return not_called(business_id, reason)
         if self.unsaved.holds(credential):
             return await self._report(business_id, "token.refused", REFUSED)
@@ -197,7 +207,9 @@ class Rotator:
         async with limiter.request() as turn:
             # Frozen meanwhile, this process must not send: its lease may be another's soon.
             late = seconds_since_boot() - began > self._lease.total_seconds() / 2
-            reason = "its run was stopped" if late or stopped.is_set() else self._why_not() or self.breaker.admit()
+            reason = (
+                "its run was stopped" if late or stopped.is_set() else self._why_not(limiter) or self.breaker.admit()
+            )
             answer = await self._send(token) if reason is None else None
             turn.refused = isinstance(answer, Misconfigured)
         if answer is None:
@@ -212,8 +224,10 @@ class Rotator:
         self.breaker.note(answer)
         return answer
 
-    def _why_not(self) -> str | None:
-        """Return why nobody may be called now."""
+    def _why_not(self, limiter: Limiter) -> str | None:
+        """Return why nobody may be called now; one business at a time may while the brake on consent holds."""
+        if self.braked and limiter is self._scheduled:
+            return "the brake on consent holds"
         if self.stopping.is_set():
             return "this process is stopping"
         if self.unsaved.unsafe:
@@ -236,6 +250,14 @@ class Rotator:
         return (await self._find_answer(exchange) if claimed.unanswered > 1 else None) or claimed
 
     async def _claim(self, exchange: Exchange) -> Claimed | Verdict:
+        begun = self.census.begun
+        claimed = await self._claim_once(exchange)
+        if claimed is not Verdict.UNKNOWN:
+            return claimed
+        await self.census.take(after=begun)
+        return await self._claim_once(exchange)
+
+    async def _claim_once(self, exchange: Exchange) -> Claimed | Verdict:
         async with asyncio.timeout(CALL_TIMEOUT_SECONDS), self._pool.acquire() as connection:
             return await refreshes.claim(
                 connection, exchange, lease=self._lease, spool=self._spool_id, patience=PATIENCE_WITH_SPOOL
@@ -259,11 +281,14 @@ class Rotator:
         match verdict:
             case Verdict.SUPERSEDED:
                 return superseded(business_id)
+            case Verdict.FOREIGN:
+                return await self._refuse_foreign(exchange)
+            case Verdict.BRAKED:
+                return braked(business_id, "the authority calls its grant spent")
             case Verdict.HELD:
                 return Result(business_id, "deferred", "kept", held=True)
-            case Verdict.WAITS:
-                text = "an answer to an earlier request may lie in the spool of a replica that is not there"
-                return waits(business_id, text)
+            case Verdict.UNKNOWN | Verdict.WAITS:
+                return waits(business_id, WAITS_BECAUSE[verdict])
             case Verdict.SPENT:
                 text = "an earlier refresh spent this token, and something wrote it over its successor"
                 return await self._ask_for_consent(exchange, text, tell)
@@ -309,7 +334,7 @@ class Rotator:
             self._clock.now(),
         )
         try:
-            saved = await _persist(lambda: self.unsaved.save(rotated), self._save_waits)
+            saved = await persist(lambda: self.unsaved.save(rotated), self._save_waits)
         except Exception as error:  # noqa: BLE001 - whatever it was, the tokens exist nowhere else
             if await self.unsaved.keep(rotated):
                 return Result(business_id, "refreshed", "done")
@@ -322,36 +347,40 @@ class Rotator:
 
     async def _ask_for_consent(self, exchange: Exchange, reason: str, tell: Tell) -> Result:
         """Flag the business, unless its owner consented, or another rotation was saved, meanwhile."""
-        credential = exchange.credential
+        business_id = exchange.credential.business_id
 
-        async def write() -> bool:
+        async def write() -> Asked:
             async with (
                 asyncio.timeout(CALL_TIMEOUT_SECONDS),
                 self._pool.acquire() as connection,
                 connection.transaction(),
             ):
-                newly = await refreshes.flag(connection, credential)
-                # Flagged before: by the same write, whose answer was lost, or by another replica.
-                flagged = newly or await refreshes.is_flagged(connection, credential)
-                if newly:
-                    await tell(connection, credential.business_id)
-                state = State.NEEDS_REAUTH if flagged else State.DEFERRED
-                await refreshes.settle(connection, exchange, End(state=state, unspent=False, error=reason))
-                if flagged:
-                    await refreshes.note(connection, credential.business_id, state, reason)
-                return flagged
+                return await consent.ask(connection, exchange, reason, tell)
 
-        if not await _persist(write, SAVE_WAITS_SECONDS):
-            return superseded(credential.business_id)
-        log.warning("token.needs_reauth", business_id=str(credential.business_id), reason=reason)
-        return Result(credential.business_id, "needs_reauth", "failed", reason)
+        asked = await persist(write, SAVE_WAITS_SECONDS)
+        self.braked = asked.braked
+        match asked.state:
+            case State.NEEDS_REAUTH:
+                log.warning("token.needs_reauth", business_id=str(business_id), reason=reason)
+                return Result(business_id, "needs_reauth", "failed", reason)
+            case State.SPENT:
+                return braked(business_id, reason)
+            case _:
+                return superseded(business_id)
 
-    async def _report(self, business_id: UUID, event: str, text: str) -> Result:
+    async def _refuse_foreign(self, exchange: Exchange) -> Result:
+        """Leave a token alone that is not this business's: nobody's is spent, and nobody is flagged."""
+        async with asyncio.timeout(CALL_TIMEOUT_SECONDS), self._pool.acquire() as connection:
+            owner = await find_owner(connection, exchange.fingerprint)
+        text = SEVERAL_HOLD if owner is None else f"token.foreign: the stored token is business {owner}'s"
+        return await self._report(exchange.credential.business_id, "token.foreign", text, "foreign")
+
+    async def _report(self, business_id: UUID, event: str, text: str, count: Count = "failed") -> Result:
         """Report what a person must mend before the business can be called."""
         log.error(event, business_id=str(business_id), reason=text)
         async with self._pool.acquire() as connection:
             await refreshes.note(connection, business_id, State.FAILED, text)
-        return Result(business_id, "failed", "failed", text)
+        return Result(business_id, count, "failed", text)
 
     async def _settle(self, exchange: Exchange, end: End) -> None:
         """End an exchange that brought no tokens. Where the database fails, its lease runs out instead."""
@@ -360,15 +389,3 @@ class Rotator:
                 await refreshes.settle(connection, exchange, end)
         except TRANSIENT_ERRORS as trouble:
             log.warning("token.unsettled", error=describe_error(trouble))
-
-
-async def _persist(write: Callable[[], Awaitable[T]], waits_seconds: tuple[float, ...]) -> T:
-    """Write what the authority has already done, again while the database does not take it."""
-    for wait_seconds in waits_seconds:
-        try:
-            return await write()
-        # Any refusal by the database is tried again: the tokens exist nowhere else.
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            log.warning("token.save_failed", error=type(error).__name__, retry_in_seconds=wait_seconds)
-        await asyncio.sleep(wait_seconds)
-    return await write()

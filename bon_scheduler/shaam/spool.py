@@ -6,7 +6,8 @@ to a hidden file, synced, renamed into place, and the directory synced; only the
 after the database has committed what it says, so it may be found again afterwards: whoever applies it must
 recognise that. A file is sealed with the key of the tokens. One that cannot be opened with that key is kept
 aside (`.corrupt`) and reported; one that was sealed with another key waits where it is for its key, and one that
-cannot be read at all for whoever lets it be read.
+cannot be read at all for whoever lets it be read. What has an entry's name and is no file (a FIFO, a link, a
+device, a directory), or is longer than any entry, is kept aside without being opened: it holds up no other.
 
 The directory may be shared by replicas or be each one's own; `id`, a file in it, says which.
 """
@@ -20,6 +21,7 @@ from uuid import UUID, uuid4
 
 import structlog
 
+from bon_scheduler.files import OWNER_ONLY, WrongFileError, read_file
 from bon_scheduler.shaam.cipher import TokenCipher, UnreadableTokenError
 
 __all__ = ["Spool", "SpoolCounts", "count_files"]
@@ -28,7 +30,8 @@ log = structlog.get_logger()
 MAGIC = "bon-spool-1"
 ENTRY, HALF, CORRUPT = ".entry", ".half", ".corrupt"
 ID_FILE = ".spool-id"
-OWNER_ONLY = 0o600
+MOST_BYTES = 4 * 1024 * 1024
+"""Many times what the longest answer of the authority takes, sealed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +86,25 @@ class Spool:
         _sync_directory(self._directory)
 
     def put_aside(self, path: Path, reason: str) -> None:
-        """Keep a file that nobody can use for a person to look at."""
-        kept = path.rename(path.with_suffix(CORRUPT))
-        log.error("spool.corrupt", file=kept.name, reason=reason)
+        """Keep what nobody can use for a person to look at."""
+        try:
+            kept = _put_aside(path)
+        except OSError as error:
+            self._report("spool.corrupt", path, f"{reason}; and it cannot be kept aside ({error.strerror})")
+        else:
+            log.error("spool.corrupt", file=kept.name, reason=reason)
 
     def _paths(self) -> list[Path]:
         return [path for path in self._directory.iterdir() if path.suffix in {ENTRY, HALF}]
 
     def _open(self, path: Path) -> str | None:
         try:
-            words = path.read_text("ascii", "replace").split()
+            words = read_file(path, MOST_BYTES).decode("ascii", "replace").split()
         except FileNotFoundError:
             return None  # another replica was faster
+        except WrongFileError as error:
+            self.put_aside(path, str(error))
+            return None
         match words:
             case [magic, key_id, _] if magic == MAGIC and key_id != self._cipher.key_id:
                 self._report("spool.foreign", path, "sealed with another SHAAM_ENCRYPTION_KEY")
@@ -124,23 +134,41 @@ def count_files(directory: Path) -> SpoolCounts:
 def _identify(directory: Path) -> UUID:
     """Read the directory's identity; the first to come gives it one."""
     path = directory / ID_FILE
-    if not path.exists():
-        half = directory / f".{uuid4().hex}.new"
-        _write_synced(half, str(uuid4()).encode())
-        try:
-            # Linked, not renamed: of two that come at once, the second must not replace what the first has read.
-            path.hardlink_to(half)
-        except FileExistsError:
-            pass
-        finally:
-            half.unlink()
-        _sync_directory(directory)
-    return UUID(path.read_text("ascii").strip())
+    try:
+        return _read_id(path)
+    except FileNotFoundError:
+        pass
+    except (WrongFileError, ValueError):
+        with suppress(FileNotFoundError):  # another replica was faster
+            kept = _put_aside(path)
+            # Intents that name the old identity wait for as long as for a replica that is not there.
+            log.error("spool.corrupt", file=kept.name, reason="it is not the spool's identity")  # noqa: TRY400 - expected
+    half = directory / f".{uuid4().hex}.new"
+    _write_synced(half, str(uuid4()).encode())
+    try:
+        # Linked, not renamed: of two that come at once, the second must not replace what the first has read.
+        path.hardlink_to(half)
+    except FileExistsError:
+        pass
+    finally:
+        half.unlink()
+    _sync_directory(directory)
+    return _read_id(path)
+
+
+def _read_id(path: Path) -> UUID:
+    """Read the identity. Raises FileNotFoundError, WrongFileError, and ValueError for what is none."""
+    return UUID(read_file(path, MOST_BYTES).decode("ascii").strip())
+
+
+def _put_aside(path: Path) -> Path:
+    """Rename what cannot be used so that nothing is in its way, whatever it is."""
+    return path.rename(path.with_name(f"{path.stem}-{uuid4().hex[:8]}{CORRUPT}"))
 
 
 def _age(path: Path) -> float:
     try:
-        return path.stat().st_mtime
+        return path.lstat().st_mtime
     except FileNotFoundError:
         return 0.0
 

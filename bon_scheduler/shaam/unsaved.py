@@ -10,11 +10,11 @@ reported, and holds up nobody but its own business, whose spent token must not b
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -28,8 +28,9 @@ from bon_scheduler.shaam import refreshes
 from bon_scheduler.shaam.refreshes import CALL_TIMEOUT_SECONDS, Credential, Rotated
 from bon_scheduler.shaam.spool import Spool
 
-__all__ = ["UnsavedTokens"]
+__all__ = ["UnsavedTokens", "persist"]
 
+T = TypeVar("T")
 log = structlog.get_logger()
 OFFER_SECONDS = 2.0
 LAST_OFFER_SECONDS = 5.0
@@ -180,6 +181,18 @@ class UnsavedTokens:
             log.warning("unsaved.failed", error=describe_error(error))
         for credential in self._in_memory:
             log.critical("token.lost", business_id=str(credential.business_id))
+
+
+async def persist(write: Callable[[], Awaitable[T]], waits_seconds: tuple[float, ...]) -> T:
+    """Write what the authority has already done, again while the database does not take it."""
+    for wait_seconds in waits_seconds:
+        try:
+            return await write()
+        # Any refusal by the database is tried again: the tokens exist nowhere else.
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            log.warning("token.save_failed", error=type(error).__name__, retry_in_seconds=wait_seconds)
+        await asyncio.sleep(wait_seconds)
+    return await write()
 
 
 def _as_text(rotated: Rotated) -> str:

@@ -135,6 +135,17 @@ async def test_an_upgrade_loses_no_run_and_keeps_what_waits_for_its_time(old: Co
     assert keys["tick"] == (None, "nightly")
 
 
+async def test_an_upgrade_knows_whose_the_tokens_are_that_were_sent_last(old: Connection, settings: Settings) -> None:
+    sent = {UUID(int=1): b"one", UUID(int=2): b"two", UUID(int=3): b"two", UUID(int=4): None}
+    insert = (
+        "insert into bon_scheduler.shaam_refreshes (business_id, state, token_fingerprint) values ($1, 'failed', $2)"
+    )
+    await old.executemany(insert, list(sent.items()))
+    await service.prepare(settings)
+    known = await old.fetch("select fingerprint, business_id from bon_scheduler.shaam_tokens")
+    assert {row["fingerprint"]: row["business_id"] for row in known} == {b"one": UUID(int=1), b"two": None}
+
+
 async def test_what_an_old_replica_had_is_run_again_once_it_is_gone(old: Connection, settings: Settings) -> None:
     await old.execute(FILL.format(worker=OLD_WORKER))
     ran: list[UUID] = []

@@ -8,6 +8,7 @@ from pydantic import SecretStr
 from bon_scheduler.config import ClientAuth, Settings, ShaamMode
 from bon_scheduler.demo.shaam_simulator import WITHOUT_ROTATION, Misbehaviour, ShaamSimulator, shaam_simulator
 from bon_scheduler.shaam.client import Ambiguous, Answer, Misconfigured, NeedsReauth, Refreshed, Shaam, Transient
+from tests.tax import KEY
 
 KINDS: dict[Misbehaviour, type[Answer]] = {
     Misbehaviour.INVALID_GRANT: NeedsReauth,
@@ -44,7 +45,7 @@ async def refresh(simulator: ShaamSimulator, token: str, **changes: object) -> A
     values: dict[str, object] = {
         "database_url": SecretStr("postgresql://nobody@localhost/none"),
         "shaam_mode": ShaamMode.SANDBOX,
-        "shaam_encryption_key": SecretStr("00" * 32),
+        "shaam_encryption_key": SecretStr(KEY),
         "shaam_client_id": SecretStr("bon"),
         "shaam_client_secret": SecretStr("s:cret"),
         "shaam_token_url": simulator.token_url,

@@ -1,6 +1,8 @@
 """A dry run: the same counts as a real one, and nothing of it stays or leaves."""
 
 import json
+import os
+import stat
 import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -19,6 +21,7 @@ from handlers.batches import FIRST, LARGEST
 from tests import arrange
 from tests.conftest import Connection, MakeSettings, RunJob
 from tests.process import Finished, run_command, run_program
+from tests.tax import KEY
 
 # Everything that a run could change, as one text: BON's tables and the ledger, but for what the dry run says of itself.
 SNAPSHOT = """
@@ -62,7 +65,7 @@ def environ(database_url: str, sink: SmtpSink) -> dict[str, str]:
         "SMTP_TLS": "none",
         "SHAAM_MODE": "sandbox",
         "SHAAM_TOKEN_URL": nowhere,
-        "SHAAM_ENCRYPTION_KEY": "00" * 32,
+        "SHAAM_ENCRYPTION_KEY": KEY,
         "SHAAM_CLIENT_ID": "id",
         "SHAAM_CLIENT_SECRET": "secret",
         "DEADMAN_URL_OVERDUE_DETECTION": nowhere,
@@ -182,6 +185,63 @@ async def test_the_letters_are_written_as_files_that_name_nobody(
     html = messages[0].get_body(preferencelist=("html",))
     assert html is not None
     assert 'dir="rtl"' in html.get_content()
+
+
+async def test_only_who_asked_may_read_the_letters(
+    connection: Connection, environ: dict[str, str], tmp_path: Path
+) -> None:
+    await load(connection)
+    out = tmp_path / "some" / "where"
+    await dry("overdue-detection", "--out", str(out), environ=environ)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (out, out.parent)} == {0o700}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o600}
+
+
+async def test_a_link_or_a_file_that_waits_under_a_letters_name_is_replaced_not_written_to(
+    connection: Connection, environ: dict[str, str], tmp_path: Path
+) -> None:
+    await load(connection)
+    out, aim = tmp_path / "out", tmp_path / "aim"
+    await dry("overdue-detection", "--out", str(out), environ=environ)
+    first, second, *_ = names = sorted(out.iterdir())
+    aim.write_text("somebody's")
+    first.unlink()
+    first.symlink_to(aim)
+    second.unlink()
+    second.hardlink_to(aim)
+    again = await dry("overdue-detection", "--out", str(out), environ=environ)
+    assert again.status == 0, again.err
+    assert aim.read_text() == "somebody's"
+    assert sorted(out.iterdir()) == names
+    assert not first.is_symlink()
+    assert {stat.S_IMODE(path.stat().st_mode) for path in names} == {0o600}
+
+
+async def test_letters_are_not_written_where_others_may_write_or_a_link_leads(
+    connection: Connection, environ: dict[str, str], tmp_path: Path
+) -> None:
+    await load(connection)
+    for name, mode in {"all": 0o777, "sticky": 0o1777, "group": 0o770}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(mode)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    refused = {"all": "may be written by others", "sticky": "may be written by others",
+               "group": "may be written by others", "link": "Links are not followed", "file": "Not a directory",
+               "fifo": "Not a directory"}  # fmt: skip
+    if os.geteuid() == 0:
+        (tmp_path / "theirs").mkdir(0o755)
+        os.chown(tmp_path / "theirs", 65534, 65534)
+        refused["theirs"] = "belongs to another user"
+    for name, why in refused.items():
+        out = tmp_path / name
+        finished = await run_command("run-once", "overdue-detection", "--dry-run", "--out", str(out), **environ)
+        assert finished.status == 2, name
+        assert why in finished.err, finished.err
+        assert str(out) in finished.err
+        assert not out.is_dir() or list(out.iterdir()) == []
 
 
 async def test_letters_that_were_sent_before_are_counted_as_such(

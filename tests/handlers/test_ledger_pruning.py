@@ -71,6 +71,7 @@ async def test_runs_that_ended_long_ago_go_with_their_attempts(run_job: RunJob, 
         "deliveries": 0,
         "outcomes": 0,
         "runs": len(old),
+        "tokens": 0,
     }
     assert await left(connection, old + young) == young
     assert await connection.fetchval("select count(*) from bon_scheduler.attempts") == len(young) + 1  # this run's
@@ -136,7 +137,7 @@ async def test_what_was_done_for_a_business_is_kept_sixty_days(run_job: RunJob, 
     for days in (61, 59):
         await connection.execute(insert, kept, days)
     report = await run_job(ledger_pruning, jobs=JOBS)  # 400 days: the run stays
-    assert report.run["counts"] == {"deliveries": 0, "outcomes": 1, "runs": 0}
+    assert report.run["counts"] == {"deliveries": 0, "outcomes": 1, "runs": 0, "tokens": 0}
     assert await connection.fetchval("select count(*) from bon_scheduler.business_outcomes") == 1
 
 

@@ -26,6 +26,7 @@ from bon_scheduler.shaam.client import (
     Shaam,
     Transient,
 )
+from tests import tax
 
 KEY = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
 VECTORS = [
@@ -173,7 +174,7 @@ def settings(url: str, **changes: object) -> Settings:
     values: dict[str, object] = {
         "database_url": SecretStr("postgresql://nobody@localhost/none"),
         "shaam_mode": ShaamMode.SANDBOX,
-        "shaam_encryption_key": SecretStr(KEY),
+        "shaam_encryption_key": SecretStr(tax.KEY),
         "shaam_client_id": SecretStr(CLIENT_ID),
         "shaam_client_secret": SecretStr(CLIENT_SECRET),
         "shaam_token_url": url,

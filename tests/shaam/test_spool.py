@@ -1,7 +1,11 @@
 """The spool: what is kept survives, what is damaged is reported and kept aside, what is another's waits."""
 
+import os
+import socket
 import stat
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,10 +14,26 @@ from bon_scheduler.shaam.cipher import TokenCipher
 from bon_scheduler.shaam.spool import Spool, SpoolCounts, count_files
 
 CIPHER = TokenCipher("00" * 32)
+NOBODY = 65534
 
 
 def texts(spool: Spool) -> list[str]:
     return [text for _, text in spool.entries()]
+
+
+@contextmanager
+def as_nobody(directory: Path, *others: Path) -> Iterator[None]:
+    """Be a user who may not read everything, and whose the directory is with all in it but `others`."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for path in {directory, *directory.iterdir()} - {*others}:
+        os.chown(path, NOBODY, NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def only_entry(directory: Path) -> Path:
@@ -71,18 +91,85 @@ def test_an_entry_of_another_key_waits_for_its_key(tmp_path: Path, logged: Calla
     assert texts(Spool(tmp_path, TokenCipher("11" * 32))) == ["some tokens"]
 
 
-def test_an_entry_that_cannot_be_read_holds_up_no_other_and_is_reported_once(
-    tmp_path: Path, logged: Callable[[], str]
+def test_an_entry_that_cannot_be_read_holds_up_no_other_and_is_reported_once(logged: Callable[[], str]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        spool = Spool(directory, CIPHER)
+        spool.write("some tokens")
+        locked = directory / "x.entry"
+        locked.write_text("of somebody else")
+        locked.chmod(0)
+        with as_nobody(directory, locked):
+            assert texts(spool) == texts(spool) == ["some tokens"]
+        assert spool.blind
+        assert logged().count("spool.unreadable") == 1
+        locked.unlink()
+        assert texts(spool) == ["some tokens"]
+        assert not spool.blind
+
+
+def plant_socket(path: Path) -> None:
+    with closing(socket.socket(socket.AF_UNIX)) as listening:
+        listening.bind(str(path))
+
+
+def plant_huge_file(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+PLANTED: dict[str, Callable[[Path], object]] = {
+    "a FIFO": os.mkfifo,
+    "a directory": lambda path: (path / "full").mkdir(parents=True),
+    "a link": lambda path: path.symlink_to("/dev/zero"),
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "a socket": plant_socket,
+    "a file that is huge": plant_huge_file,
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["x.entry", ".x.half"])
+@pytest.mark.parametrize("kind", PLANTED)
+def test_what_is_no_entry_is_kept_aside_unopened_and_holds_up_none(
+    tmp_path: Path, logged: Callable[[], str], name: str, kind: str
 ) -> None:
     spool = Spool(tmp_path, CIPHER)
     spool.write("some tokens")
-    (tmp_path / "x.entry").mkdir()
+    PLANTED[kind](tmp_path / name)
     assert texts(spool) == texts(spool) == ["some tokens"]
-    assert spool.blind
-    assert logged().count("spool.unreadable") == 1
-    (tmp_path / "x.entry").rmdir()
-    assert texts(spool) == ["some tokens"]
     assert not spool.blind
+    assert logged().count("spool.corrupt") == 1
+    assert count_files(tmp_path).corrupt == 1
+
+
+def test_two_of_one_name_are_both_kept_aside(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, CIPHER)
+    spool.write("some tokens")
+    (tmp_path / "x.corrupt" / "full").mkdir(parents=True)
+    for _ in range(2):
+        (tmp_path / "x.entry").write_text("?")
+        assert texts(spool) == ["some tokens"]
+    assert count_files(tmp_path).corrupt == 3
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", PLANTED)
+def test_an_identity_that_is_none_is_kept_aside_and_made_anew(
+    tmp_path: Path, logged: Callable[[], str], kind: str
+) -> None:
+    Spool(tmp_path, CIPHER).write("some tokens")
+    (tmp_path / ".spool-id").unlink()
+    PLANTED[kind](tmp_path / ".spool-id")
+    spool = Spool(tmp_path, CIPHER)
+    assert texts(spool) == ["some tokens"]
+    assert Spool(tmp_path, CIPHER).id == spool.id
+    assert logged().count("spool.corrupt") == 1
+
+
+def test_an_identity_that_cannot_be_read_as_one_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / ".spool-id").write_bytes(b"\xff no identity")
+    assert Spool(tmp_path, CIPHER).id == Spool(tmp_path, CIPHER).id
 
 
 def test_an_entry_whose_writer_died_before_it_was_renamed_counts_if_it_is_whole(tmp_path: Path) -> None:

@@ -57,3 +57,58 @@ create index runs_held on runs (worker, job) where state = 'running';
 
 drop table pgqueuer, pgqueuer_log, pgqueuer_schedules, pgqueuer_statistics;
 drop type if exists pgqueuer_status, pgqueuer_statistics_status;
+
+create table shaam_tokens (
+    fingerprint bytea primary key,
+    business_id uuid,
+    sealed      bytea,
+    known_since timestamptz not null default now(),
+    seen_at     timestamptz not null default now()
+);
+comment on table shaam_tokens is
+    'One row a refresh token: whose it is. It was first seen in that business''s row, or given for one of its tokens.';
+comment on column shaam_tokens.fingerprint is 'A keyed SHA-256 of the token.';
+comment on column shaam_tokens.business_id is 'Null: several rows held it when it was first seen, so it is nobody''s.';
+comment on column shaam_tokens.sealed is 'The SHA-256 of the stored text it was last seen as; null: not seen since an upgrade.';
+comment on column shaam_tokens.seen_at is
+    'When it was registered, or last found in another row. It is forgotten some days later, unless its business has it still.';
+create index shaam_tokens_sealed on shaam_tokens (sealed);
+create index shaam_tokens_by_age on shaam_tokens (seen_at);
+
+create table consent_brake (
+    only_one       boolean primary key default true check (only_one),
+    run            uuid,
+    since          timestamptz not null default clock_timestamp(),
+    due            integer not null default 0,
+    flagged        integer not null default 0,
+    spent          integer not null default 0,
+    unlimited      boolean not null default false,
+    braked_at      timestamptz,
+    reason         text,
+    allowed        boolean not null default false,
+    released_at    timestamptz,
+    released_by    text,
+    release_reason text
+);
+comment on table consent_brake is
+    'One row: how many grants the authority calls spent in a run of all replicas, and whether owners are asked at all. '
+    'Lock it BEFORE BON''s credentials.';
+comment on column consent_brake.run is 'The scheduled run whose answers are counted; null: only what was asked on demand.';
+comment on column consent_brake.since is 'When counting began.';
+comment on column consent_brake.due is 'How many businesses that run had to refresh.';
+comment on column consent_brake.flagged is 'Of those that are spent.';
+comment on column consent_brake.unlimited is 'A person released the brake for this run.';
+comment on column consent_brake.braked_at is 'Null while owners are asked.';
+comment on column consent_brake.allowed is 'A person released the brake for the run that comes next.';
+insert into consent_brake default values;
+-- What was sent last by several businesses is nobody's.
+insert into shaam_tokens (fingerprint, business_id)
+select token_fingerprint, case when count(*) = 1 then (array_agg(business_id))[1] end
+  from shaam_refreshes
+ where token_fingerprint is not null
+ group by token_fingerprint;
+
+alter table shaam_refreshes
+    drop constraint shaam_refreshes_state_check,
+    add constraint shaam_refreshes_state_check
+        check (state in ('sending', 'refreshed', 'spent', 'needs_reauth', 'deferred', 'failed'));

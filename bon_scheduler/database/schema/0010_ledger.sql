@@ -261,7 +261,8 @@ insert into mail_gate default values;
 
 create table shaam_refreshes (
     business_id        uuid primary key,
-    state              text not null check (state in ('sending', 'refreshed', 'needs_reauth', 'deferred', 'failed')),
+    state              text not null check (state in ('sending', 'refreshed', 'spent', 'needs_reauth', 'deferred',
+                                                      'failed')),
     holder             uuid,
     lease_until        timestamptz,
     token_fingerprint  bytea,
@@ -286,3 +287,47 @@ comment on column shaam_refreshes.failures is 'In a row.';
 comment on column shaam_refreshes.next_attempt_at is 'Not tried by schedule before.';
 comment on column shaam_refreshes.silent_until is 'Not tried at all before: the authority asked for it (Retry-After).';
 create index shaam_refreshes_spool on shaam_refreshes (spool) where spool is not null;
+
+create table shaam_tokens (
+    fingerprint bytea primary key,
+    business_id uuid,
+    sealed      bytea,
+    known_since timestamptz not null default now(),
+    seen_at     timestamptz not null default now()
+);
+comment on table shaam_tokens is
+    'One row a refresh token: whose it is. It was first seen in that business''s row, or given for one of its tokens.';
+comment on column shaam_tokens.fingerprint is 'A keyed SHA-256 of the token.';
+comment on column shaam_tokens.business_id is 'Null: several rows held it when it was first seen, so it is nobody''s.';
+comment on column shaam_tokens.sealed is 'The SHA-256 of the stored text it was last seen as; null: not seen since an upgrade.';
+comment on column shaam_tokens.seen_at is
+    'When it was registered, or last found in another row. It is forgotten some days later, unless its business has it still.';
+create index shaam_tokens_sealed on shaam_tokens (sealed);
+create index shaam_tokens_by_age on shaam_tokens (seen_at);
+
+create table consent_brake (
+    only_one       boolean primary key default true check (only_one),
+    run            uuid,
+    since          timestamptz not null default clock_timestamp(),
+    due            integer not null default 0,
+    flagged        integer not null default 0,
+    spent          integer not null default 0,
+    unlimited      boolean not null default false,
+    braked_at      timestamptz,
+    reason         text,
+    allowed        boolean not null default false,
+    released_at    timestamptz,
+    released_by    text,
+    release_reason text
+);
+comment on table consent_brake is
+    'One row: how many grants the authority calls spent in a run of all replicas, and whether owners are asked at all. '
+    'Lock it BEFORE BON''s credentials.';
+comment on column consent_brake.run is 'The scheduled run whose answers are counted; null: only what was asked on demand.';
+comment on column consent_brake.since is 'When counting began.';
+comment on column consent_brake.due is 'How many businesses that run had to refresh.';
+comment on column consent_brake.flagged is 'Of those that are spent.';
+comment on column consent_brake.unlimited is 'A person released the brake for this run.';
+comment on column consent_brake.braked_at is 'Null while owners are asked.';
+comment on column consent_brake.allowed is 'A person released the brake for the run that comes next.';
+insert into consent_brake default values;
