@@ -5,7 +5,6 @@ Names are `interface.md`'s. The docstrings below the settings are the reference 
 """
 
 import os
-import re
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +22,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from bon_scheduler.addresses import fault_of_database_url, fault_of_host, fault_of_web_address
+from bon_scheduler.mailbox import read_mailbox
 
 __all__ = ["LOOPBACK_HOSTS", "ClientAuth", "LogFormat", "LogLevel", "Settings", "ShaamMode", "SmtpTls"]
 
@@ -31,10 +31,6 @@ LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 KEY_LENGTH_HEX = 64
 NO_PLACES = frozenset({"localtime", "posixrules", "Factory", "leapseconds"})
 """Files beside the zones: they mean another zone on each machine, or none."""
-_ADDRESS = re.compile(
-    r"[\w!#$%&'*+/?^`{|}~-]+(\.[\w!#$%&'*+/?^`{|}~-]+)*@[^\W_]([\w-]*[^\W_])?(\.[^\W_]([\w-]*[^\W_])?)*", re.ASCII
-)
-"""RFC 5321 §4.1.2, without quoted local parts: its domain is also what we call ourselves in SMTP."""
 
 
 class SmtpTls(StrEnum):
@@ -216,7 +212,8 @@ class Settings(BaseSettings):
     @field_validator("email_from")
     @classmethod
     def _is_address(cls, value: str) -> str:
-        if not _ADDRESS.fullmatch(value):
+        mailbox = read_mailbox(value) if value.isascii() else None  # its domain is also what we call ourselves in SMTP
+        if mailbox is None or value != value.strip():
             raise ValueError("must be one e-mail address in ASCII, such as noreply@bon.co.il, and nothing beside it")
         return value
 

@@ -7,6 +7,7 @@ name are blanked whatever a caller passes, and addresses inside texts are masked
 """
 
 import asyncio
+import json
 import logging
 import re
 import sys
@@ -20,6 +21,7 @@ import structlog
 from structlog.typing import EventDict, WrappedLogger
 
 from bon_scheduler.config import LogFormat, LogLevel
+from bon_scheduler.texts import show_controls
 
 __all__ = ["configure_logging", "cut", "describe_error", "mask", "where"]
 
@@ -33,6 +35,7 @@ LONGEST_VALUE = 2_000
 LONGEST_LINE = 16_000
 MARGIN = 400
 """An address that a cut would leave in halves is shorter."""
+_OF_SEVERAL_LINES = frozenset({"exception", "stack"})
 _LEVELS = {
     LogLevel.DEBUG: logging.DEBUG,
     LogLevel.INFO: logging.INFO,
@@ -72,20 +75,32 @@ def _redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 
 def _to_json(event: Any, **_: Any) -> str:  # noqa: ANN401 - structlog's serializer protocol
-    line = orjson.dumps(event, default=str).decode()
+    try:
+        line = orjson.dumps(event, default=str).decode()
+    except TypeError:  # half a character, or a number of more than 64 bits
+        line = json.dumps(event, default=str)
     if len(line) <= LONGEST_LINE:
         return line
     kept = {name: event[name] for name in ("timestamp", "level", "event", "job", "run_id", "attempt") if name in event}
     return orjson.dumps({**kept, "cut_from_characters": len(line)}, default=str).decode()
 
 
+def _show(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Write controls out: a terminal is to show what a text holds, and no value is to begin a line of its own."""
+    for key, value in event.items():
+        if isinstance(value, str):
+            shown = show_controls(value)
+            event[key] = shown if key in _OF_SEVERAL_LINES else shown.replace("\n", "\\n")
+    return event
+
+
 def configure_logging(level: LogLevel, style: LogFormat) -> None:
     """Send structlog and the standard library's loggers to standard error, redacted."""
-    renderer: structlog.typing.Processor
+    rendering: list[structlog.typing.Processor]
     if style is LogFormat.JSON:
-        renderer = structlog.processors.JSONRenderer(serializer=_to_json)
+        rendering = [structlog.processors.JSONRenderer(serializer=_to_json)]
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        rendering = [_show, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -95,7 +110,7 @@ def configure_logging(level: LogLevel, style: LogFormat) -> None:
         _redact,
     ]
     structlog.configure(
-        processors=[*shared, renderer],
+        processors=[*shared, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
         # Straight to the stream: by way of the standard library's loggers a line costs twice as much.
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
@@ -105,7 +120,7 @@ def configure_logging(level: LogLevel, style: LogFormat) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
         )
     )
     root = logging.getLogger()
