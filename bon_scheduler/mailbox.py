@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 __all__ = ["Mailbox", "read_mailbox"]
 
-LONGEST = 320
-"""In characters. Nothing longer is looked at: RFC 5321 allows 254."""
+LONGEST_LOCAL, LONGEST_DOMAIN = 64, 255
+"""In characters (RFC 5321 §4.5.3.1). Nothing longer is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +33,18 @@ def read_mailbox(text: str) -> Mailbox | None:
     """
     from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email  # noqa: PLC0415 - see above
 
-    text = text.strip()
-    last = text.rpartition("@")[2].rpartition(".")[2]
-    if len(text) > LONGEST or (last.isascii() and last.isdigit()):
+    local, _, domain = text.strip().rpartition("@")
+    last = domain.rpartition(".")[2]
+    if len(local) > LONGEST_LOCAL or len(domain) > LONGEST_DOMAIN or (last.isascii() and last.isdigit()):
         return None
-    # The library refuses reserved names; below `.example` it checks the rest of the address.
+    # The library refuses reserved names; below `.example` it checks the rest of the domain.
     below = ".example" if last.casefold() in SPECIAL_USE_DOMAIN_NAMES else ""
+    # Dots in odd places are left to the server: telephone companies have given out such addresses.
+    checked = local.replace(".", "") if local.isascii() else local
     try:
-        read = validate_email(text + below, check_deliverability=False, globally_deliverable=False, strict=True)
+        read = validate_email(f"{checked}@{domain}{below}", check_deliverability=False, globally_deliverable=False)
     except EmailNotValidError:
         return None
-    return Mailbox((read.ascii_email or read.normalized).removesuffix(below), read.smtputf8)
+    if read.smtputf8:
+        return Mailbox(read.normalized.removesuffix(below), utf8=True)
+    return Mailbox(f"{local}@{read.ascii_domain.removesuffix(below)}", utf8=False)

@@ -8,15 +8,16 @@ import base64
 import binascii
 import html
 import json
-import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from urllib.parse import quote, quote_plus
 
 __all__ = ["show_controls", "withhold"]
 
 BYTE = 0xFF
 REDACTED = "[redacted]"
+IN_BASE64 = frozenset("abcdefghijklmnopqrstuvwxyz0123456789+/=_-")
+"""In lower case."""
 SHORTEST_PART = 6
 """Of a base64 text inside a longer one, in characters: a shorter one stands in words by chance."""
 
@@ -43,16 +44,31 @@ def withhold(text: str, secrets: Iterable[str]) -> str:
     The forms: as it is, percent-encoded, escaped for JSON and HTML, in hexadecimal, and in base64, alone or
     anywhere inside a longer text (`user:password` of HTTP Basic, AUTH PLAIN, AUTH LOGIN). Whatever the case.
     """
-    pattern = _pattern(secrets)
-    return pattern.sub(REDACTED, text) if pattern else text
+    folded = "".join(map(_fold, text))
+    found = sorted(span for secret in secrets if secret for form in _forms(secret) for span in _spans(form, folded))
+    kept, end = [], 0
+    for start, stop in found:
+        if stop > end:
+            kept += [text[end : max(start, end)], REDACTED]
+            end = stop
+    return "".join([*kept, text[end:]])
 
 
-def _pattern(secrets: Iterable[str]) -> "re.Pattern[str] | None":
-    forms = {form for secret in secrets if secret for form in _forms(secret)}
-    if not forms:
-        return None
-    # The longest first, otherwise a secret that contains another would leave its rest behind.
-    return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))), re.IGNORECASE)
+def _fold(character: str) -> str:
+    lower = character.lower()
+    return lower if len(lower) == 1 else character
+
+
+def _spans(form: str, folded: str) -> Iterator[tuple[int, int]]:
+    """Return where a form stands, with the rest of the word: of base64 the rest would tell its first and last bits."""
+    form, end = "".join(map(_fold, form)), 0
+    while (start := folded.find(form, end)) >= 0:
+        first, end = start, start + len(form)
+        while first > 0 and folded[first - 1] in IN_BASE64:
+            first -= 1
+        while end < len(folded) and folded[end] in IN_BASE64:
+            end += 1
+        yield first, end
 
 
 def _forms(secret: str) -> set[str]:
