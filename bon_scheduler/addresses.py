@@ -1,5 +1,5 @@
 """
-What is wrong with an address in a setting: a database's, a web page's, a host's. Never quotes any part of one.
+What is wrong with an address: a database's, a web page's, a host's, a mailbox's. Never quotes any part of one.
 
 A password in which `#`, `/`, `?` or `@` stands as it is takes a database's address apart in the wrong place; what
 follows then passes for a port or a database, which messages name. Such an address is refused before anything reads
@@ -9,9 +9,17 @@ it. Whatever else asyncpg takes is taken: several servers, sockets, parameters.
 import ipaddress
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-__all__ = ["describe_database", "fault_of_database_url", "fault_of_host", "fault_of_web_address"]
+__all__ = [
+    "Mailbox",
+    "describe_database",
+    "fault_of_database_url",
+    "fault_of_host",
+    "fault_of_web_address",
+    "read_mailbox",
+]
 
 DATABASE_SCHEMES = ("postgresql://", "postgres://")
 MAX_PORT = 65535
@@ -20,6 +28,8 @@ ENCODE = (
 )
 BAD_PORT = f"has a port that is not a number from 1 to {MAX_PORT}"
 NOT_IN_WEB_ADDRESS = re.compile(r'[\x00-\x20\x7f-\xa0"<>\\^`{|}]')
+LONGEST_LOCAL, LONGEST_DOMAIN = 64, 255
+"""In characters (RFC 5321 §4.5.3.1). Nothing longer is looked at."""
 HOST_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.?")
 
 
@@ -115,3 +125,43 @@ def fault_of_host(host: str) -> str | None:
         if not HOST_NAME.fullmatch(host):
             return "must be a host's name or number alone, without scheme, port, brackets or spaces"
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Mailbox:
+    """One mailbox, as MAIL, RCPT and headers write it."""
+
+    address: str = field(repr=False)
+    utf8: bool
+    """Whether a server has to offer SMTPUTF8 for it (RFC 6531): its local part is not ASCII."""
+
+
+def read_mailbox(text: str) -> Mailbox | None:
+    """
+    Return the one mailbox that a text names, white space around it aside; None where it names none.
+
+    The rules are email-validator's (RFC 5321, RFC 6531, IDNA 2008); nothing is asked of DNS. A list, a display name,
+    a comment, a quoted local part, an address literal and what holds a control or a mark of direction are none.
+    A domain outside ASCII is written in Punycode, so that any server takes it, unless the local part needs SMTPUTF8
+    anyway. A reserved domain (`localhost`, `.test`, `.invalid`) and one without a dot are taken: a server of one's
+    own may know them.
+    """
+    import email_validator as rules  # noqa: PLC0415 - commands that only look at the ledger read no address
+
+    local, _, domain = text.strip().rpartition("@")
+    last = domain.rpartition(".")[2]
+    if len(local) > LONGEST_LOCAL or len(domain) > LONGEST_DOMAIN or (last.isascii() and last.isdigit()):
+        return None
+    # The library refuses reserved names; below `.example` it checks the rest of the domain.
+    below = ".example" if last.casefold() in rules.SPECIAL_USE_DOMAIN_NAMES else ""
+    # Dots in odd places are left to the server: telephone companies have given out such addresses.
+    checked = local.replace(".", "") if local.isascii() else local
+    try:
+        read = rules.validate_email(
+            f"{checked}@{domain}{below}", check_deliverability=False, globally_deliverable=False
+        )
+    except rules.EmailNotValidError:
+        return None
+    if read.smtputf8:
+        return Mailbox(read.normalized.removesuffix(below), utf8=True)
+    return Mailbox(f"{local}@{read.ascii_domain.removesuffix(below)}", utf8=False)

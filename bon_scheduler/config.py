@@ -21,8 +21,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from bon_scheduler.addresses import fault_of_database_url, fault_of_host, fault_of_web_address
-from bon_scheduler.mailbox import read_mailbox
+from bon_scheduler.addresses import fault_of_database_url, fault_of_host, fault_of_web_address, read_mailbox
 
 __all__ = ["LOOPBACK_HOSTS", "ClientAuth", "LogFormat", "LogLevel", "Settings", "ShaamMode", "SmtpTls"]
 

@@ -9,6 +9,7 @@ No cell is cut off, and an id stays in one line, to be copied.
 
 import json
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,8 +23,6 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from bon_scheduler.texts import show_controls
-
 __all__ = [
     "Column",
     "Report",
@@ -32,6 +31,7 @@ __all__ = [
     "format_distance",
     "format_instant",
     "format_span",
+    "show_controls",
 ]
 
 STATE_STYLES = {
@@ -49,6 +49,7 @@ STATE_STYLES = {
 MINUTE, HOUR, DAY = 60, 3_600, 86_400
 PLAIN_WIDTH = 160
 ANY_WIDTH = 100_000
+BYTE = 0xFF
 
 
 def format_instant(instant: datetime | None, zone: ZoneInfo) -> str:
@@ -101,6 +102,21 @@ def format_counts(counts: Mapping[str, int] | None, *, brief: bool = False) -> s
     if brief and counts and any(counts.values()):
         counts = {name: count for name, count in counts.items() if count}
     return ", ".join(f"{name} {count:,}" for name, count in (counts or {}).items()) or "—"
+
+
+def show_controls(text: str) -> str:
+    """
+    Return the text with its control characters written out, so that a terminal shows them and does not obey them.
+
+    Also those of direction, which would show another order. Ends of lines stay.
+    """
+    return "".join(_show(character) if not character.isprintable() else character for character in text)
+
+
+def _show(character: str) -> str:
+    if character in "\n \u00a0" or unicodedata.category(character) in {"Zs", "Co", "Cn"}:
+        return character
+    return f"\\x{ord(character):02x}" if ord(character) <= BYTE else f"\\u{ord(character):04x}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from pydantic import SecretStr
 
 from bon_scheduler.config import Settings
 from bon_scheduler.database.connections import Pool
-from bon_scheduler.mail.mailer import Delivery, Mailer
 from bon_scheduler.mail.keys import read_key, recipient_hash
+from bon_scheduler.mail.mailer import Delivery, Mailer
 from bon_scheduler.mail.message import Letter
 from tests.conftest import SetClock
 from tests.mailserver import PASSWORD, Server

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bon_scheduler import Counts, JobContext, NoPayload, Payload, job, ledger, service
 from bon_scheduler.database import UnreadableJsonError, read_json, write_json
 from bon_scheduler.ledger import Origin, Request
-from bon_scheduler.texts import show_controls
+from bon_scheduler.report import show_controls
 from tests import arrange
 from tests.conftest import Connection, MakeSettings, RunJob
 from tests.process import run_command

@@ -21,7 +21,6 @@ from bon_scheduler.database import (
     require_schema,
 )
 from bon_scheduler.jobs import Connection
-from bon_scheduler.log import describe_error
 from bon_scheduler.mail import NotConnectedError, try_login
 from bon_scheduler.report import Column, Report
 from bon_scheduler.shaam import count_files

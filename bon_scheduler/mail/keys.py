@@ -23,8 +23,8 @@ async def read_key(source: "Pool | Connection") -> bytes:
     key: bytes | None = await source.fetchval(READ_KEY)
     if key is None:
         raise NeverRetryError(
-            "The table bon_scheduler.mail_key is empty: without its key nobody knows to whom letters were sent. Restore "
-            "its row from a backup; a new key would send today's letters again."
+            "The table bon_scheduler.mail_key is empty: without its key nobody knows to whom letters were sent. "
+            "Restore its row from a backup; a new key would send today's letters again."
         )
     return key
 

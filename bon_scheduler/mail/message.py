@@ -14,18 +14,18 @@ from email.policy import SMTP, EmailPolicy, Policy
 from typing import Any
 from uuid import UUID
 
+from bon_scheduler.addresses import Mailbox, read_mailbox
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import NeverRetryError
 from bon_scheduler.log import cut
 from bon_scheduler.mail.keys import keyed, recipient_hash
-from bon_scheduler.mailbox import Mailbox, read_mailbox
 
 __all__ = ["Letter", "Written", "compose", "message_id", "printable", "write"]
 
 LONGEST_SUBJECT = 300
 """In characters; RFC 5322 allows lines of 998 bytes."""
 LARGEST_BYTES = 1024 * 1024
-"""Of a letter as it is sent. The longest digest has half of it, whatever its rows say."""
+"""Of a letter as it is sent. The longest digest has two thirds of it, whatever its rows say."""
 
 
 @dataclass(frozen=True, slots=True)

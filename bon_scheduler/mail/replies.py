@@ -10,10 +10,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
-from bon_scheduler.log import cut, mask
+from bon_scheduler.log import cut, mask, withhold
 from bon_scheduler.mail.message import Letter, printable
 from bon_scheduler.mail.words import WORDS
-from bon_scheduler.texts import withhold
 
 __all__ = ["CLOSING", "Answer", "Delivery", "clean_reply", "judge"]
 
@@ -25,9 +24,9 @@ ABOUT_OUR_LOGIN = frozenset({530, 534, 535, 538})
 """RFC 4954 §6: these speak about our authentication, whatever command they answer."""
 _WORD = re.compile(r"\w+")
 _SAFE = re.compile(r"[245]\.\d{1,3}\.\d{1,3}|\d{1,3}(?:\.\d{1,3}){3}|TLSv1(?:\.[0-3])?")
-"""An enhanced status code (RFC 3463), a host's number, a version of TLS: in the brackets and stops that may surround it."""
+"""An enhanced status code (RFC 3463), a host's number, a version of TLS: in what may surround it."""
 _AROUND = "[]()<>{}:;,.#'\"-"
-_QUEUE_ID = re.compile(r"(?=[A-Za-z-]*[0-9])[A-Za-z0-9-]{1,24}")
+_QUEUE_ID = re.compile(r"(?=[A-Za-z-]{0,23}[0-9])[A-Za-z0-9-]{1,24}")
 _ADDRESS, LEFT_OUT = "[address]", "…"
 
 
@@ -68,8 +67,9 @@ def clean_reply(code: int, text: str, letter: Letter | None, secrets: Collection
     """
     Return a server's answer without anything that it may quote, at most 200 characters.
 
-    `letter` is the one that it is about, if any, `secrets` are the login's user and password. "…" stands for what is left out: each piece between spaces that holds
-    a word outside WORDS, or one that is also in the subject or a secret.
+    `letter` is the one that it is about, if any, `secrets` are the login's user and password. "…" stands for what
+    is left out: each piece between spaces that holds a word outside WORDS, or one that is also in the subject or a
+    secret.
     """
     text, subject = withhold(printable(cut(text)), secrets), letter.subject if letter else ""
     address = letter.recipient.strip() if letter else ""

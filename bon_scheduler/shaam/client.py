@@ -24,8 +24,7 @@ import aiohttp
 from pydantic import SecretStr
 
 from bon_scheduler.config import ClientAuth, Settings, ShaamMode
-from bon_scheduler.log import mask
-from bon_scheduler.texts import withhold
+from bon_scheduler.log import mask, withhold
 
 __all__ = [
     "ON_DEMAND_SLOTS",

@@ -10,14 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bon_scheduler.addresses import read_mailbox
 from bon_scheduler.config import Settings
 from bon_scheduler.environment import SettingsError, load_settings
 from bon_scheduler.jobs import NeverRetryError
 from bon_scheduler.mail import message as messages
 from bon_scheduler.mail.message import Letter, Written
-from bon_scheduler.mailbox import read_mailbox
 from tests.mailworld import LETTER, NOW, RECIPIENT, settings
-
 
 KEY = b"k" * 64
 

@@ -12,8 +12,6 @@ import pytest
 from aiosmtpd.smtp import SMTP
 from pydantic import SecretStr
 
-from bon_scheduler.cli.check import check_deployment
-from bon_scheduler.clock import SystemClock
 from bon_scheduler.mail.gate import gate_state
 from bon_scheduler.mail.mailer import LetterDeferredError, MailUnavailableError
 from bon_scheduler.mail.replies import REPLY_LENGTH, clean_reply
@@ -54,7 +52,9 @@ def test_the_queues_id_is_kept_of_what_was_accepted() -> None:
     assert clean_reply(250, said, LETTER) == f"250 {said}"
     assert clean_reply(550, said, LETTER) == "550 2.0.0 Ok: queued as … by 10.0.0.25 over TLSv1.3"
     assert clean_reply(250, "queued as Noa", LETTER) == "250 queued as …"
-    assert clean_reply(250, f"queued as {base64.b64encode(b'x7 pass').decode()}", LETTER, ["x7 pass"]) == "250 queued as …"
+    assert (
+        clean_reply(250, f"queued as {base64.b64encode(b'x7 pass').decode()}", LETTER, ["x7 pass"]) == "250 queued as …"
+    )
 
 
 USER, SECRET = "bon-mailer@bon.example", "Pa55/wörd+ &=s3cret"
@@ -73,7 +73,7 @@ WIRE = {
     "percent": lambda: f"{quote(USER)} {quote(SECRET, safe='')} {quote_plus(SECRET)}",
     "JSON": lambda: json.dumps([USER, SECRET]),
     "hexadecimal": lambda: SECRET.encode().hex(),
-    "upper case": lambda: f"{USER} {SECRET}".upper(),
+    "upper case": f"{USER} {SECRET}".upper,
 }
 
 
@@ -113,7 +113,9 @@ async def test_a_server_that_quotes_all_it_was_told_leaves_nothing_anywhere(
     async def quote_all(session: SMTP) -> str:
         envelope = session.envelope
         content = (getattr(envelope, "content", None) or b"").decode(errors="replace").replace("\r\n", " ")[-300:]
-        return f"{code} {login} bon {PASSWORD} {RECIPIENT} {BODY} {content} rejected".encode("ascii", "replace").decode()
+        return f"{code} {login} bon {PASSWORD} {RECIPIENT} {BODY} {content} rejected".encode(
+            "ascii", "replace"
+        ).decode()
 
     server.on[command] = quote_all
     try:
@@ -140,11 +142,13 @@ async def test_a_server_that_quotes_the_login_leaves_it_nowhere(
     mailer = await world.mailer(smtp_password=SecretStr(password))
     told = []
     for _ in range(4):
-        with pytest.raises(Exception, match="535 5.7.8") as caught:
+        with pytest.raises(Exception, match=r"535 5\.7\.8") as caught:
             await world.deliver(mailer)
         told.append(str(caught.value))
     async with world.pool.acquire() as connection:
         gate = await gate_state(connection)
     assert gate.trouble == "535 5.7.8 authentication failed for … (at AUTH)"
-    assert Words(password, quoted, base64.b64encode(password.encode()).decode()).found(f"{told} {gate} {logged()}") == []
+    assert (
+        Words(password, quoted, base64.b64encode(password.encode()).decode()).found(f"{told} {gate} {logged()}") == []
+    )
     assert len(gate.trouble) <= REPLY_LENGTH

@@ -13,8 +13,8 @@ import pytest
 
 from bon_scheduler import declared, service
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
-from bon_scheduler.mail.mailer import Delivery
 from bon_scheduler.mail.keys import read_key, recipient_hash
+from bon_scheduler.mail.mailer import Delivery
 from tests import arrange
 from tests.conftest import Connection, MakeSettings
 from tests.mailserver import Server
