@@ -17,7 +17,8 @@ from datetime import timedelta
 import aiosmtplib
 
 from bon_scheduler.config import LOOPBACK_HOSTS, Settings, SmtpTls
-from bon_scheduler.mail.replies import clean_reply
+from bon_scheduler.log import describe_error, withhold
+from bon_scheduler.mail.replies import REPLY_LENGTH, clean_reply
 
 __all__ = ["SMTP_TIMEOUT", "Line", "NotConnectedError", "SmtpConnections", "login_of", "try_login"]
 
@@ -136,10 +137,10 @@ class SmtpConnections:
         return Line(client)
 
     def _not_connected(self, stage: str, error: Exception) -> NotConnectedError:
+        login = login_of(self._settings)
         if isinstance(error, aiosmtplib.SMTPResponseException):
-            said = clean_reply(error.code, error.message, None, login_of(self._settings))
-            return NotConnectedError(stage, said, error.code)
-        return NotConnectedError(stage, type(error).__name__, None)
+            return NotConnectedError(stage, clean_reply(error.code, error.message, None, login), error.code)
+        return NotConnectedError(stage, withhold(describe_error(error), login)[:REPLY_LENGTH], None)
 
     def _refuse_clear_text(self) -> None:
         """Raise SMTPException where a password would go in the clear, whatever let such settings pass."""

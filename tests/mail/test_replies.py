@@ -12,11 +12,13 @@ import pytest
 from aiosmtpd.smtp import SMTP
 from pydantic import SecretStr
 
+from bon_scheduler.config import SmtpTls
 from bon_scheduler.mail.gate import gate_state
 from bon_scheduler.mail.mailer import LetterDeferredError, MailUnavailableError
 from bon_scheduler.mail.replies import REPLY_LENGTH, clean_reply
+from bon_scheduler.mail.smtp import NotConnectedError, try_login
 from tests.mailserver import PASSWORD, Server
-from tests.mailworld import LETTER, RECIPIENT, World
+from tests.mailworld import LETTER, RECIPIENT, World, settings
 
 SUBJECT = "BON: 3 overdue invoices – \u2068Studio Dana 54\u2069"
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")
@@ -152,3 +154,22 @@ async def test_a_server_that_quotes_the_login_leaves_it_nowhere(
         Words(password, quoted, base64.b64encode(password.encode()).decode()).found(f"{told} {gate} {logged()}") == []
     )
     assert len(gate.trouble) <= REPLY_LENGTH
+
+
+@pytest.mark.parametrize(
+    "password", ["wrong-s3cret", "wr\u00f6ng-s3cret", "wrong\r\ns3cret", "wrong\0s3cret", "\u05e1\u05d5\u05d3-s3cret"]
+)
+@pytest.mark.parametrize("stage", ["connect", "AUTH"])
+async def test_what_check_says_of_a_login_holds_none_of_it(server: Server, password: str, stage: str) -> None:
+    """Whatever fails: the server, which quotes it, or the writing of a password that no command can hold."""
+    server.on["AUTH"] = f"535 5.7.8 no such user bon with {password!r} {quote(password)}"
+    async with server.listening():
+        given = settings(server, smtp_tls=SmtpTls.NONE, smtp_password=SecretStr(password))
+        if stage == "connect":
+            given = given.model_copy(update={"smtp_port": 1, "smtp_host": "127.0.0.1"})
+        with pytest.raises(NotConnectedError) as caught:
+            await try_login(given)
+    told = f"{caught.value} {caught.value.said} {caught.value.args}"
+    assert "s3cret" not in told
+    assert f"(at {stage})" in told
+    assert caught.value.__suppress_context__
