@@ -17,7 +17,15 @@ import pytest
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
 from bon_scheduler.mail.message import LARGEST_BYTES, Letter, write
 from handlers.digest import DIGEST_KIND, Ageing, OverdueInvoice, Statement, read_recipients, read_statement
-from handlers.digest.rendering import LONGEST_CURRENCY, LONGEST_NAME, LONGEST_READ, clean, render, render_digest
+from handlers.digest.rendering import (
+    LONGEST_CURRENCY,
+    LONGEST_NAME,
+    LONGEST_READ,
+    MOST_MARKS,
+    clean,
+    render,
+    render_digest,
+)
 from handlers.digest.statement import MAX_ROWS, MOST_CURRENCIES, MOST_OWNERS, Rest
 from handlers.notify_reauth import NotifyReauth, notify_reauth
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
@@ -137,6 +145,17 @@ def assert_written(subject: str, text: str, html: str) -> int:
     assert message["To"] == "o@shop.example"
     assert str(message["Subject"]) == " ".join(subject.split())
     return len(written.content)
+
+
+def test_marks_upon_a_letter_do_not_run_over_other_lines_and_points_of_hebrew_stay() -> None:
+    assert clean("e" + "\u0301" * 300 + "f") == "e" + "\u0301" * MOST_MARKS + "f"
+    pointed = "\u05e9\u05c1\u05b8\u05dc\u05d5\u05b9\u05dd"
+    assert clean(pointed) == pointed
+
+
+def test_what_no_page_can_hold_is_blank_and_tomorrows_emoji_are_not() -> None:
+    assert clean("a\ufffe\U0010ffff\ufdd0\ud800b") == "a b"
+    assert clean("a\U0001fadfb") == "a\U0001fadfb"  # of Unicode 16
 
 
 def test_what_is_remembered_of_names_is_short() -> None:
