@@ -49,6 +49,13 @@ def test_what_a_server_quotes_of_a_letter_is_not_kept_and_the_rest_is(said: str,
     assert clean_reply(550, said, replace(LETTER, subject=SUBJECT)) == f"550 {kept}"
 
 
+def test_a_name_of_words_of_mail_is_left_out_where_we_know_it() -> None:
+    """Of the business, which is in the subject, and of the login."""
+    letter = replace(LETTER, subject="BON: \u2068Mail Service\u2069")
+    assert clean_reply(550, "rejected Mail Service", letter) == "550 rejected …"
+    assert clean_reply(535, "unknown user relay", None, ("relay", "no such")) == "535 unknown user …"
+
+
 def test_the_queues_id_is_kept_of_what_was_accepted() -> None:
     said = "2.0.0 Ok: queued as 54F3A by 10.0.0.25 over TLSv1.3"
     assert clean_reply(250, said, LETTER) == f"250 {said}"
