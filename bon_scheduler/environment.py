@@ -5,6 +5,7 @@ A secret may also be given as `NAME_FILE`, the path of a file that holds it. No 
 """
 
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ SECRETS = frozenset(
         "SHAAM_CLIENT_SECRET",
     }
 )
+_HOST_AND_PORT = re.compile(r"(?:\w{1,9}://)?(?:[\w. -]{1,255}|\[[\w.:%-]{1,64}\])(?::[0-9]{1,5})?/?")
 
 
 class SettingsError(Exception):
@@ -57,7 +59,9 @@ def _read_values(environ: Mapping[str, str], faults: _Faults) -> dict[str, str]:
             path = Path(environ[f"{name}_FILE"])
             values[field], what = _read_secret(path)
             if what:
-                faults.add(f"{name}_FILE", f'"{path}" {what}')
+                # In place of a file's name somebody may have given the secret itself.
+                told = f'"{path}"' if path.parent.name and path.parent.is_dir() else "the file it names"
+                faults.add(f"{name}_FILE", f"{told} {what}")
     return values
 
 
@@ -159,8 +163,14 @@ def _explain(name: str, kind: str, message: str, value: object) -> str:
         return "is not set"
     text = message.removeprefix("Value error, ")
     text = text[:1].lower() + text[1:] if text.startswith("Input") else text
-    # An address may hold a password.
-    return text if name in SECRETS or ("://" in str(value) and "@" in str(value)) else f'{text} (it is "{value}")'
+    return text if name in SECRETS or _may_hold_a_secret(name, str(value)) else f'{text} (it is "{value}")'
+
+
+def _may_hold_a_secret(name: str, value: str) -> bool:
+    """Whether a user, a password or a query may stand in it. Of a host only name and port are shown."""
+    if name.endswith("_HOST"):
+        return _HOST_AND_PORT.fullmatch(value) is None
+    return name != "EMAIL_FROM" and re.search("[@?]|%40", value) is not None
 
 
 def _message(faults: _Faults) -> str:

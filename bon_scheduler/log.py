@@ -7,12 +7,18 @@ name are blanked whatever a caller passes, and addresses inside texts are masked
 """
 
 import asyncio
+import base64
+import binascii
+import html
+import json
 import logging
 import re
 import sys
 import traceback
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import asyncpg
 import orjson
@@ -21,18 +27,26 @@ from structlog.typing import EventDict, WrappedLogger
 
 from bon_scheduler.config import LogFormat, LogLevel
 
-__all__ = ["configure_logging", "cut", "describe_error", "mask", "where"]
+__all__ = ["configure_logging", "cut", "describe_error", "mask", "where", "withhold"]
 
 _SENSITIVE = re.compile(r"token|secret|password|authorization|email|recipient|address|customer|url|dsn", re.IGNORECASE)
 _ADDRESS = re.compile(r"[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[\w-]{1,63}")
 """Bounded, as RFC 5321 §4.5.3.1 bounds addresses: a pattern without bounds takes the square of a long word's length."""
 _QUOTED = re.compile(r"""(["']).*\1""")
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]{1,1024}@")
+_UNSEEN = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Controls, ends of lines and marks of direction that JSON may hold as they are: a terminal would obey them."""
 LONGEST_VALUE = 2_000
 """Of a field of a log line, in characters."""
 LONGEST_LINE = 16_000
 MARGIN = 400
 """An address that a cut would leave in halves is shorter."""
+REDACTED = "[redacted]"
+_IN_BASE64 = frozenset("abcdefghijklmnopqrstuvwxyz0123456789+/=_-")
+"""In lower case."""
+_SHORTEST_PART = 6
+"""Of a base64 text inside a longer one, in characters: a shorter one stands in words by chance."""
+_OF_SEVERAL_LINES = frozenset({"exception", "stack"})
 _LEVELS = {
     LogLevel.DEBUG: logging.DEBUG,
     LogLevel.INFO: logging.INFO,
@@ -57,6 +71,63 @@ def mask(text: str) -> str:
     return _ADDRESS.sub("[address]", _CREDENTIALS.sub("[credentials]@", text))
 
 
+def withhold(text: str, secrets: Iterable[str]) -> str:
+    """
+    Return the text with each of our secrets cut out, in every form in which it travels.
+
+    The forms: as it is, percent-encoded, escaped for JSON and HTML, in hexadecimal, and in base64, alone or
+    anywhere inside a longer text (`user:password` of HTTP Basic, AUTH PLAIN, AUTH LOGIN). Whatever the case.
+    """
+    folded = "".join(map(_fold, text))
+    found = sorted(span for secret in secrets if secret for form in _forms(secret) for span in _spans(form, folded))
+    kept, end = [], 0
+    for start, stop in found:
+        if stop > end:
+            kept += [text[end : max(start, end)], REDACTED]
+            end = stop
+    return "".join([*kept, text[end:]])
+
+
+def _fold(character: str) -> str:
+    lower = character.lower()
+    return lower if len(lower) == 1 else character
+
+
+def _spans(form: str, folded: str) -> Iterator[tuple[int, int]]:
+    """Return where a form stands, with the rest of the word: of base64 the rest would tell its first and last bits."""
+    form, end = "".join(map(_fold, form)), 0
+    while (start := folded.find(form, end)) >= 0:
+        first, end = start, start + len(form)
+        while first > 0 and folded[first - 1] in _IN_BASE64:
+            first -= 1
+        while end < len(folded) and folded[end] in _IN_BASE64:
+            end += 1
+        yield first, end
+
+
+def _forms(secret: str) -> set[str]:
+    encoded = secret.encode("utf-8", "surrogatepass")
+    escaped = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], html.escape(secret)}
+    # RFC 6749 §2.3.1 has id and secret percent-encoded BEFORE they are joined and put in base64.
+    percent = {quote(encoded), quote(encoded, safe=""), quote_plus(encoded)}
+    in_base64 = {form for text in {secret, *percent} for form in _base64(text.encode("utf-8", "surrogatepass"))}
+    return (
+        {secret, html.escape(secret, quote=False), binascii.hexlify(encoded).decode()} | escaped | percent | in_base64
+    )
+
+
+def _base64(encoded: bytes) -> set[str]:
+    """Return the base64 of a text, and what of it is the same whatever stands before and after the text."""
+    whole = base64.b64encode(encoded).decode().rstrip("=")
+    parts = []
+    for before in range(3):
+        text = base64.b64encode(b"\0" * before + encoded).decode()
+        # Characters that also carry bits of what stands before or after are left out.
+        parts.append(text[(before * 8 + 5) // 6 : (before + len(encoded)) * 8 // 6])
+    found = {whole, *(part for part in parts if len(part) >= _SHORTEST_PART)}
+    return found | {text.replace("+", "-").replace("/", "_") for text in found}
+
+
 @lru_cache(maxsize=1024)
 def _is_sensitive(key: str) -> bool:
     return _SENSITIVE.search(key) is not None
@@ -72,20 +143,35 @@ def _redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 
 def _to_json(event: Any, **_: Any) -> str:  # noqa: ANN401 - structlog's serializer protocol
-    line = orjson.dumps(event, default=str).decode()
+    try:
+        line = orjson.dumps(event, default=str).decode()
+    except TypeError:  # half a character, or a number of more than 64 bits
+        line = json.dumps(event, default=str)
+    line = _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
     if len(line) <= LONGEST_LINE:
         return line
     kept = {name: event[name] for name in ("timestamp", "level", "event", "job", "run_id", "attempt") if name in event}
     return orjson.dumps({**kept, "cut_from_characters": len(line)}, default=str).decode()
 
 
+def _show(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Write controls out: a terminal is to show what a text holds, and no value is to begin a line of its own."""
+    from bon_scheduler.report import show_controls  # noqa: PLC0415 - JSON needs none of it, and rich takes long to load
+
+    for key, value in event.items():
+        if isinstance(value, str):
+            shown = show_controls(value)
+            event[key] = shown if key in _OF_SEVERAL_LINES else shown.replace("\n", "\\n")
+    return event
+
+
 def configure_logging(level: LogLevel, style: LogFormat) -> None:
     """Send structlog and the standard library's loggers to standard error, redacted."""
-    renderer: structlog.typing.Processor
+    rendering: list[structlog.typing.Processor]
     if style is LogFormat.JSON:
-        renderer = structlog.processors.JSONRenderer(serializer=_to_json)
+        rendering = [structlog.processors.JSONRenderer(serializer=_to_json)]
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        rendering = [_show, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -95,7 +181,7 @@ def configure_logging(level: LogLevel, style: LogFormat) -> None:
         _redact,
     ]
     structlog.configure(
-        processors=[*shared, renderer],
+        processors=[*shared, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
         # Straight to the stream: by way of the standard library's loggers a line costs twice as much.
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
@@ -105,7 +191,7 @@ def configure_logging(level: LogLevel, style: LogFormat) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
         )
     )
     root = logging.getLogger()

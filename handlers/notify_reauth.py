@@ -15,7 +15,7 @@ from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Counts, JobContext, Payload, Retry, job
 from bon_scheduler.mail import Letter
 from handlers import digest
-from handlers.digest import LETTER_COUNTS, deliver_each, is_paused, read_recipients, told
+from handlers.digest import LETTER_COUNTS, count_left_out, deliver_each, is_paused, read_recipients, told
 
 __all__ = ["REAUTH_KIND", "NotifyReauth", "notify_reauth"]
 
@@ -62,6 +62,7 @@ async def notify_reauth(ctx: JobContext, payload: NotifyReauth) -> Counts:
         counts["consented"] = 1
     elif recipients:
         counts |= await deliver_each(ctx, _write_letters(ctx, payload, business_name, recipients))
+        counts |= await count_left_out(ctx, payload.business_id, recipients)
     else:
         log.warning("reauth.unaddressed", business_id=str(payload.business_id))
         counts["no_recipient"] = 1

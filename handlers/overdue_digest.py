@@ -52,15 +52,15 @@ FIND_OWED = """
            )
     select b.id as business_id,
            o.invoices,
-           case when owners.addresses > 0 then owners.addresses
-                when bon_scheduler.visible(b.email) is not null then 1
+           case when owners.addresses > 0 then least(owners.addresses, 20)  -- digest.MOST_OWNERS
+                when bon_scheduler.visible(left(b.email, 400)) is not null then 1
                 else 0
             end as addresses,
            exists (select from bon_scheduler.business_pauses p where p.business_id = b.id) as paused
       from owed o
       join public.businesses b on b.id = o.business_id
      cross join lateral (
-               select count(distinct lower(bon_scheduler.visible(u.email))) as addresses
+               select count(distinct lower(bon_scheduler.visible(left(u.email, 400)))) as addresses
                  from public.user_businesses m
                  join public.users u on u.id = m.user_id
                 where m.business_id = b.id

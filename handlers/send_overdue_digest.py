@@ -20,6 +20,7 @@ from handlers.digest import (
     DIGEST_KIND,
     LETTER_COUNTS,
     Statement,
+    count_left_out,
     deliver_each,
     is_paused,
     read_recipients,
@@ -67,6 +68,7 @@ async def send_overdue_digest(ctx: JobContext, payload: SendOverdueDigest) -> Co
         # In a thread: two hundred rows take long enough to keep everybody else on the event loop waiting.
         letters = await asyncio.to_thread(_write_letters, statement, payload, recipients, ctx.get(Settings))
         counts = await _deliver(ctx, payload.as_of, letters)
+        counts |= await count_left_out(ctx, payload.business_id, recipients)
     else:
         log.warning("digest.unaddressed", business_id=str(payload.business_id))
         counts = nothing | {"no_recipient": 1}
@@ -75,7 +77,7 @@ async def send_overdue_digest(ctx: JobContext, payload: SendOverdueDigest) -> Co
         return await ctx.finish(counts, on=tx)
 
 
-async def _deliver(ctx: JobContext, as_of: date, letters: list[Letter]) -> Counts:
+async def _deliver(ctx: JobContext, as_of: date, letters: list[Letter]) -> dict[str, int]:
     try:
         return await deliver_each(ctx, letters)
     except NotNowError as error:

@@ -80,7 +80,10 @@ class Server:
 
     def authenticate(self, *arguments: Any) -> AuthResult:
         self.logins += 1
-        if "AUTH" in self.on:
+        told = self.on.get("AUTH")
+        if isinstance(told, str):
+            return AuthResult(success=False, handled=False, message=told)
+        if told is not None:
             abort(arguments[0])
         data = arguments[-1]
         right = isinstance(data, LoginPassword) and data.password == PASSWORD.encode()

@@ -11,8 +11,9 @@ from pydantic import SecretStr
 
 from bon_scheduler.config import Settings
 from bon_scheduler.database.connections import Pool
+from bon_scheduler.mail.keys import read_key, recipient_hash
 from bon_scheduler.mail.mailer import Delivery, Mailer
-from bon_scheduler.mail.message import Letter, recipient_hash
+from bon_scheduler.mail.message import Letter
 from tests.conftest import SetClock
 from tests.mailserver import PASSWORD, Server
 
@@ -81,7 +82,7 @@ async def intend(pool: Pool, run: UUID, *, attempt: int = 1, state: str = "inten
         LETTER.kind,
         BUSINESS,
         AS_OF,
-        recipient_hash(BUSINESS, RECIPIENT),
+        recipient_hash(await read_key(pool), BUSINESS, RECIPIENT),
         state,
         run,
         attempt,

@@ -166,6 +166,26 @@ def test_a_host_that_is_more_than_one_is_refused(name: str, host: str) -> None:
     assert fault.endswith(f'(it is "{host}")')
 
 
+@pytest.mark.parametrize("name", ["SMTP_HOST", "HEALTH_HOST", "SMTP_PORT", "SHAAM_TOKEN_URL", "UNSUBSCRIBE_URL"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "bon:s3cret@mail.example", "smtp://bon:s3cret@mail.example:587", "smtps://bon:s3cret%40mail.example",
+        "bon:s3cret", "//bon:s3cret@mail.example", "bon%40shop.example:s3cret@mail.example", "ftp://h/?key=s3cret",
+    ],
+)  # fmt: skip
+def test_a_setting_that_may_hold_a_password_is_not_shown(name: str, value: str) -> None:
+    (fault,) = faults(**{name: value})
+    assert "s3cret" not in fault or (value == "bon:s3cret" and not name.endswith("_HOST"))
+    assert fault.startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize("secret", ["hunter2-s3cret", "s3cret/with/slashes=="])
+def test_a_secret_in_place_of_its_files_name_is_not_shown(secret: str) -> None:
+    (fault,) = faults(METRICS_TOKEN_FILE=secret)
+    assert fault == "METRICS_TOKEN_FILE: the file it names cannot be read (No such file or directory)"
+
+
 @pytest.mark.parametrize(
     "host", ["mail", "mail.example.com", "mail.example.com.", "127.0.0.1", "::1", "fe80::1%eth0", "דואר.קום", "a_b-c"]
 )

@@ -5,6 +5,10 @@ from .database import (
     describe_database as describe_database,
     read_database_address as read_database_address,
 )
+from .mailbox import (
+    Mailbox as Mailbox,
+    read_mailbox as read_mailbox,
+)
 from .tls import (
     Protection as Protection,
     TlsMode as TlsMode,

@@ -27,7 +27,7 @@ from bon_scheduler.files import write_private
 from bon_scheduler.jobs import AnyJob, BusinessOutcome, Connection, Counts, Cron, HeldError, Job, P, Payload
 from bon_scheduler.ledger import DryRun, Row, RunRef
 from bon_scheduler.log import describe_error
-from bon_scheduler.mail import Delivery, Letter, Mailer, find_settled, is_mailbox, recipient_hash, write
+from bon_scheduler.mail import Delivery, Letter, Mailer, find_settled, read_key, recipient_hash, write
 from bon_scheduler.schedule import next_fire_time
 
 __all__ = ["DryRunner"]
@@ -51,23 +51,25 @@ class DryMailer:
     async def deliver(self, letter: Letter, *, run_id: UUID, attempt: int) -> Delivery:
         """Return what would become of the letter if the server takes it."""
         del run_id, attempt
-        if (settled := await find_settled(self.pool, letter)) is not None:
+        key = await read_key(self.pool)
+        if (settled := await find_settled(self.pool, letter, key)) is not None:
             return settled
-        if not is_mailbox(letter.recipient):
+        written = write(letter, self.settings, now=self.clock.now(), key=key)
+        if written is None:
             return Delivery.REFUSED
         if self.out is not None:
-            _keep(self.out, letter, self.settings, self.clock.now())
+            who = recipient_hash(key, letter.business_id, letter.recipient)[-8:]
+            _keep(self.out, letter, who, written.content)
             self.kept[letter.kind] += 1
         return Delivery.LOGGED if self.settings.smtp_host is None else Delivery.SENT
 
 
-def _keep(directory: int, letter: Letter, settings: Settings, now: datetime) -> None:
+def _keep(directory: int, letter: Letter, who: str, content: bytes) -> None:
     """Write a letter as .html, .txt and .eml, for its reader alone; its name holds no address."""
-    who = recipient_hash(letter.business_id, letter.recipient)[:8]
     name = f"{letter.kind}-{letter.as_of}-{letter.business_id}-{who}"
     write_private(directory, f"{name}.html", letter.html.encode())
     write_private(directory, f"{name}.txt", letter.text.encode())
-    write_private(directory, f"{name}.eml", write(letter, settings, now=now).content)
+    write_private(directory, f"{name}.eml", content)
 
 
 @dataclass(slots=True)

@@ -12,14 +12,16 @@ from .gate import (
     MailGate as MailGate,
     gate_state as gate_state,
 )
+from .keys import (
+    read_key as read_key,
+    recipient_hash as recipient_hash,
+)
 from .mailer import (
     Mailer as Mailer,
     find_settled as find_settled,
 )
 from .message import (
     Letter as Letter,
-    is_mailbox as is_mailbox,
-    recipient_hash as recipient_hash,
     write as write,
 )
 from .replies import Delivery as Delivery

@@ -37,9 +37,10 @@ from bon_scheduler.config import Settings
 from bon_scheduler.database import TRANSIENT_ERRORS
 from bon_scheduler.jobs import NeverRetryError, Retry, RetryLaterError
 from bon_scheduler.mail.gate import MailGate, MailUnavailableError, Slot
-from bon_scheduler.mail.message import Letter, Written, is_mailbox, message_id, recipient_hash, write
+from bon_scheduler.mail.keys import read_key, recipient_hash
+from bon_scheduler.mail.message import Letter, Written, message_id, write
 from bon_scheduler.mail.replies import CLOSING, Answer, Delivery, clean_reply, judge
-from bon_scheduler.mail.smtp import SMTP_TIMEOUT, Line, NotConnectedError, SmtpConnections
+from bon_scheduler.mail.smtp import SMTP_TIMEOUT, Line, NotConnectedError, SmtpConnections, login_of
 
 __all__ = ["Delivery", "Letter", "LetterDeferredError", "MailUnavailableError", "Mailer", "find_settled"]
 
@@ -62,7 +63,8 @@ INTEND = """
            (kind, business_id, as_of, recipient_hash, state, message_id, run_id, attempt)
     values ($1, $2, $3, $4, 'intended', $5, $6, $7)
         on conflict (kind, business_id, as_of, recipient_hash) do update
-       set state = 'intended', run_id = $6, attempt = $7, intended_at = now(), settled_at = null, reply = null
+       set state = 'intended', run_id = $6, attempt = $7, intended_at = now(), settled_at = null, reply = null,
+           message_id = excluded.message_id  -- an upgrade from version 9 changed it
      where deliveries.state = 'released'
  returning id
 """
@@ -118,14 +120,14 @@ WITHDRAW = """
 """
 
 
-def _key(letter: Letter) -> tuple[str, UUID, date, str]:
+def _unique(letter: Letter, key: bytes) -> tuple[str, UUID, date, str]:
     """Return what is unique in `deliveries`."""
-    return letter.kind, letter.business_id, letter.as_of, recipient_hash(letter.business_id, letter.recipient)
+    return letter.kind, letter.business_id, letter.as_of, recipient_hash(key, letter.business_id, letter.recipient)
 
 
-async def find_settled(pool: "asyncpg.Pool[asyncpg.Record]", letter: Letter) -> Delivery | None:
+async def find_settled(pool: "asyncpg.Pool[asyncpg.Record]", letter: Letter, key: bytes) -> Delivery | None:
     """Return what became of a letter before, None while it may be sent."""
-    state = await pool.fetchval(FIND_STATE, *_key(letter))
+    state = await pool.fetchval(FIND_STATE, *_unique(letter, key))
     if state == "sent":
         return Delivery.ALREADY_SENT
     return Delivery(state) if state in {"refused", "unknown"} else None
@@ -168,6 +170,7 @@ class Mailer:
         self._pool = pool
         self.gate: Final = MailGate(pool, rate_per_second=settings.email_rate_per_second)
         self._connections = SmtpConnections(settings, tls_context=tls_context, timeout=timeout)
+        self._key: bytes | None = None
         self._clock = clock or SystemClock()
         self._observe = observe
         # The loop keeps only weak references to tasks; these must end whoever is cancelled.
@@ -202,12 +205,13 @@ class Mailer:
             events.info("delivery.logged", as_of=letter.as_of.isoformat())
             self._observe(Delivery.LOGGED, 0.0)
             return Delivery.LOGGED
-        if (settled := await find_settled(self._pool, letter)) is not None:
+        self._key = key = self._key or await read_key(self._pool)
+        if (settled := await find_settled(self._pool, letter, key)) is not None:
             return settled  # BEFORE the gate: it takes nobody's turn
         # What is no address is refused without the server, and says nothing about it.
-        written = await self._write(letter) if is_mailbox(letter.recipient) else None
+        written = await self._write(letter, key)
         slot = await self.gate.pass_through(run_id) if written else None
-        claim = await self._claim(letter, run_id, attempt)
+        claim = await self._claim(letter, key, run_id, attempt)
         if isinstance(claim, Delivery):
             return claim
         started = time.perf_counter()
@@ -228,9 +232,9 @@ class Mailer:
             events.warning("delivery.refused" if answer.delivery is Delivery.REFUSED else "delivery.unknown")
         return answer.delivery
 
-    async def _write(self, letter: Letter) -> Written:
+    async def _write(self, letter: Letter, key: bytes) -> Written | None:
         # In a thread: runs come in bursts, and twenty letters keep the event loop for a quarter of a second.
-        return await asyncio.to_thread(write, letter, self._settings, now=self._clock.now())
+        return await asyncio.to_thread(write, letter, self._settings, now=self._clock.now(), key=key)
 
     def _require_remembered(self, letter: Letter) -> None:
         kept = self._settings.run_retention_days
@@ -247,13 +251,13 @@ class Mailer:
         if answer.delivery is not Delivery.UNKNOWN:
             await self.gate.report_back(slot)
 
-    async def _claim(self, letter: Letter, run_id: UUID, attempt: int) -> _Intention | Delivery:
+    async def _claim(self, letter: Letter, key: bytes, run_id: UUID, attempt: int) -> _Intention | Delivery:
         """Commit the intention to send, or find out what became of an earlier one."""
-        key = _key(letter)
-        message = message_id(letter, self._settings.email_from)
-        if claimed := await self._pool.fetchval(INTEND, *key, message, run_id, attempt):
+        unique = _unique(letter, key)
+        message = message_id(letter, self._settings.email_from, key)
+        if claimed := await self._pool.fetchval(INTEND, *unique, message, run_id, attempt):
             return _Intention(claimed, run_id, attempt)
-        if given_up := await self._pool.fetchval(GIVE_UP, *key, run_id, attempt):
+        if given_up := await self._pool.fetchval(GIVE_UP, *unique, run_id, attempt):
             log.warning(
                 "delivery.unknown",
                 kind=letter.kind,
@@ -261,7 +265,7 @@ class Mailer:
                 delivery_id=str(given_up),
             )
             return Delivery.UNKNOWN
-        if (settled := await find_settled(self._pool, letter)) is not None:
+        if (settled := await find_settled(self._pool, letter, key)) is not None:
             return settled
         # Intended by a run that lives, or just withdrawn by it.
         raise RetryLaterError("Another run is sending the same letter just now.", after=OTHER_RUN_WAIT)
@@ -304,37 +308,39 @@ class Mailer:
             async with self._connections.line() as line:
                 return await self._converse(line, letter, written, claim)
         except NotConnectedError as error:
-            cause = error.__cause__
-            if isinstance(cause, aiosmtplib.SMTPResponseException):
-                return judge(error.stage, cause.code, clean_reply(cause.code, cause.message, letter))
-            return Answer(None, f"{type(cause).__name__} (at {error.stage})", away=True)
+            if error.code is not None:
+                return judge(error.stage, error.code, error.said)
+            return Answer(None, str(error), away=True)
 
     async def _converse(self, line: Line, letter: Letter, written: Written, claim: _Intention) -> Answer:
         """Hold the conversation stage by stage, because what a failure means depends on the stage."""
-        client, recipient, stage = line.client, letter.recipient.strip(), "MAIL"
+        client, mailbox, stage = line.client, written.mailbox, "MAIL"
         try:
-            if written.utf8 and not client.supports_extension("smtputf8"):
+            if mailbox.utf8 and not client.supports_extension("smtputf8"):
                 return Answer(Delivery.REFUSED, "the server takes no address outside ASCII (SMTPUTF8)")
-            encoding = "utf-8" if written.utf8 else "ascii"
-            options = ["SMTPUTF8"] if written.utf8 else []
+            encoding = "utf-8" if mailbox.utf8 else "ascii"
+            options = ["SMTPUTF8"] if mailbox.utf8 else []
             await client.mail(self._settings.email_from, encoding=encoding, options=options)
             stage = "RCPT"
-            await client.rcpt(recipient, encoding=encoding)
+            await client.rcpt(mailbox.address, encoding=encoding)
             if not client.is_connected:
                 return Answer(None, "the connection was lost (after RCPT)", away=True)
             stage = "DATA"
             # From here on the server may have accepted it, whatever we hear.
             claim.data_begun = True
             response = await client.data(written.content)
-            return Answer(Delivery.SENT, clean_reply(response.code, response.message, letter))
+            return Answer(Delivery.SENT, self._clean(response, letter))
         except aiosmtplib.SMTPResponseException as error:
             line.sound = error.code != CLOSING
-            return judge(stage, error.code, clean_reply(error.code, error.message, letter))
+            return judge(stage, error.code, self._clean(error, letter))
         except (aiosmtplib.SMTPException, OSError) as error:
             # The text of any of these may quote an address; the class says enough.
             line.sound = False
             what = f"{type(error).__name__} (at {stage})"
             return Answer(Delivery.UNKNOWN, what) if claim.data_begun else Answer(None, what, away=True)
+
+    def _clean(self, answer: aiosmtplib.SMTPResponse | aiosmtplib.SMTPResponseException, letter: Letter) -> str:
+        return clean_reply(answer.code, answer.message, letter, login_of(self._settings))
 
     async def _record(self, claim: _Intention, answer: Answer) -> None:
         """Settle or withdraw the intention; tried again while the database restarts, is full or does not answer."""

@@ -4,8 +4,6 @@ A letter and its form: the message with its headers, and the names it goes by in
 Nothing here sends anything; `mail` does.
 """
 
-import hashlib
-import re
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from email.errors import MessageError
@@ -16,12 +14,18 @@ from email.policy import SMTP, EmailPolicy, Policy
 from typing import Any
 from uuid import UUID
 
+from bon_scheduler.addresses import Mailbox, read_mailbox
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import NeverRetryError
+from bon_scheduler.log import cut
+from bon_scheduler.mail.keys import keyed, recipient_hash
 
-__all__ = ["Letter", "Written", "compose", "is_mailbox", "message_id", "printable", "recipient_hash", "write"]
+__all__ = ["Letter", "Written", "compose", "message_id", "printable", "write"]
 
-_MAILBOX = re.compile(r"""[^\s@<>()\[\]\\,;:"\x00-\x20\x7f]{1,64}@[^\s@<>()\[\]\\,;:"\x00-\x20\x7f]{1,255}""")
+LONGEST_SUBJECT = 300
+"""In characters; RFC 5322 allows lines of 998 bytes."""
+LARGEST_BYTES = 1024 * 1024
+"""Of a letter as it is sent. The longest digest has two thirds of it, whatever its rows say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,8 @@ class Written:
     """A letter as a server is given it."""
 
     content: bytes = field(repr=False)
-    utf8: bool
-    """Whether an address in it takes a server that offers SMTPUTF8 (RFC 6531)."""
+    mailbox: Mailbox
+    """Whose it is."""
 
 
 class _UnfoldedHeader(UnstructuredHeader, BaseHeader):
@@ -74,35 +78,28 @@ POLICY = _policy()
 """How a letter is written as bytes."""
 
 
-def recipient_hash(business_id: UUID, address: str) -> str:
-    """Return what stands for an address in the ledger (SHA-256, hex); upper and lower case are one."""
-    return hashlib.sha256(f"{business_id}:{address.strip().lower()}".encode()).hexdigest()
-
-
-def message_id(letter: Letter, email_from: str) -> str:
+def message_id(letter: Letter, email_from: str, key: bytes) -> str:
     """Return the Message-ID of a letter: the same for the same kind, business, day and recipient."""
-    key = f"{letter.kind}:{letter.as_of.isoformat()}:{recipient_hash(letter.business_id, letter.recipient)}"
-    return f"<{hashlib.sha256(key.encode()).hexdigest()[:32]}@{email_from.rpartition('@')[2]}>"
+    who = recipient_hash(key, letter.business_id, letter.recipient)
+    name = keyed(key, f"{letter.kind}:{letter.as_of.isoformat()}:{who}")
+    return f"<{name[:32]}@{email_from.rpartition('@')[2]}>"
 
 
-def compose(letter: Letter, settings: Settings, *, now: datetime) -> EmailMessage:
+def compose(letter: Letter, mailbox: Mailbox, settings: Settings, *, now: datetime, key: bytes) -> EmailMessage:
     """
     Build the message: plain text and HTML, both UTF-8, with the headers of automatic mail.
 
-    `now` (aware) is its Date. Raises ValueError for a recipient that is not an address,
-    without naming it.
+    `mailbox` is the recipient's, `now` (aware) its Date, `key` the deployment's.
     """
-    if not is_mailbox(letter.recipient):
-        raise ValueError("The recipient is not an e-mail address; correct it in BON.")
     message = EmailMessage(policy=POLICY)
     message["Date"] = now
-    message["Message-ID"] = message_id(letter, settings.email_from)
+    message["Message-ID"] = message_id(letter, settings.email_from, key)
     message["From"] = Address("BON", addr_spec=settings.email_from)
     # Not addr_spec: it refuses what an e-mail parser would read differently, and names it in the error.
-    local, _, domain = letter.recipient.strip().rpartition("@")
+    local, _, domain = mailbox.address.rpartition("@")
     message["To"] = Address(username=local, domain=domain)
     # Names come from people: a line break would begin a header of its own.
-    message["Subject"] = " ".join(printable(letter.subject).split())
+    message["Subject"] = " ".join(printable(cut(letter.subject, LONGEST_SUBJECT)).split())
     message["Auto-Submitted"] = "auto-generated"
     if settings.unsubscribe_url is not None:
         message["List-Unsubscribe"] = f"<{settings.unsubscribe_url}>"
@@ -115,16 +112,19 @@ def compose(letter: Letter, settings: Settings, *, now: datetime) -> EmailMessag
     return message
 
 
-def write(letter: Letter, settings: Settings, *, now: datetime) -> Written:
+def write(letter: Letter, settings: Settings, *, now: datetime, key: bytes) -> Written | None:
     """
-    Write the message as bytes; `now` as in `compose`.
+    Write the message as bytes; `now` and `key` as in `compose`. None: the recipient is not one e-mail address.
 
-    Raises NeverRetryError where no letter can be written with these settings. Asked BEFORE anybody hears of the
-    letter: it is neither used up then, nor is a server blamed.
+    Raises NeverRetryError where no letter can be written with these settings, and for one above LARGEST_BYTES. Asked
+    BEFORE anybody hears of the letter: it is neither used up then, nor is a server blamed.
     """
-    utf8 = not letter.recipient.isascii()
+    mailbox = read_mailbox(letter.recipient)
+    if mailbox is None:
+        return None
     try:
-        return Written(compose(letter, settings, now=now).as_bytes(policy=POLICY.clone(utf8=utf8)), utf8)
+        message = compose(letter, mailbox, settings, now=now, key=key)
+        content = message.as_bytes(policy=POLICY.clone(utf8=mailbox.utf8))
     except (MessageError, ValueError) as error:
         # Its text may quote an address; the class says enough.
         raise NeverRetryError(
@@ -132,11 +132,9 @@ def write(letter: Letter, settings: Settings, *, now: datetime) -> Written:
             "UNSUBSCRIBE_URL a web address, both in ASCII. Correct them, then: python -m bon_scheduler retry RUN_ID "
             "--reason …"
         ) from None
-
-
-def is_mailbox(address: str) -> bool:
-    """Return whether a text can be one mailbox: no list, no comment, no control character."""
-    return _MAILBOX.fullmatch(address.strip()) is not None
+    if len(content) > LARGEST_BYTES:
+        raise NeverRetryError(f"A letter of {len(content):,} bytes is not sent; at most {LARGEST_BYTES:,} are.")
+    return Written(content, mailbox)
 
 
 def printable(text: str) -> str:

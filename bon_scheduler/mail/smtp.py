@@ -17,8 +17,10 @@ from datetime import timedelta
 import aiosmtplib
 
 from bon_scheduler.config import LOOPBACK_HOSTS, Settings, SmtpTls
+from bon_scheduler.log import describe_error, withhold
+from bon_scheduler.mail.replies import REPLY_LENGTH, clean_reply
 
-__all__ = ["SMTP_TIMEOUT", "Line", "NotConnectedError", "SmtpConnections", "try_login"]
+__all__ = ["SMTP_TIMEOUT", "Line", "NotConnectedError", "SmtpConnections", "login_of", "try_login"]
 
 SMTP_TIMEOUT = timedelta(seconds=30)
 """For connecting and for each answer of the server."""
@@ -33,11 +35,14 @@ TROUBLE = (aiosmtplib.SMTPException, OSError)
 
 
 class NotConnectedError(Exception):
-    """No connection could be made ready. `stage` is how far it got; the cause is what aiosmtplib raised."""
+    """
+    No connection could be made ready. `stage` is how far it got, `said` what the server answered (cleaned), or the
+    kind of the trouble; `code` is None where it did not answer.
+    """
 
-    def __init__(self, stage: str) -> None:
-        super().__init__(stage)
-        self.stage = stage
+    def __init__(self, stage: str, said: str, code: int | None) -> None:
+        super().__init__(f"{said} (at {stage})")
+        self.stage, self.said, self.code = stage, said, code
 
 
 @dataclass(slots=True, eq=False)
@@ -125,11 +130,17 @@ class SmtpConnections:
         except (*TROUBLE, ValueError) as error:
             # ValueError: the login cannot stand in a command.
             client.close()
-            raise NotConnectedError(stage) from error
+            raise self._not_connected(stage, error) from None
         except BaseException:
             client.close()
             raise
         return Line(client)
+
+    def _not_connected(self, stage: str, error: Exception) -> NotConnectedError:
+        login = login_of(self._settings)
+        if isinstance(error, aiosmtplib.SMTPResponseException):
+            return NotConnectedError(stage, clean_reply(error.code, error.message, None, login), error.code)
+        return NotConnectedError(stage, withhold(describe_error(error), login)[:REPLY_LENGTH], None)
 
     def _refuse_clear_text(self) -> None:
         """Raise SMTPException where a password would go in the clear, whatever let such settings pass."""
@@ -150,6 +161,12 @@ class SmtpConnections:
             # Not this machine's name, which would have to be looked up for each connection.
             local_hostname=settings.email_from.rpartition("@")[2],
         )
+
+
+def login_of(settings: Settings) -> tuple[str, str]:
+    """Return user and password, empty where there are none."""
+    password = settings.smtp_password
+    return settings.smtp_username or "", password.get_secret_value() if password is not None else ""
 
 
 async def try_login(settings: Settings) -> None:

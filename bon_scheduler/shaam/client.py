@@ -24,7 +24,7 @@ import aiohttp
 from pydantic import SecretStr
 
 from bon_scheduler.config import ClientAuth, Settings, ShaamMode
-from bon_scheduler.log import mask
+from bon_scheduler.log import mask, withhold
 
 __all__ = [
     "ON_DEMAND_SLOTS",
@@ -389,9 +389,5 @@ def _reason(reply: _Reply, data: dict[str, Any], secrets: list[str]) -> str:
 
 
 def _redact(text: str, secrets: list[str]) -> str:
-    """Cut out every known secret, plain or URL-encoded, addresses, and whatever looks like a token."""
-    forms = {form for secret in secrets for form in (secret, quote_plus(secret)) if form}
-    # The longest first, otherwise a secret that contains another would leave its rest behind.
-    for form in sorted(forms, key=len, reverse=True):
-        text = re.sub(re.escape(form), "[redacted]", text, flags=re.IGNORECASE)
-    return _UNPRINTABLE.sub(" ", mask(_OPAQUE.sub("[redacted]", _text(text)))).strip()
+    """Cut out every known secret in each of its forms, addresses, and whatever looks like a token."""
+    return _UNPRINTABLE.sub(" ", mask(_OPAQUE.sub("[redacted]", withhold(_text(text), secrets)))).strip()

@@ -2,6 +2,7 @@
 
 from .mailing import (
     LETTER_COUNTS as LETTER_COUNTS,
+    count_left_out as count_left_out,
     deliver_each as deliver_each,
     refuse_day_to_come as refuse_day_to_come,
     told as told,

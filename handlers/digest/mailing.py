@@ -5,21 +5,28 @@ A refusal or trouble with one recipient never keeps another from getting theirs.
 delivery ledger knows who was written to.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import date
 from uuid import UUID
+
+import structlog
 
 from bon_scheduler import mail
 from bon_scheduler.jobs import BusinessOutcome, Counts, JobContext, NeverRetryError, RetryLaterError
 from bon_scheduler.mail import Delivery, Letter
+from handlers.digest.statement import MOST_OWNERS, count_owners
 
-__all__ = ["LETTER_COUNTS", "deliver_each", "refuse_day_to_come", "told"]
+__all__ = ["LETTER_COUNTS", "count_left_out", "deliver_each", "refuse_day_to_come", "told"]
 
+log = structlog.get_logger()
+
+LEFT_OUT = "left_out"
+"""Counted where there are any: owners beyond MOST_OWNERS, to whom nobody writes."""
 LETTER_COUNTS = (*(delivery.value for delivery in Delivery), "no_recipient")
 REMEMBERED = ("sent", "refused", "unknown", "no_recipient")
 
 
-async def deliver_each(ctx: JobContext, letters: Iterable[Letter]) -> Counts:
+async def deliver_each(ctx: JobContext, letters: Iterable[Letter]) -> dict[str, int]:
     """
     Deliver each letter; return how many ended in each of LETTER_COUNTS.
 
@@ -39,6 +46,18 @@ async def deliver_each(ctx: JobContext, letters: Iterable[Letter]) -> Counts:
     return counts
 
 
+async def count_left_out(ctx: JobContext, business_id: UUID, recipients: Collection[str]) -> Counts:
+    """Count the owners beyond MOST_OWNERS, and log how many; nothing where there are none."""
+    if len(recipients) < MOST_OWNERS:
+        return {}
+    async with ctx.connection() as connection:
+        left_out = await count_owners(connection, business_id) - len(recipients)
+    if left_out <= 0:
+        return {}
+    log.warning("owners.left_out", business_id=str(business_id), written_to=len(recipients), left_out=left_out)
+    return {LEFT_OUT: left_out}
+
+
 def refuse_day_to_come(ctx: JobContext, as_of: date) -> None:
     """Raise NeverRetryError where a digest's day has not come: it would dun for what is not due yet."""
     # The fire time too, which is no clock of this worker's: that one may be slow.
@@ -53,6 +72,8 @@ def refuse_day_to_come(ctx: JobContext, as_of: date) -> None:
 def told(business_id: UUID, counts: Counts) -> list[BusinessOutcome]:
     """Return what to remember of the business: nothing of a mere repeat."""
     remembered = {name: counts[name] for name in REMEMBERED if counts[name]}
+    if remembered and LEFT_OUT in counts:
+        remembered[LEFT_OUT] = counts[LEFT_OUT]
     if counts["refused"] or counts["unknown"]:
         error = f"{counts['refused']} refused, {counts['unknown']} unknown; see deliveries"
         return [BusinessOutcome(business_id, "failed", remembered, error)]

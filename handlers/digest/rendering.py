@@ -26,9 +26,19 @@ __all__ = ["render", "render_digest"]
 LONGEST_NAME = 80
 """Of a customer or a business, in characters: on a telephone that is eight lines."""
 LONGEST_NAME_IN_SUBJECT = 60
+LONGEST_CURRENCY = 8
+LONGEST_READ = 400
+"""Of a name, in characters; the rest is not looked at. What is remembered of names is so long at most."""
+MOST_MARKS = 4
+"""Upon one letter: more would run over the lines above and below."""
 CACHED = 2048
 """Names and amounts that are remembered: each stands in the text and in the HTML, most in tomorrow's digest too."""
 _BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+_BLANK = frozenset({"Cc", "Cs", "Zl", "Zp"})
+_NOT_IN_HTML = frozenset(
+    {*map(chr, range(0xFDD0, 0xFDF0)), *(chr(p << 16 | n) for p in range(17) for n in (0xFFFE, 0xFFFF))}
+)
+"""Noncharacters. Not what is unassigned: tomorrow's emoji are."""
 _JOINS_NEXT, _JOINS_BEFORE = "\u200d", frozenset({"Mn", "Me", "Cf", "Sk"})
 MONEY_LOCALES = {"he": "he_IL", "en": "en_IL"}
 
@@ -68,11 +78,12 @@ def _environment(language: str) -> Environment:
     # The i18n extension adds the method when it is loaded.
     environment.install_gettext_translations(catalogue, newstyle=True)  # type: ignore[attr-defined]
     locale = Locale.parse(MONEY_LOCALES[language])
-    environment.filters["money"] = lru_cache(CACHED)(partial(_format_money, locale=locale))
+    money = lru_cache(CACHED)(partial(_format_money, locale=locale))
+    environment.filters["money"] = lambda amount, currency: money(amount, clean(currency, LONGEST_CURRENCY))
     environment.filters["number"] = lru_cache(CACHED)(partial(format_decimal, locale=locale))
     # Not %Y, which writes the year 26 as 26, like 2026.
     environment.filters["day"] = "{0:%d/%m}/{0.year:04}".format
-    environment.filters["clean"] = _clean
+    environment.filters["clean"] = clean
     environment.globals["longest_in_subject"] = LONGEST_NAME_IN_SUBJECT
     return environment
 
@@ -92,17 +103,34 @@ def _format_money(minor_units: int, currency: str, *, locale: Locale) -> str:
     return format_currency(amount, currency, locale=locale)
 
 
+def clean(text: str | None, longest: int = LONGEST_NAME) -> str:
+    """
+    Return what a tenant chose as a letter shows it: every text of BON's that reaches a letter comes through here.
+
+    In one line of at most `longest` characters; what could reorder or break that line (controls, ends of lines, marks
+    of direction that reach beyond the name) and what no letter can hold (halves of characters, noncharacters) is
+    blank; at most MOST_MARKS marks stand upon a letter. "—" where nothing is left to see.
+    """
+    return _clean((text or "")[:LONGEST_READ], longest)
+
+
 @lru_cache(CACHED)
-def _clean(text: str | None, longest: int = LONGEST_NAME) -> str:
-    """Blank what could reorder or break the line a name stands in (controls, line ends, bidi overrides); bound it."""
-    visible = "".join(
-        " " if unicodedata.category(c) in {"Cc", "Zl", "Zp"} or unicodedata.bidirectional(c) in _BIDI_CONTROLS else c
-        for c in text or ""
-    )
-    whole = " ".join(visible.split())
+def _clean(text: str, longest: int) -> str:
+    visible, marks = [], 0
+    for c in text:
+        category = unicodedata.category(c)
+        marks = marks + 1 if category in {"Mn", "Me"} else 0
+        if marks > MOST_MARKS:
+            continue
+        visible.append(" " if category in _BLANK or c in _NOT_IN_HTML or _turns(c) else c)
+    whole = " ".join("".join(visible).split())
     if all(unicodedata.category(c) in {"Cf", "Zs"} for c in whole):
         return "—"
     return whole if len(whole) <= longest else f"{whole[: _end_of_character(whole, longest - 1)].rstrip()}…"
+
+
+def _turns(character: str) -> bool:
+    return unicodedata.bidirectional(character) in _BIDI_CONTROLS
 
 
 def _end_of_character(text: str, end: int) -> int:

@@ -12,12 +12,27 @@ from uuid import UUID
 
 from bon_scheduler.jobs import Connection
 
-__all__ = ["DIGEST_KIND", "Ageing", "OverdueInvoice", "Statement", "is_paused", "read_recipients", "read_statement"]
+__all__ = [
+    "DIGEST_KIND",
+    "Ageing",
+    "OverdueInvoice",
+    "Rest",
+    "Statement",
+    "count_owners",
+    "is_paused",
+    "read_recipients",
+    "read_statement",
+]
 
 DIGEST_KIND = "overdue-digest"
 """The kind under which the delivery ledger knows these letters."""
 MAX_ROWS = 200
 """More would be cut off by mail readers (some at 102 kB); the totals always count every invoice."""
+
+MOST_OWNERS = 20
+"""Of one business that are written to: whoever may name owners could have us write to anybody (decision 0026)."""
+MOST_CURRENCIES = 10
+"""Whose totals are shown; the others are counted."""
 
 # What is still owed on each overdue invoice of an active business: the oldest rows, and totals of all by currency.
 # A credit note counts once it is issued: `sending` is between finalized and sent, and `paid` or
@@ -25,13 +40,14 @@ MAX_ROWS = 200
 # and `credited` no longer stand. One in another currency is nothing we may subtract.
 # An invoice is new when it was not overdue yet on the day of the last digest that was sent, or, without one, the
 # day before.
-# $1 business: uuid, $2 as_of: date, $3 rows: int, $4 kind of delivery: text. Indexes: the ones on invoices
-# (business_id, status), invoice_payments (invoice_id), for the credit notes invoices (business_id,
+# $1 business: uuid, $2 as_of: date, $3 rows: int, $4 kind of delivery: text, $5 currencies: int. Indexes: the ones on
+# invoices (business_id, status), invoice_payments (invoice_id), for the credit notes invoices (business_id,
 # credited_invoice_id, document_type), and deliveries_kind_business_id_as_of_recipient_hash_key.
 READ_STATEMENT = """
       with owed as materialized (
                select i.id, left(i.document_number, 200) as document_number,
-                      left(i.customer_name, 400) as customer_name, i.customer_id, i.currency, i.sequence_number,
+                      left(i.customer_name, 400) as customer_name, i.customer_id,
+                      left(i.currency, 40) as currency, i.sequence_number,
                       greatest(i.due_date, date '0001-01-01') as due_date,  -- what a calendar has
                       i.total_incl_vat_minor_units as total,
                       (i.total_incl_vat_minor_units - paid.amount - credited.amount)::bigint as owed
@@ -85,31 +101,44 @@ READ_STATEMENT = """
                       coalesce(sum(owed) filter (where $2 - due_date > 90), 0)::bigint as over_90
                  from owed
                 group by currency
-                order by currency <> 'ILS', currency
+           ),
+           shown as (select * from totals order by currency <> 'ILS', invoices desc, currency limit $5),
+           rest as (
+               select count(*) as currencies, coalesce(sum(invoices), 0)::bigint as invoices,
+                      coalesce(sum(new), 0)::bigint as new
+                 from (select * from totals order by currency <> 'ILS', invoices desc, currency offset $5) t
            )
     select left(b.name, 400) as name,
            (select day from last_digest) as since,
            (select array_agg(o) from oldest o) as invoices,
-           (select array_agg(t) from totals t) as totals
+           (select array_agg(t order by currency <> 'ILS', currency) from shown t) as totals,
+           (select r from rest r) as rest
       from public.businesses b
      where b.id = $1
        and b.is_active
        and b.deleted_at is null
 """
 
-# The owners' addresses, else the business's own, else nothing.
-# $1 business: uuid. Indexes: the one on user_businesses (business_id), users_pkey, businesses_pkey.
+# The owners' addresses, at most so many, else the business's own, else nothing. Which of too many does not change from
+# one attempt to the next: a repeat must not find others.
+# $1 business: uuid, $2 how many: int. Indexes: the one on user_businesses (business_id), users_pkey, businesses_pkey.
 READ_RECIPIENTS = """
       with owners as (
-               select bon_scheduler.visible(left(u.email, 400)) as email
+               select distinct on (lower(mine.email)) mine.id, mine.email
                  from public.user_businesses m
-                 join public.users u on u.id = m.user_id
+                cross join lateral (
+                          select u.id, bon_scheduler.visible(left(u.email, 400)) as email
+                            from public.users u
+                           where u.id = m.user_id
+                      ) mine
                 where m.business_id = $1
                   and m.role = 'owner'
-                  and bon_scheduler.visible(left(u.email, 400)) is not null
-           )
+                  and mine.email is not null
+                order by lower(mine.email), mine.id
+           ),
+           first_owners as (select email from owners order by id limit $2)
     select email
-      from owners
+      from first_owners
      union all
     select bon_scheduler.visible(left(b.email, 400))
       from public.businesses b
@@ -117,6 +146,15 @@ READ_RECIPIENTS = """
        and bon_scheduler.visible(left(b.email, 400)) is not null
        and not exists (select from owners)
      order by email
+"""
+
+# $1 business: uuid. Indexes: the one on user_businesses (business_id), users_pkey.
+COUNT_OWNERS = """
+    select count(distinct lower(bon_scheduler.visible(left(u.email, 400))))
+      from public.user_businesses m
+      join public.users u on u.id = m.user_id
+     where m.business_id = $1
+       and m.role = 'owner'
 """
 
 # $1 business: uuid. Index: business_pauses_pkey.
@@ -154,8 +192,17 @@ class Ageing:
 
 
 @dataclass(frozen=True, slots=True)
+class Rest:
+    """The currencies whose totals are not shown: how many, of how many invoices, how many of these new."""
+
+    currencies: int = 0
+    invoices: int = 0
+    new: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Statement:
-    """What is owed to one business on a day; never empty. `invoices` are the oldest, `ageing` counts all."""
+    """What is owed to one business on a day; never empty. `invoices` are the oldest, `ageing` and `rest` count all."""
 
     business_name: str
     as_of: date
@@ -164,6 +211,7 @@ class Statement:
     invoices: tuple[OverdueInvoice, ...]
     ageing: tuple[Ageing, ...]
     """By currency, ILS first, then by code."""
+    rest: Rest = Rest()
 
     def days_overdue(self, invoice: OverdueInvoice) -> int:
         """Count calendar days from the due date; 1 is the day after it."""
@@ -176,12 +224,12 @@ class Statement:
     @property
     def count(self) -> int:
         """How many invoices are overdue, shown or not."""
-        return sum(ageing.invoices for ageing in self.ageing)
+        return sum(ageing.invoices for ageing in self.ageing) + self.rest.invoices
 
     @property
     def new(self) -> int:
         """How many of them became overdue since the last digest."""
-        return sum(ageing.new for ageing in self.ageing)
+        return sum(ageing.new for ageing in self.ageing) + self.rest.new
 
     @property
     def hidden(self) -> int:
@@ -191,17 +239,22 @@ class Statement:
 
 async def read_statement(connection: Connection, business_id: UUID, as_of: date) -> Statement | None:
     """Read what is overdue on `as_of`; None when nothing is owed or the business is not active."""
-    row = await connection.fetchrow(READ_STATEMENT, business_id, as_of, MAX_ROWS, DIGEST_KIND)
+    row = await connection.fetchrow(READ_STATEMENT, business_id, as_of, MAX_ROWS, DIGEST_KIND, MOST_CURRENCIES)
     if row is None or row["totals"] is None:
         return None
     invoices = tuple(OverdueInvoice(*columns) for columns in row["invoices"])
     ageing = tuple(Ageing(currency, count, new, tuple(sums)) for currency, count, new, *sums in row["totals"])
-    return Statement(row["name"], as_of, row["since"], invoices, ageing)
+    return Statement(row["name"], as_of, row["since"], invoices, ageing, Rest(*row["rest"]))
 
 
 async def read_recipients(connection: Connection, business_id: UUID) -> list[str]:
-    """Read the addresses to write to, each once whatever its case; none when nobody can be reached."""
-    return _each_once(row["email"] for row in await connection.fetch(READ_RECIPIENTS, business_id))
+    """Read the addresses to write to, each once whatever its case, at most MOST_OWNERS; none: nobody can be reached."""
+    return _each_once(row["email"] for row in await connection.fetch(READ_RECIPIENTS, business_id, MOST_OWNERS))
+
+
+async def count_owners(connection: Connection, business_id: UUID) -> int:
+    """Count the owners who have an address, each once whatever its case."""
+    return int(await connection.fetchval(COUNT_OWNERS, business_id))
 
 
 def _each_once(addresses: Iterable[str]) -> list[str]:

@@ -7,7 +7,9 @@ import sys
 import pytest
 
 HEAVY = ("aiohttp", "aiosmtplib", "asyncpg", "babel", "handlers", "jinja2")
-NOT_TO_READ = ("aiocron", "aiohttp", "aiosmtplib", "babel", "cryptography", "jinja2", "prometheus_client")
+NOT_TO_READ = (
+    "aiocron", "aiohttp", "aiosmtplib", "babel", "cryptography", "email_validator", "jinja2", "prometheus_client",
+)  # fmt: skip
 LOADED = """
 import sys
 sys.argv = ["bon-scheduler", *sys.argv[1:]]

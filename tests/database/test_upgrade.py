@@ -1,6 +1,7 @@
 """A database of the version before, upgraded with runs in every state; and the old program beside the new."""
 
 import asyncio
+import hashlib
 import json
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 
 from bon_scheduler import Counts, JobContext, NoPayload, Retry, declared, job, service
@@ -17,6 +19,8 @@ from bon_scheduler.config import Settings
 from bon_scheduler.database import connections
 from bon_scheduler.database.migrations import SchemaBehindError
 from bon_scheduler.demo.sample import create_tables
+from bon_scheduler.jobs import NeverRetryError
+from bon_scheduler.mail import read_key, recipient_hash
 from tests.conftest import Connection
 from tests.waiting import until
 
@@ -179,6 +183,46 @@ async def test_what_an_old_replica_had_is_run_again_once_it_is_gone(old: Connect
     assert succeeded == {"waits", "its time has come", "runs", "keyed", "of a business", "tick"}
     assert rows["runs"]["attempt"] == 2
     assert len(ran) == len(set(ran)) == 6
+
+
+async def test_an_upgrade_names_recipients_with_a_key_and_nobody_gets_a_letter_again(
+    old: Connection, settings: Settings
+) -> None:
+    await old.execute(FILL.format(worker=OLD_WORKER))
+    insert = """
+        insert into bon_scheduler.deliveries
+               (kind, business_id, as_of, recipient_hash, state, message_id, run_id, attempt)
+        select 'overdue-digest', $1, date '2026-11-23', $2, $3, '<1@bon>', id, 1 from bon_scheduler.runs limit 1
+        returning id
+    """
+    business, states = uuid4(), ("intended", "sent", "refused", "unknown", "released")
+    # What version 9 computed.
+    names = {state: hashlib.sha256(f"{business}:{state}@shop.example".encode()).hexdigest() for state in states}
+    ids = {state: await old.fetchval(insert, business, names[state], state) for state in states}
+    await service.prepare(settings)
+    key = await read_key(old)
+    found = {row["id"]: row["recipient_hash"] for row in await old.fetch("select * from bon_scheduler.deliveries")}
+    assert found == {ids[state]: recipient_hash(key, business, f"{state}@Shop.example ") for state in states}
+    assert not set(found.values()) & set(names.values())
+    # A replica of version 9 that is at work begins no letter: it would not find what has been sent.
+    with pytest.raises(asyncpg.CheckViolationError):
+        await old.execute(insert, business, hashlib.sha256(b"another").hexdigest(), "intended")
+    # It settles the one that it has begun.
+    settle = "update bon_scheduler.deliveries set state = 'sent' where id = $1 and state = 'intended' returning true"
+    assert await old.fetchval(settle, ids["intended"])
+
+
+async def test_each_deployment_has_a_key_of_its_own_that_stays(
+    old: Connection, settings: Settings, connection: Connection
+) -> None:
+    await service.prepare(settings)
+    key = await read_key(old)
+    await service.prepare(settings)
+    assert await read_key(old) == key
+    assert len({key, await read_key(connection)}) == 2
+    await connection.execute("delete from bon_scheduler.mail_key")
+    with pytest.raises(NeverRetryError, match="Restore its row from a backup"):
+        await read_key(connection)
 
 
 async def test_an_upgrade_that_fails_leaves_the_old_version_as_it_was(old: Connection, settings: Settings) -> None:

@@ -13,7 +13,7 @@ from bon_scheduler.demo.shaam_simulator import Misbehaviour
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
 from bon_scheduler.ledger.pauses import pause_business
 from bon_scheduler.mail.deliveries import release
-from bon_scheduler.mail.message import recipient_hash
+from bon_scheduler.mail.keys import read_key, recipient_hash
 from handlers.notify_reauth import NotifyReauth, notify_reauth
 from tests import arrange
 from tests.attempting import attempt
@@ -154,9 +154,10 @@ async def test_a_letter_that_is_sent_again_days_later_goes_to_its_owner_alone(
     await arrange.owner(bon.connection, await flagged(bon), "second@example.com")
     await refresh(**smtp(sink))
     assert len(sink.messages) == 2
+    business = await bon.connection.fetchval("select id from businesses")
     delivery = await bon.connection.fetchval(
         "update bon_scheduler.deliveries set state = 'unknown' where recipient_hash = $1 returning id",
-        recipient_hash(await bon.connection.fetchval("select id from businesses"), "owner@example.com"),
+        recipient_hash(await read_key(bon.connection), business, "owner@example.com"),
     )
     run = await release(bon.connection, delivery, by="dana", reason="she has it not")
     await bon.connection.execute("update bon_scheduler.runs set enqueued_at = $2 where id = $1", run, later)

@@ -16,7 +16,7 @@ import trustme
 from aiosmtpd.smtp import SMTP
 
 from bon_scheduler.declared import JOBS
-from bon_scheduler.mail.message import recipient_hash
+from bon_scheduler.mail.keys import read_key, recipient_hash
 from tests import arrange
 from tests.conftest import Connection
 from tests.mailserver import PASSWORD, Server
@@ -64,7 +64,7 @@ class Town:
             business = await arrange.business(self.connection)
             for email in [f"owner{n}@shop.example", *(["second@shop.example"] if n == 0 else [])]:
                 await arrange.owner(self.connection, business, email)
-                self.owners[email] = recipient_hash(business, email)
+                self.owners[email] = recipient_hash(await read_key(self.connection), business, email)
             due = datetime.now(UTC).date() - timedelta(days=10)
             await arrange.invoice(self.connection, business, due_date=due)
 

@@ -2,15 +2,35 @@
 
 import re
 from dataclasses import replace
+from datetime import datetime
 from email import message_from_bytes, policy
+from email.message import EmailMessage
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bon_scheduler.addresses import read_mailbox
+from bon_scheduler.config import Settings
 from bon_scheduler.environment import SettingsError, load_settings
-from bon_scheduler.mail.message import Letter, compose, write
+from bon_scheduler.jobs import NeverRetryError
+from bon_scheduler.mail import message as messages
+from bon_scheduler.mail.message import Letter, Written
 from tests.mailworld import LETTER, NOW, RECIPIENT, settings
+
+KEY = b"k" * 64
+
+
+def compose(letter: Letter, settings: Settings, *, now: datetime, key: bytes = KEY) -> EmailMessage:
+    mailbox = read_mailbox(letter.recipient)
+    assert mailbox is not None
+    return messages.compose(letter, mailbox, settings, now=now, key=key)
+
+
+def write(letter: Letter, settings: Settings, *, now: datetime) -> Written:
+    written = messages.write(letter, settings, now=now, key=KEY)
+    assert written is not None
+    return written
 
 
 def test_the_headers_say_that_a_machine_wrote_it() -> None:
@@ -57,10 +77,20 @@ def test_a_name_cannot_begin_a_header(separator: str) -> None:
     assert message["Subject"] == "Studio Bcc: victim@x.example"
 
 
-def test_composing_for_what_is_no_address_does_not_name_it() -> None:
-    with pytest.raises(ValueError, match="not an e-mail address") as caught:
-        compose(replace(LETTER, recipient="secret\r\nBcc: x"), settings(None), now=NOW)
-    assert "secret" not in str(caught.value)
+def test_nothing_is_written_for_what_is_no_address() -> None:
+    assert messages.write(replace(LETTER, recipient="secret\r\nBcc: x"), settings(None), now=NOW, key=KEY) is None
+
+
+def test_a_letter_has_a_size() -> None:
+    with pytest.raises(NeverRetryError, match="is not sent; at most 1,048,576 are"):
+        write(replace(LETTER, text="x" * 800_000), settings(None), now=NOW)
+    written = write(replace(LETTER, subject="x" * 1_000_000), settings(None), now=NOW)
+    assert len(written.content) < 3_000
+
+
+def test_a_message_id_tells_its_recipient_to_nobody_without_the_key() -> None:
+    first, second = (str(compose(LETTER, settings(None), now=NOW, key=key)["Message-ID"]) for key in (KEY, b"l" * 64))
+    assert first != second
 
 
 @pytest.mark.parametrize(
@@ -72,6 +102,9 @@ def test_composing_for_what_is_no_address_does_not_name_it() -> None:
                 "<noreply@bon.co.il>",
                 "noreply@bon..co.il",
                 "a@b@bon.co.il",
+                "a..b@bon.co.il",
+                ".a@bon.co.il",
+                "a.@bon.co.il",
                 "a,b@bon.co.il",
                 "a(b)@bon.co.il",
                 "no\u202ereply@bon.co.il",

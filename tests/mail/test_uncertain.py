@@ -13,8 +13,8 @@ import pytest
 
 from bon_scheduler import declared, service
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
+from bon_scheduler.mail.keys import read_key, recipient_hash
 from bon_scheduler.mail.mailer import Delivery
-from bon_scheduler.mail.message import recipient_hash
 from tests import arrange
 from tests.conftest import Connection, MakeSettings
 from tests.mailserver import Server
@@ -82,7 +82,7 @@ async def unknown_letter(connection: Connection, email: str = "owner@shop.exampl
         "now() - make_interval(days => $5)) returning id",
         business,
         AS_OF,
-        recipient_hash(business, email),
+        recipient_hash(await read_key(connection), business, email),
         run,
         days_ago,
     )

@@ -64,7 +64,7 @@ async def check_mail(settings: Settings) -> list[Finding]:
     try:
         await try_login(settings)
     except NotConnectedError as error:
-        what = f"{where} is of no use (at {error.stage}): {describe_error(error.__cause__ or error)}"
+        what = f"{where} is of no use (at {error.stage}): {error.said}"
         return [Finding("mail", Level.FAILURE, what, "Correct SMTP_HOST, SMTP_PORT, SMTP_TLS, or the login.")]
     how = "" if settings.smtp_username is None else " and takes our login"
     return [ok("mail", f"{where} answers{how} ({settings.smtp_tls})")]

@@ -55,6 +55,29 @@ create index runs_turns on runs (job, business, turn) where business is not null
 create unique index runs_exclusive on runs (concurrency_key) where state = 'running' and concurrency_key is not null;
 create index runs_held on runs (worker, job) where state = 'running';
 
+create table mail_key (
+    the_one boolean primary key default true check (the_one),
+    key     bytea not null check (length(key) = 64)
+);
+-- gen_random_uuid is PostgreSQL's strong randomness: 488 bits of it.
+insert into mail_key (key)
+select sha512(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())
+              || uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()));
+
+-- Recipients are named by HMAC-SHA-256 (RFC 2104) of the names they had; the key is one block long. A replica of the old
+-- version that has begun a letter settles it by its id. It begins no other: the constraint refuses the names it gives,
+-- its run fails, and a replica of this version tries it again and finds what was sent.
+with pads as (
+        select string_agg(set_byte('\x00', 0, get_byte(key, i) # 54), ''::bytea order by i) as inner_pad,
+               string_agg(set_byte('\x00', 0, get_byte(key, i) # 92), ''::bytea order by i) as outer_pad
+          from mail_key cross join generate_series(0, 63) as i
+     )
+update deliveries
+   set recipient_hash = 'hmac:' || encode(
+           sha256(outer_pad || sha256(inner_pad || convert_to(recipient_hash, 'UTF8'))), 'hex')
+  from pads;
+alter table deliveries add check (recipient_hash !~ '^[0-9a-f]{64}$');
+
 drop table pgqueuer, pgqueuer_log, pgqueuer_schedules, pgqueuer_statistics;
 drop type if exists pgqueuer_status, pgqueuer_statistics_status;
 

@@ -216,12 +216,23 @@ comment on table pruning is
     'One row: ticks until then may have been pruned, so an audit begins after it. Only ever moves forwards.';
 insert into pruning (ticks_until) values ('-infinity');
 
+create table mail_key (
+    the_one boolean primary key default true check (the_one),
+    key     bytea not null check (length(key) = 64)
+);
+comment on table mail_key is 'One row that never changes: another key, and letters that were sent look as if they were not.';
+comment on column mail_key.key is 'Of HMAC-SHA-256: names recipients in deliveries, and Message-IDs.';
+-- gen_random_uuid is PostgreSQL's strong randomness: 488 bits of it.
+insert into mail_key (key)
+select sha512(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())
+              || uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()));
+
 create table deliveries (
     id             uuid primary key default gen_random_uuid(),
     kind           text not null,
     business_id    uuid not null,
     as_of          date not null,
-    recipient_hash text not null,
+    recipient_hash text not null check (recipient_hash !~ '^[0-9a-f]{64}$'),
     state          text not null check (state in ('intended', 'sent', 'refused', 'unknown', 'released')),
     message_id     text not null,
     run_id         uuid not null references runs (id),
@@ -234,7 +245,9 @@ create table deliveries (
 comment on table deliveries is 'One e-mail to one recipient for one business and day. Addresses are stored hashed.';
 comment on column deliveries.state is
     'released: a person knew that an unknown letter may have arrived, and decided that it is sent once more.';
-comment on column deliveries.reply is 'The server''s, without addresses.';
+comment on column deliveries.recipient_hash is
+    'HMAC of the SHA-256 of business and address. Without its prefix, as version 9 wrote it, it is refused.';
+comment on column deliveries.reply is 'The server''s, without anything that it may quote.';
 create index deliveries_uncertain on deliveries (intended_at) where state in ('intended', 'unknown');
 create index deliveries_run on deliveries (run_id);
 create index deliveries_settled on deliveries (intended_at) where state in ('sent', 'refused');
