@@ -114,7 +114,10 @@ CREDIT_NOTES = ("business_id", "status", "document_type", "credited_invoice_id",
 TOKENS = {
     "businesses": Uses(("id", "is_active", "deleted_at")),
     "business_shaam_credentials": Uses(
-        ("business_id", "encrypted_refresh_token", "token_expires_at", "scope", "needs_reauth", "updated_at"),
+        (
+            *("business_id", "encrypted_access_token", "encrypted_refresh_token"),
+            *("token_expires_at", "scope", "needs_reauth", "updated_at"),
+        ),
         changes=(
             *("encrypted_access_token", "encrypted_refresh_token"),
             *("token_expires_at", "scope", "needs_reauth", "updated_at"),
@@ -163,6 +166,7 @@ USES: Mapping[str, Mapping[str, Uses]] = {
     "session-cleanup": {"sessions": Uses(("id", "expires_at"), deletes=True, locks="expires_at")},
     "shaam-token-refresh": TOKENS,
     "shaam-refresh-batch": TOKENS,
+    "ledger-pruning": {"business_shaam_credentials": Uses(("business_id", "encrypted_refresh_token"))},
     "metrics": {
         "businesses": Uses(("id", "is_active", "deleted_at")),
         "business_shaam_credentials": Uses(("business_id", "token_expires_at", "needs_reauth")),

@@ -26,7 +26,10 @@ USERS = {
     "handlers.shaam_token_refresh": ("shaam-token-refresh",),
     "handlers.shaam_refresh_batch": SHAAM_JOBS,
     "bon_scheduler.shaam.refreshes": SHAAM_JOBS,
+    "bon_scheduler.shaam.consent": SHAAM_JOBS,
+    "bon_scheduler.shaam.ownership": SHAAM_JOBS,
     "bon_scheduler.shaam.standing": ("metrics",),
+    "bon_scheduler.ledger.retention": ("ledger-pruning",),
     "bon_scheduler.ledger.pauses": ("commands",),
     "bon_scheduler.cli.ids": ("commands",),
 }
@@ -73,8 +76,7 @@ async def fault(connection: Connection, role: str, sql: str) -> str | None:
 
 def test_each_statement_on_bons_tables_is_somebodys_and_each_job_is_known() -> None:
     assert {user for name in of_bons() for user in users(name)} == set(USES)
-    pruned = {"ledger-pruning"}
-    assert {job.name for job in handlers.JOBS} - pruned == set(USES) - {"metrics", "commands"}
+    assert {job.name for job in handlers.JOBS} == set(USES) - {"metrics", "commands"}
 
 
 def test_each_column_that_is_used_has_a_type_and_the_other_way_round() -> None:
