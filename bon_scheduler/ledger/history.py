@@ -32,6 +32,9 @@ __all__ = [
 
 Row: TypeAlias = dict[str, Any]
 OPEN_STATES = frozenset({"queued", "running", "retrying"})
+MOST_COUNTED = 10_000
+"""A longer queue is told as one of so many: what counts it reads no more, however many wait."""
+MOST_AGED = 1_000
 
 # $1 job or null, $2 state or null, $3 since: timestamptz or null, $4 limit: int. Index: runs_newest.
 LIST_RUNS = """
@@ -137,25 +140,41 @@ JOB_OVERVIEW = """
                 limit 1) last on true
      order by j.name
 """
-# No parameters. Indexes: runs_ready, runs_timed, runs_held, runs_for_a_person.
+# $1 how many runs are counted at most, of each job and kind: int. Indexes: runs_oldest, runs_timed, runs_held,
+# runs_for_a_person.
 QUEUE_DEPTHS = """
     select job, state::text as state, count(*) as runs
-      from (select job, state from bon_scheduler.runs where ready and state in ('queued', 'retrying')
+      from (select j.name as job, waiting.state
+              from bon_scheduler.jobs j
+             cross join lateral (select r.state from bon_scheduler.runs r
+                                  where r.job = j.name and r.ready and r.state in ('queued', 'retrying')
+                                  order by r.enqueued_at
+                                  limit $1) as waiting
             union all
-            select job, state from bon_scheduler.runs where not ready and state in ('queued', 'retrying')
+            (select job, state from bon_scheduler.runs
+              where not ready and state in ('queued', 'retrying') order by run_at limit $1)
             union all
-            select job, state from bon_scheduler.runs where state = 'running'
+            (select job, state from bon_scheduler.runs where state = 'running' limit $1)
             union all
-            select job, state from bon_scheduler.runs where state in ('dead', 'held') and not dry_run) as open
+            select j.name, over.state
+              from bon_scheduler.jobs j
+             cross join (values ('dead'::bon_scheduler.run_state), ('held')) as ended (state)
+             cross join lateral (select r.state from bon_scheduler.runs r
+                                  where r.job = j.name and r.state = ended.state and r.state in ('dead', 'held')
+                                    and not r.dry_run
+                                  limit $1) as over) as open
      group by job, state
 """
-# No parameters. Index: runs_ready.
+# $1 how many of each job's requests are looked at, the oldest first: int. Index: runs_oldest.
 QUEUE_AGES = """
-    select job, extract(epoch from clock_timestamp() - min(bon_scheduler.shown(coalesce(run_at, enqueued_at))))::float8
-               as seconds
-      from bon_scheduler.runs
-     where ready and state in ('queued', 'retrying')
-     group by job
+    select j.name as job, extract(epoch from clock_timestamp() - min(bon_scheduler.shown(oldest.due)))::float8 as seconds
+      from bon_scheduler.jobs j
+     cross join lateral (select coalesce(r.run_at, r.enqueued_at) as due
+                           from bon_scheduler.runs r
+                          where r.job = j.name and r.ready and r.state in ('queued', 'retrying')
+                          order by r.enqueued_at
+                          limit $1) as oldest
+     group by j.name
 """
 
 
@@ -218,10 +237,16 @@ async def job_overview(connection: Connection) -> list[Row]:
 
 
 async def queue_depths(connection: Connection) -> Mapping[tuple[str, str], int]:
-    """Return how many runs there are by (job, state), of those that have not ended or wait for a person."""
-    return {(row["job"], row["state"]): row["runs"] for row in await _rows(connection, QUEUE_DEPTHS)}
+    """
+    Return how many runs there are by (job, state), of those that have not ended or wait for a person.
+
+    Of a job's runs that may start, and of its dead and held ones, `MOST_COUNTED` are counted; of all jobs' runs that
+    are put off, as many, the next first.
+    """
+    rows = await _rows(connection, QUEUE_DEPTHS, MOST_COUNTED)
+    return {(row["job"], row["state"]): row["runs"] for row in rows}
 
 
 async def queue_ages(connection: Connection) -> Mapping[str, float]:
-    """Return, by job, for how many seconds the run that waits longest has been due."""
-    return {row["job"]: row["seconds"] or 0.0 for row in await _rows(connection, QUEUE_AGES)}
+    """Return, by job, for how many seconds the run has been due that waits longest, of `MOST_AGED` asked for first."""
+    return {row["job"]: row["seconds"] or 0.0 for row in await _rows(connection, QUEUE_AGES, MOST_AGED)}
