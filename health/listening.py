@@ -109,14 +109,19 @@ class Connections:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            # BEFORE accepting, which without a descriptor fails whether or not anybody has come.
+            await _until_readable(listener)
             try:
-                accepted, peer = await loop.sock_accept(listener)
+                accepted, peer = listener.accept()
+            except BlockingIOError:
+                continue  # who came has left
             except OSError as error:
                 await self._recover(error)
                 continue
+            accepted.setblocking(False)
             held = _Held(accepted, str(peer[0]), loop.time())
             self._held.append(held)
-            while len(self._open()) > self._most and self._end_one():
+            if len(self._open()) > self._most and self._end_one():
                 await asyncio.sleep(MAKE_ROOM_SECONDS)
             try:
                 held.transport, _ = await loop.connect_accepted_socket(self.make_protocol, accepted)
@@ -129,7 +134,8 @@ class Connections:
             await asyncio.sleep(RETRY_SECONDS)
             return
         if (unsaid := self._said.take(asyncio.get_running_loop().time())) is not None:
-            log.warning("health.not_accepted", error=describe_error(error), connections=len(self._open()), unsaid=unsaid)
+            held = len(self._open())
+            log.warning("health.not_accepted", error=describe_error(error), connections=held, unsaid=unsaid)
         if self._end_one():
             await asyncio.sleep(MAKE_ROOM_SECONDS)
         elif self._reserve is not None:
@@ -173,6 +179,15 @@ class Connections:
         if self._reserve is None:
             with suppress(OSError):
                 self._reserve = os.open(os.devnull, os.O_RDONLY)
+
+
+async def _until_readable(listener: socket.socket) -> None:
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(listener, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(listener)
 
 
 async def _listen(host: str, port: int) -> list[socket.socket]:

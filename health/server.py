@@ -66,15 +66,12 @@ async def answering(probes: Probes, settings: Settings) -> AsyncIterator[int]:
         lingering_time=0,
     )
     await runner.setup()
-    assert runner.server is not None
-    connections = Connections(runner.server, requests.answering)
+    connections = Connections(partial(_make_protocol, runner), requests.answering)
     watcher = asyncio.create_task(probes.watch_loop(), name="loop-lag")
     try:
         async with AsyncExitStack() as stack:
             try:
-                port = await stack.enter_async_context(
-                    connections.accepted(settings.health_host, settings.health_port)
-                )
+                port = await stack.enter_async_context(connections.accepted(settings.health_host, settings.health_port))
             except OSError as error:
                 raise CannotListenError(settings, error) from error
             yield port
@@ -82,6 +79,12 @@ async def answering(probes: Probes, settings: Settings) -> AsyncIterator[int]:
         watcher.cancel()
         await asyncio.wait([watcher])
         await runner.cleanup()
+
+
+def _make_protocol(runner: web.AppRunner) -> asyncio.Protocol:
+    if runner.server is None:
+        raise OSError("The server has ended.")  # while a connection was being accepted
+    return runner.server()
 
 
 @dataclass(frozen=True, slots=True)

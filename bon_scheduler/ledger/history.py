@@ -167,7 +167,8 @@ QUEUE_DEPTHS = """
 """
 # $1 how many of each job's requests are looked at, the oldest first: int. Index: runs_oldest.
 QUEUE_AGES = """
-    select j.name as job, extract(epoch from clock_timestamp() - min(bon_scheduler.shown(oldest.due)))::float8 as seconds
+    select j.name as job,
+           extract(epoch from clock_timestamp() - min(bon_scheduler.shown(oldest.due)))::float8 as seconds
       from bon_scheduler.jobs j
      cross join lateral (select coalesce(r.run_at, r.enqueued_at) as due
                            from bon_scheduler.runs r
