@@ -135,7 +135,8 @@ class Probes:
         self.metrics.check_status.labels(f"metrics-{name}").set(name not in self.failing)
 
     async def _refresh_queue(self, connection: Connection) -> None:
-        self.metrics.set_queue(await ledger.queue_depths(connection), await ledger.queue_ages(connection))
+        queue = await ledger.read_queue(connection)
+        self.metrics.set_queue(queue.depths, queue.ages)
 
     async def _refresh_ticks(self, connection: Connection) -> None:
         for job, ticks in (await schedule.unaccounted(connection)).items():

@@ -212,3 +212,29 @@ async def test_of_many_connections_the_newest_is_kept_and_the_number_is_bounded(
             assert await seconds_of_livez(service) < SOON_SECONDS
             assert len(descriptors_of(service)) <= before + MOST_CONNECTIONS + 1
             assert await ended(peers[: MOST_CONNECTIONS * 2 - 1], SOON_SECONDS) == MOST_CONNECTIONS * 2 - 1
+
+
+async def scrape(process: Service, path: str = "/metrics") -> int:
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{process.port}{path}") as answer:
+        await answer.read()
+        return answer.status
+
+
+async def test_scrapes_at_once_and_soon_after_ask_the_database_once(database_url: str, connection: Connection) -> None:
+    asking = "select count(*) from pg_stat_activity where query like '%read_queue%' and wait_event_type = 'Lock'"
+
+    async def asked() -> int:
+        return int(await connection.fetchval(asking))
+
+    async with serve(DATABASE_URL=database_url, **NO_SCHEDULES) as service:
+        async with connection.transaction():
+            await connection.execute("lock table bon_scheduler.runs in access exclusive mode")
+            scrapes = [asyncio.create_task(scrape(service)) for _ in range(20)]
+            await until(asked)
+            assert await scrape(service, "/readyz") == 200
+            assert await asked() == 1
+        assert await asyncio.gather(*scrapes) == [200] * 20
+        async with connection.transaction():
+            await connection.execute("lock table bon_scheduler.runs in access exclusive mode")
+            assert await scrape(service) == 200
+            assert await asked() == 0

@@ -6,6 +6,7 @@ UTC and aware, identifiers are UUIDs.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -15,6 +16,7 @@ from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
 
 __all__ = [
     "OPEN_STATES",
+    "Queue",
     "Row",
     "actions_on",
     "attempts_of",
@@ -26,15 +28,13 @@ __all__ = [
     "job_overview",
     "list_runs",
     "outcome_totals",
-    "queue_ages",
-    "queue_depths",
+    "read_queue",
 ]
 
 Row: TypeAlias = dict[str, Any]
 OPEN_STATES = frozenset({"queued", "running", "retrying"})
 MOST_COUNTED = 10_000
 """A longer queue is told as one of so many: what counts it reads no more, however many wait."""
-MOST_AGED = 1_000
 
 # $1 job or null, $2 state or null, $3 since: timestamptz or null, $4 limit: int. Index: runs_newest.
 LIST_RUNS = """
@@ -140,43 +140,8 @@ JOB_OVERVIEW = """
                 limit 1) last on true
      order by j.name
 """
-# $1 how many runs are counted at most, of each job and kind: int. Indexes: runs_oldest, runs_timed, runs_held,
-# runs_for_a_person.
-QUEUE_DEPTHS = """
-    select job, state::text as state, count(*) as runs
-      from (select j.name as job, waiting.state
-              from bon_scheduler.jobs j
-             cross join lateral (select r.state from bon_scheduler.runs r
-                                  where r.job = j.name and r.ready and r.state in ('queued', 'retrying')
-                                  order by r.enqueued_at
-                                  limit $1) as waiting
-            union all
-            (select job, state from bon_scheduler.runs
-              where not ready and state in ('queued', 'retrying') order by run_at limit $1)
-            union all
-            (select job, state from bon_scheduler.runs where state = 'running' limit $1)
-            union all
-            select j.name, over.state
-              from bon_scheduler.jobs j
-             cross join (values ('dead'::bon_scheduler.run_state), ('held')) as ended (state)
-             cross join lateral (select r.state from bon_scheduler.runs r
-                                  where r.job = j.name and r.state = ended.state and r.state in ('dead', 'held')
-                                    and not r.dry_run
-                                  limit $1) as over) as open
-     group by job, state
-"""
-# $1 how many of each job's requests are looked at, the oldest first: int. Index: runs_oldest.
-QUEUE_AGES = """
-    select j.name as job,
-           extract(epoch from clock_timestamp() - min(bon_scheduler.shown(oldest.due)))::float8 as seconds
-      from bon_scheduler.jobs j
-     cross join lateral (select coalesce(r.run_at, r.enqueued_at) as due
-                           from bon_scheduler.runs r
-                          where r.job = j.name and r.ready and r.state in ('queued', 'retrying')
-                          order by r.enqueued_at
-                          limit $1) as oldest
-     group by j.name
-"""
+# $1 how many runs of a kind are read at most: int. Its indexes: runs_oldest, runs_timed, runs_held, runs_for_a_person.
+READ_QUEUE = "select job, state::text as state, runs, due_seconds from bon_scheduler.read_queue($1)"
 
 
 async def _rows(connection: Connection, query: str, *arguments: object) -> list[Row]:
@@ -237,17 +202,21 @@ async def job_overview(connection: Connection) -> list[Row]:
     return await _rows(connection, JOB_OVERVIEW)
 
 
-async def queue_depths(connection: Connection) -> Mapping[tuple[str, str], int]:
-    """
-    Return how many runs there are by (job, state), of those that have not ended or wait for a person.
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What has not ended, or waits for a person."""
 
-    Of a job's runs that may start, and of its dead and held ones, `MOST_COUNTED` are counted; of all jobs' runs that
-    are put off, as many, the next first.
-    """
-    rows = await _rows(connection, QUEUE_DEPTHS, MOST_COUNTED)
-    return {(row["job"], row["state"]): row["runs"] for row in rows}
+    depths: Mapping[tuple[str, str], int]
+    """How many runs there are, by (job, state)."""
+    ages: Mapping[str, float]
+    """By job, for how many seconds the run has been due that waits longest."""
 
 
-async def queue_ages(connection: Connection) -> Mapping[str, float]:
-    """Return, by job, for how many seconds the run has been due that waits longest, of `MOST_AGED` asked for first."""
-    return {row["job"]: row["seconds"] or 0.0 for row in await _rows(connection, QUEUE_AGES, MOST_AGED)}
+async def read_queue(connection: Connection) -> Queue:
+    """Read the queue as it is now; of a long one no more than `MOST_COUNTED` runs of each job and kind."""
+    rows = await _rows(connection, READ_QUEUE, MOST_COUNTED)
+    ages: dict[str, float] = {}
+    for row in rows:
+        if row["due_seconds"] is not None:
+            ages[row["job"]] = max(ages.get(row["job"], 0.0), row["due_seconds"])
+    return Queue({(row["job"], row["state"]): row["runs"] for row in rows}, ages)
