@@ -12,6 +12,7 @@ from typing import TypeAlias
 import aiohttp
 import pytest
 
+from bon_scheduler.database import connections
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
 from health.listening import LIFE_SECONDS, MOST_CONNECTIONS
 from tests import arrange
@@ -224,9 +225,12 @@ async def test_scrapes_at_once_and_soon_after_ask_the_database_once(database_url
     asking = "select count(*) from pg_stat_activity where query like '%read_queue%' and wait_event_type = 'Lock'"
 
     async def asked() -> int:
-        return int(await connection.fetchval(asking))
+        return int(await other.fetchval(asking))
 
-    async with serve(DATABASE_URL=database_url, **NO_SCHEDULES) as service:
+    async with (
+        serve(DATABASE_URL=database_url, **NO_SCHEDULES) as service,
+        connections.connect(database_url) as other,
+    ):
         async with connection.transaction():
             await connection.execute("lock table bon_scheduler.runs in access exclusive mode")
             scrapes = [asyncio.create_task(scrape(service)) for _ in range(20)]
