@@ -31,3 +31,4 @@ from .migrations import (
     migration_sql as migration_sql,
     require_schema as require_schema,
 )
+from .patience import MigrationBlockedError as MigrationBlockedError
