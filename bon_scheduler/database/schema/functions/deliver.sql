@@ -13,7 +13,8 @@ begin
            concurrency_key = concurrency_key_of(j.name, j.exclusive, business_of(r.payload), r.origin),
            turn = next_turn(j.name, j.turn, business_of(r.payload))
       from jobs j
-     where r.id = deliver.run_id and r.state = 'queued' and r.attempt = 0 and r.run_at is not null and j.name = r.job;
+     where r.id = deliver.run_id and r.state = 'queued' and r.attempt = 0 and r.ready
+       and r.run_at is not null and j.name = r.job;
     if found then
         perform wake_workers();
     end if;
