@@ -159,8 +159,9 @@ def _explain(name: str, kind: str, message: str, value: object) -> str:
         return "is not set"
     text = message.removeprefix("Value error, ")
     text = text[:1].lower() + text[1:] if text.startswith("Input") else text
-    # An address may hold a password.
-    return text if name in SECRETS or ("://" in str(value) and "@" in str(value)) else f'{text} (it is "{value}")'
+    # What stands before an @ and holds a colon may be a login, wherever it was written.
+    hidden = name in SECRETS or ":" in str(value).rpartition("@")[0]
+    return text if hidden else f'{text} (it is "{value}")'
 
 
 def _message(faults: _Faults) -> str:
