@@ -53,12 +53,12 @@ async def seconds_of_livez(process: Service) -> float:
 
 
 @asynccontextmanager
-async def holding(process: Service, many: int, say: bytes) -> AsyncIterator[list[Peer]]:
-    """Open so many connections, say something on each, and hold them."""
+async def holding(process: Service, many: int, say: bytes, address: str = "127.0.0.1") -> AsyncIterator[list[Peer]]:
+    """Open so many connections from an address, say something on each, and hold them."""
     peers: list[Peer] = []
     try:
         for _ in range(many):
-            reader, writer = await asyncio.open_connection("127.0.0.1", process.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", process.port, local_addr=(address, 0))
             writer.write(say)
             peers.append((reader, writer))
         yield peers
@@ -193,6 +193,8 @@ async def test_without_a_descriptor_left_probes_answer_and_no_run_loses_an_attem
             assert await seconds_of_livez(service) < SOON_SECONDS
             assert len(peers) == 50
         assert not sink.messages
+        blamed = "select failures > 0 or closed_since is not null from bon_scheduler.mail_gate"
+        assert not await connection.fetchval(blamed)
         limit_descriptors(service, DESCRIPTORS)
         await all_ended(connection)
         noise = len(service.events)
@@ -201,7 +203,6 @@ async def test_without_a_descriptor_left_probes_answer_and_no_run_loses_an_attem
     assert {row[0] for row in await connection.fetch(OUTCOMES)} == {"succeeded", "given_back", "partial"}
     told = "select error from bon_scheduler.business_outcomes where business_id = $1"
     assert await connection.fetchval(told, business) == "not called: this process has no file descriptor left"
-    assert await connection.fetchval("select failures from bon_scheduler.mail_gate") == 0
     assert await connection.fetchval("select failures from bon_scheduler.shaam_refreshes") == 0
     assert noise < 300
 
@@ -213,6 +214,17 @@ async def test_of_many_connections_the_newest_is_kept_and_the_number_is_bounded(
             assert await seconds_of_livez(service) < SOON_SECONDS
             assert len(descriptors_of(service)) <= before + MOST_CONNECTIONS + 1
             assert await ended(peers[: MOST_CONNECTIONS * 2 - 1], SOON_SECONDS) == MOST_CONNECTIONS * 2 - 1
+
+
+async def test_connections_of_one_address_end_none_of_another(database_url: str) -> None:
+    async with (
+        serve(DATABASE_URL=database_url) as service,
+        holding(service, 1, UNENDED, "127.0.0.2") as (probe,),
+        holding(service, MOST_CONNECTIONS * 2, b""),
+    ):
+        await seconds_of_livez(service)
+        probe[1].write(b"y\r\nHost: h\r\n\r\n")
+        assert (await probe[0].read()).startswith(b"HTTP/1.1 200 OK")
 
 
 async def scrape(process: Service, path: str = "/metrics") -> int:
