@@ -1,6 +1,8 @@
 # The image of the service: built in one stage, run in another, as nobody in particular (uid 65532), fit for a
 # read-only root file system. No test or demo packages: requirements/base.txt is all it holds.
-ARG BASE=python:3.13-slim
+# Pinned: the multi-platform index of python:3.13.15-slim-trixie, as several published builds of it name it. To renew it,
+# take what `docker buildx imagetools inspect python:3.13-slim` says, or give another image: --build-arg BASE=NAME@sha256:…
+ARG BASE=python:3.13.15-slim-trixie@sha256:7c61056e61ac89e852de05f3dc6fa51a6dd2181797bceed46aa725dd7cb2cd3b
 
 FROM ${BASE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1

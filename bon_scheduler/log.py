@@ -9,6 +9,7 @@ name are blanked whatever a caller passes, and addresses inside texts are masked
 import asyncio
 import base64
 import binascii
+import errno
 import html
 import json
 import logging
@@ -27,7 +28,15 @@ from structlog.typing import EventDict, WrappedLogger
 
 from bon_scheduler.config import LogFormat, LogLevel
 
-__all__ = ["configure_logging", "cut", "describe_error", "mask", "where", "withhold"]
+__all__ = [
+    "configure_logging",
+    "cut",
+    "describe_error",
+    "is_out_of_descriptors",
+    "mask",
+    "where",
+    "withhold",
+]
 
 _SENSITIVE = re.compile(r"token|secret|password|authorization|email|recipient|address|customer|url|dsn", re.IGNORECASE)
 _ADDRESS = re.compile(r"[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[\w-]{1,63}")
@@ -216,6 +225,17 @@ def describe_error(error: BaseException) -> str:
     name = type(error).__name__
     text = mask(f"{name}: {first}" if first else name)[:500]
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+
+
+def is_out_of_descriptors(error: BaseException | None) -> bool:
+    """Say whether an exception comes of this process, or this machine, having no file descriptor left."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def where(error: BaseException) -> list[str]:

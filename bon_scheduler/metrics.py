@@ -42,7 +42,7 @@ class Metrics:
         self.ticks_missed = counter("bon_ticks_missed", "Ticks recorded as missed", one_job)
         text = "Ticks that are due and not in the ledger"
         self.ticks_unaccounted = gauge("bon_ticks_unaccounted", text, one_job)
-        text = "Runs that have not ended, or wait for a person"
+        text = "Runs that have not ended, or wait for a person; 10,000 of each kind at most"
         self.queue_depth = gauge("bon_queue_depth", text, [*one_job, "state"])
         text = "How long the run that waits longest has been due"
         self.queue_oldest_age = gauge("bon_queue_oldest_age_seconds", text, one_job)

@@ -8,10 +8,10 @@ whether the queue would bring a run here and whether this process is draining.
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import structlog
 
@@ -26,8 +26,34 @@ from bon_scheduler.schedule import Triggers
 
 __all__ = ["Probes"]
 
+T = TypeVar("T")
 log = structlog.get_logger()
 DATABASE_LIMIT_SECONDS = 3.0
+FRESH_SECONDS = 2.0
+"""For so long figures of the database are not asked for again, whoever scrapes."""
+
+
+@dataclass(slots=True)
+class Shared(Generic[T]):
+    """One call at a time, whose result is everybody's who asks meanwhile, and for `fresh_seconds` after its end."""
+
+    call: Callable[[], Coroutine[Any, Any, T]]
+    fresh_seconds: float = 0.0
+    _task: "asyncio.Task[T] | None" = None
+    _ended: float = 0.0
+
+    async def __call__(self) -> T:
+        """Return the result, or raise what the call raised; who asks may leave, and the call goes on."""
+        task = self._task
+        if task is None or (task.done() and time.monotonic() >= self._ended + self.fresh_seconds):
+            task = self._task = asyncio.create_task(self._timed())
+        return await asyncio.shield(task)
+
+    async def _timed(self) -> T:
+        try:
+            return await self.call()
+        finally:
+            self._ended = time.monotonic()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +73,14 @@ class Probes:
     started: float = field(default_factory=time.monotonic)
     failing: dict[str, str] = field(default_factory=dict)
     """Which metrics could not be brought up to date at the last scrape, and why."""
+    refresh_metrics: Shared[None] = field(init=False)
+    """Brings up to date what is read for a scrape; an unreachable database changes nothing."""
+    check_database: Shared[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Have scrapes and probes share what they ask."""
+        object.__setattr__(self, "refresh_metrics", Shared(self._refresh_metrics, FRESH_SECONDS))
+        object.__setattr__(self, "check_database", Shared(self._check_database))
 
     def live(self) -> tuple[bool, dict[str, Any]]:
         """Report whether the loop turns (it does, to answer) and the supervised tasks live."""
@@ -61,7 +95,7 @@ class Probes:
     async def ready(self) -> tuple[bool, dict[str, Any]]:
         """Report whether this process may take work."""
         checks = {
-            "database": await self._check_database(),
+            "database": await self.check_database(),
             "worker": _up(self.engine.connected),
             "draining": {"status": "down" if self.engine.draining else "up"},
             "schedules": _up(not self.triggers.unusable and not self.triggers.stuck)
@@ -71,8 +105,7 @@ class Probes:
             self.metrics.check_status.labels(name).set(check["status"] == "up")
         return self._answer(checks)
 
-    async def refresh_metrics(self) -> None:
-        """Bring up to date what is read at the moment of a scrape; an unreachable database changes nothing."""
+    async def _refresh_metrics(self) -> None:
         size, idle = self.pool.get_size(), self.pool.get_idle_size()
         self.metrics.pool_connections.labels("idle").set(idle)
         self.metrics.pool_connections.labels("used").set(size - idle)
@@ -103,7 +136,8 @@ class Probes:
         self.metrics.check_status.labels(f"metrics-{name}").set(name not in self.failing)
 
     async def _refresh_queue(self, connection: Connection) -> None:
-        self.metrics.set_queue(await ledger.queue_depths(connection), await ledger.queue_ages(connection))
+        queue = await ledger.read_queue(connection)
+        self.metrics.set_queue(queue.depths, queue.ages)
 
     async def _refresh_ticks(self, connection: Connection) -> None:
         for job, ticks in (await schedule.unaccounted(connection)).items():

@@ -212,7 +212,7 @@ async def test_an_instant_that_never_comes_disturbs_nobody(
         await until(ended)
         for _ in range(3):
             assert serving.engine.connected
-        assert await ledger.queue_ages(connection) is not None
+        assert await ledger.read_queue(connection) is not None
     for command in (["runs"], ["jobs"]):
         answer = await run_command(*command, **through)
         assert answer.status == 0, answer.err

@@ -2,7 +2,13 @@
 
 import health
 from bon_scheduler.cli.usage import UsageError
-from bon_scheduler.database import DatabaseUnavailableError, OtherDatabaseError, PoolerError, SchemaBehindError
+from bon_scheduler.database import (
+    DatabaseUnavailableError,
+    MigrationBlockedError,
+    OtherDatabaseError,
+    PoolerError,
+    SchemaBehindError,
+)
 from bon_scheduler.engine import AlreadyRunningError
 from bon_scheduler.environment import SettingsError
 from bon_scheduler.ledger import RefusedError, RefusedRequestError
@@ -24,4 +30,5 @@ EXIT_STATUS: dict[type[Exception], int] = {
     ClockError: 1,
     DatabaseUnavailableError: 1,
     SchemaBehindError: 1,
+    MigrationBlockedError: 1,
 }

@@ -34,6 +34,7 @@ from .migrations import (
     migration_sql as migration_sql,
     require_schema as require_schema,
 )
+from .patience import MigrationBlockedError as MigrationBlockedError
 from .room import (
     Room as Room,
     how_much_room as how_much_room,

@@ -17,7 +17,7 @@ import asyncpg
 
 from bon_scheduler.addresses import DatabaseAddress, read_database_address
 from bon_scheduler.config import Settings
-from bon_scheduler.database import migrations
+from bon_scheduler.database import migrations, patience
 from bon_scheduler.database.exact_json import UnreadableJsonError, read_json, write_json
 from bon_scheduler.database.pooling import PooledConnection
 from bon_scheduler.database.unavailable import CertificateFileError, explain_unavailable
@@ -293,11 +293,8 @@ async def migrating(url: str) -> AsyncIterator[tuple[Connection, list[str]]]:
     """
     Create or upgrade the schema, then yield the connection and the names of what was applied.
 
-    One advisory lock is held until the block ends, so that several replicas may do this at once.
+    One advisory lock is held until the block ends, so that several replicas may do this at once. Raises
+    MigrationBlockedError where others hold it, or the tables, for minutes.
     """
-    async with connect(url) as connection:
-        await connection.execute("select pg_advisory_lock($1)", MIGRATION_LOCK)
-        try:
-            yield connection, await migrations.apply(connection)
-        finally:
-            await connection.execute("select pg_advisory_unlock($1)", MIGRATION_LOCK)
+    async with connect(url) as connection, patience.holding(connection, MIGRATION_LOCK):
+        yield connection, await patience.once_tables_are_free(connection, migrations.apply)

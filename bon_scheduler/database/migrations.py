@@ -14,6 +14,7 @@ from importlib.resources.abc import Traversable
 
 import asyncpg
 
+from bon_scheduler.database.patience import LOCK_TIMEOUT
 from bon_scheduler.jobs import Connection
 
 __all__ = ["NEEDED", "SchemaBehindError", "apply", "function_texts", "migration_sql", "require_schema"]
@@ -57,6 +58,13 @@ FUNCTIONS_WITHOUT_FILE = """
     select p.oid::regprocedure::text as signature
       from pg_proc p
      where p.pronamespace = 'bon_scheduler'::regnamespace and p.proname <> all ($1)
+"""
+# In the order of locks, see 0010_ledger.sql.
+TABLES_IN_ORDER = """
+    select c.oid::regclass::text as name
+      from pg_class c
+     where c.relnamespace = 'bon_scheduler'::regnamespace and c.relkind = 'r'
+     order by array_position(array['jobs', 'runs', 'attempts'], c.relname::text), c.relname
 """
 HAS_HISTORY = "select to_regclass('bon_scheduler.migrations') is not null"
 NEWEST_VERSION = "select coalesce(max(version), 0) from bon_scheduler.migrations"
@@ -141,11 +149,20 @@ def _comments(sql: str) -> str:
 
 
 async def apply(connection: Connection) -> list[str]:
-    """Bring an empty database or one of an earlier version to NEEDED, whole or not at all; return what was applied."""
+    """
+    Bring an empty database or one of an earlier version to NEEDED, whole or not at all; return what was applied.
+
+    Raises asyncpg.LockNotAvailableError where a table is held for longer than LOCK_TIMEOUT.
+    """
     async with connection.transaction():
+        await connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
         await connection.execute(CREATE_HISTORY)
         versions = [row["version"] for row in await connection.fetch(APPLIED_VERSIONS)]
         steps = list(_steps(max(versions, default=0)))
+        if steps and versions:
+            # BEFORE the first change, otherwise what was done while nobody could enqueue is done again after a wait.
+            tables = ", ".join(row["name"] for row in await connection.fetch(TABLES_IN_ORDER))
+            await connection.execute(f"lock table {tables} in access exclusive mode")
         for step in steps:
             await connection.execute(IN_OUR_SCHEMA + step.sql)
             await connection.execute(RECORD_MIGRATION, step.version, step.name[5:])

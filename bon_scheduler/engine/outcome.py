@@ -24,7 +24,7 @@ from bon_scheduler.jobs import (
     Payload,
     RetryLaterError,
 )
-from bon_scheduler.log import describe_error, where
+from bon_scheduler.log import describe_error, is_out_of_descriptors, where
 
 __all__ = ["Outcome", "invoke", "judge"]
 
@@ -34,7 +34,10 @@ LARGEST_COUNT = 2**63 - 1
 MENDED_BY_ANOTHER_TRY = (
     asyncpg.InvalidCachedStatementError | asyncpg.OutdatedSchemaCacheError | asyncpg.TooManyConnectionsError
 )
-"""What is no fault of the handler's, and of which nothing was committed: it costs no attempt."""
+"""
+What is no fault of the handler's, and of which nothing was committed: it costs no attempt. Neither does what comes of
+this process, or this machine, having no file descriptor left.
+"""
 SHORTLY = timedelta(seconds=1)
 
 
@@ -106,7 +109,7 @@ def _as_told(error: BaseException) -> Outcome | None:
         return Outcome("lost", error=str(error))
     if isinstance(error, HeldError):
         return Outcome("held", error.figures, error=str(error))
-    if isinstance(error, NotNowError | MENDED_BY_ANOTHER_TRY):
+    if isinstance(error, NotNowError | MENDED_BY_ANOTHER_TRY) or is_out_of_descriptors(error):
         after = error.after if isinstance(error, NotNowError) else SHORTLY
         return Outcome("given_back", error=describe_error(error), wait=after)
     return Outcome("dead", error=describe_error(error)) if isinstance(error, NeverRetryError) else None

@@ -71,6 +71,7 @@ from .entries import (
 )
 from .history import (
     OPEN_STATES as OPEN_STATES,
+    Queue as Queue,
     Row as Row,
     actions_on as actions_on,
     attempts_of as attempts_of,
@@ -82,8 +83,7 @@ from .history import (
     job_overview as job_overview,
     list_runs as list_runs,
     outcome_totals as outcome_totals,
-    queue_ages as queue_ages,
-    queue_depths as queue_depths,
+    read_queue as read_queue,
 )
 from .pauses import (
     knows_business as knows_business,

@@ -6,6 +6,7 @@ UTC and aware, identifiers are UUIDs.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -15,6 +16,7 @@ from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
 
 __all__ = [
     "OPEN_STATES",
+    "Queue",
     "Row",
     "actions_on",
     "attempts_of",
@@ -26,12 +28,13 @@ __all__ = [
     "job_overview",
     "list_runs",
     "outcome_totals",
-    "queue_ages",
-    "queue_depths",
+    "read_queue",
 ]
 
 Row: TypeAlias = dict[str, Any]
 OPEN_STATES = frozenset({"queued", "running", "retrying"})
+MOST_COUNTED = 10_000
+"""A longer queue is told as one of so many: what counts it reads no more, however many wait."""
 
 # $1 job or null, $2 state or null, $3 since: timestamptz or null, $4 limit: int. Index: runs_newest.
 LIST_RUNS = """
@@ -137,26 +140,8 @@ JOB_OVERVIEW = """
                 limit 1) last on true
      order by j.name
 """
-# No parameters. Indexes: runs_ready, runs_timed, runs_held, runs_for_a_person.
-QUEUE_DEPTHS = """
-    select job, state::text as state, count(*) as runs
-      from (select job, state from bon_scheduler.runs where ready and state in ('queued', 'retrying')
-            union all
-            select job, state from bon_scheduler.runs where not ready and state in ('queued', 'retrying')
-            union all
-            select job, state from bon_scheduler.runs where state = 'running'
-            union all
-            select job, state from bon_scheduler.runs where state in ('dead', 'held') and not dry_run) as open
-     group by job, state
-"""
-# No parameters. Index: runs_ready.
-QUEUE_AGES = """
-    select job, extract(epoch from clock_timestamp() - min(bon_scheduler.shown(coalesce(run_at, enqueued_at))))::float8
-               as seconds
-      from bon_scheduler.runs
-     where ready and state in ('queued', 'retrying')
-     group by job
-"""
+# $1 how many runs of a kind are read at most: int. Its indexes: runs_oldest, runs_timed, runs_held, runs_for_a_person.
+READ_QUEUE = "select job, state::text as state, runs, due_seconds from bon_scheduler.read_queue($1)"
 
 
 async def _rows(connection: Connection, query: str, *arguments: object) -> list[Row]:
@@ -217,11 +202,21 @@ async def job_overview(connection: Connection) -> list[Row]:
     return await _rows(connection, JOB_OVERVIEW)
 
 
-async def queue_depths(connection: Connection) -> Mapping[tuple[str, str], int]:
-    """Return how many runs there are by (job, state), of those that have not ended or wait for a person."""
-    return {(row["job"], row["state"]): row["runs"] for row in await _rows(connection, QUEUE_DEPTHS)}
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What has not ended, or waits for a person."""
+
+    depths: Mapping[tuple[str, str], int]
+    """How many runs there are, by (job, state)."""
+    ages: Mapping[str, float]
+    """By job, for how many seconds the run has been due that waits longest."""
 
 
-async def queue_ages(connection: Connection) -> Mapping[str, float]:
-    """Return, by job, for how many seconds the run that waits longest has been due."""
-    return {row["job"]: row["seconds"] or 0.0 for row in await _rows(connection, QUEUE_AGES)}
+async def read_queue(connection: Connection) -> Queue:
+    """Read the queue as it is now; of a long one no more than `MOST_COUNTED` runs of each job and kind."""
+    rows = await _rows(connection, READ_QUEUE, MOST_COUNTED)
+    ages: dict[str, float] = {}
+    for row in rows:
+        if row["due_seconds"] is not None:
+            ages[row["job"]] = max(ages.get(row["job"], 0.0), row["due_seconds"])
+    return Queue({(row["job"], row["state"]): row["runs"] for row in rows}, ages)

@@ -35,7 +35,8 @@ import structlog
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings
 from bon_scheduler.database import TRANSIENT_ERRORS
-from bon_scheduler.jobs import NeverRetryError, Retry, RetryLaterError
+from bon_scheduler.jobs import NeverRetryError, NotNowError, Retry, RetryLaterError
+from bon_scheduler.log import is_out_of_descriptors
 from bon_scheduler.mail.gate import MailGate, MailUnavailableError, Slot
 from bon_scheduler.mail.keys import read_key, recipient_hash
 from bon_scheduler.mail.message import Letter, Written, message_id, write
@@ -49,6 +50,7 @@ log = structlog.get_logger()
 CANCEL_PATIENCE = timedelta(seconds=3)
 """How long a cancelled attempt waits for an answer that is already under way."""
 OTHER_RUN_WAIT = timedelta(minutes=1)
+NO_DESCRIPTOR_WAIT = timedelta(seconds=5)
 RETRY = Retry(delay=timedelta(seconds=30), longest=timedelta(minutes=30))
 """The wait that a LetterDeferredError asks for, by attempt."""
 RECORDING_PAUSES_SECONDS = (0.2, 1.0, 3.0)
@@ -308,6 +310,10 @@ class Mailer:
             async with self._connections.line() as line:
                 return await self._converse(line, letter, written, claim)
         except NotConnectedError as error:
+            if is_out_of_descriptors(error.__cause__):
+                # It says nothing of the server, so the gate stays as it is.
+                why = "This process has no file descriptor left. Nothing was sent."
+                raise NotNowError(why, after=NO_DESCRIPTOR_WAIT) from error
             if error.code is not None:
                 return judge(error.stage, error.code, error.said)
             return Answer(None, str(error), away=True)

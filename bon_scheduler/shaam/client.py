@@ -24,7 +24,7 @@ import aiohttp
 from pydantic import SecretStr
 
 from bon_scheduler.config import ClientAuth, Settings, ShaamMode
-from bon_scheduler.log import mask, withhold
+from bon_scheduler.log import is_out_of_descriptors, mask, withhold
 
 __all__ = [
     "ON_DEMAND_SLOTS",
@@ -195,8 +195,8 @@ class Shaam:
         """
         Exchange a refresh token for new tokens (RFC 6749 §6; the body is the authority's own example).
 
-        Never raises for what the network or the authority does. See it to its end: once the
-        request is on its way, the token may be spent whether or not anybody reads the answer.
+        Raises nothing for what the network or the authority does, and OSError without a file descriptor. See it to
+        its end: once the request is on its way, the token may be spent whether or not anybody reads the answer.
         """
         if self.mode is ShaamMode.MOCK:
             return Misconfigured("SHAAM_MODE is mock: nobody is called")
@@ -206,6 +206,8 @@ class Shaam:
         try:
             reply = await self._post(self._session, refresh_token, sending)
         except (aiohttp.ClientError, OSError, ValueError) as error:
+            if is_out_of_descriptors(error) and not sending.begun:
+                raise
             reason = f"the connection failed ({_name(error)})"
             if sending.begun and isinstance(error, TimeoutError):
                 reason = f"no answer within {self._settings.shaam_timeout_seconds:g} s ({type(error).__name__})"

@@ -214,12 +214,16 @@ class Rotator:
             turn.refused = isinstance(answer, Misconfigured)
         if answer is None:
             await self._settle(exchange, End(state=State.DEFERRED, unspent=True))
-            return not_called(business_id, reason or "")
+            return not_called(business_id, reason or "this process has no file descriptor left")
         return await self._conclude(exchange, claimed, answer, tell)
 
-    async def _send(self, token: str) -> Answer:
+    async def _send(self, token: str) -> Answer | None:
+        """Send a token; None where nobody could be called, which says nothing of the authority."""
         started = time.perf_counter()
-        answer = await self._shaam.refresh(token)
+        try:
+            answer = await self._shaam.refresh(token)
+        except OSError:
+            return None
         self._metrics.shaam_answered(name_of(answer), time.perf_counter() - started)
         self.breaker.note(answer)
         return answer

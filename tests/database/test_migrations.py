@@ -52,8 +52,8 @@ async def test_a_function_of_an_older_version_is_replaced_and_named(
 
 async def test_a_function_that_has_no_file_any_more_is_dropped(settings: Settings, connection: Connection) -> None:
     new = await definitions(connection)
-    await connection.execute("create function bon_scheduler.deliver(run uuid) returns void language sql as 'select'")
-    await connection.execute("insert into bon_scheduler.functions values ('deliver', 'of an older text')")
+    await connection.execute("create function bon_scheduler.redeliver(run uuid) returns void language sql as 'select'")
+    await connection.execute("insert into bon_scheduler.functions values ('redeliver', 'of an older text')")
     await service.prepare(settings)
     assert await definitions(connection) == new
-    assert not await connection.fetchval("select exists (select from bon_scheduler.functions where name = 'deliver')")
+    assert not await connection.fetchval("select exists (select from bon_scheduler.functions where name = 'redeliver')")

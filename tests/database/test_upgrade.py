@@ -1,5 +1,6 @@
 """A database of the version before, upgraded with runs in every state; and the old program beside the new."""
 
+import ast
 import asyncio
 import hashlib
 import json
@@ -354,3 +355,61 @@ async def test_the_old_version_beside_the_new_takes_no_more_and_nothing_is_lost_
     assert marks is not None
     assert tuple(marks) == (400, 400, 2)
     assert "engine.rebuilding" in events(logs[0])
+
+
+# Statements of the old version's program that cannot be made any more, and what its replicas then do, until they stop.
+CANNOT: dict[str, str] = {
+    "attempts.CLAIM": "takes nothing more; its queue is gone",
+    "attempts.FAIL": "cannot record a failure: the run is taken over once the replica has gone",
+    "attempts.GIVE_BACK": "the same",
+    "history.DESCENDANTS": "a person's run-once cannot follow what it caused",
+    "ledger.ENQUEUE": "a handler that asks for runs fails, and see attempts.FAIL; a tick is recorded by a new replica",
+    "ledger.REDELIVER": "by its reconciliation pass, for the queue that is gone",
+    "ledger.ORPHANS": "the same",
+    "retention.PRUNE_QUEUE_LOG": "prunes nothing more; a new replica does",
+    "retention.PRUNE_QUEUE_STATISTICS": "the same",
+    "revise.RETRY": "a person uses the new version's commands",
+    "revise.CANCEL": "the same",
+}
+
+
+def old_statements() -> dict[str, str]:
+    """Return the SQL constants of the old version's program, by module and name."""
+    found: dict[str, str] = {}
+    listed = subprocess.run(
+        ["git", "ls-tree", "-r", "--name-only", OLD_VERSION, "bon_scheduler", "handlers", "health"],
+        cwd=ROOT, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    if listed.returncode:
+        pytest.skip(f"this clone does not have commit {OLD_VERSION}, whose statements are tried here")
+    for path in listed.stdout.split():
+        if not path.endswith(".py") or "/demo/" in path:
+            continue
+        source = subprocess.run(
+            ["git", "show", f"{OLD_VERSION}:{path}"], cwd=ROOT, check=True, capture_output=True, text=True
+        )
+        for node in ast.parse(source.stdout).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and _is_sql(node.value.value):
+                found[f"{Path(path).stem}.{ast.unparse(node.targets[0])}"] = str(node.value.value)
+    return found
+
+
+def _is_sql(value: object) -> bool:
+    return isinstance(value, str) and value.lstrip().lower().startswith(
+        ("select", "insert", "update", "delete", "with")
+    )
+
+
+async def test_what_a_replica_of_the_old_version_says_is_understood_but_for_what_is_named(
+    old: Connection, settings: Settings
+) -> None:
+    statements = await asyncio.to_thread(old_statements)
+    await service.prepare(settings)
+    failing = set()
+    for name, statement in statements.items():
+        try:
+            await old.prepare(statement)
+        except (asyncpg.UndefinedFunctionError, asyncpg.UndefinedColumnError, asyncpg.UndefinedTableError):
+            failing.add(name)
+    assert len(statements) > 60
+    assert failing == set(CANNOT)

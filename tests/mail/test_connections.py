@@ -1,6 +1,8 @@
 """Connections to the mail server: used again, replaced when they are gone, and never in the clear."""
 
 import asyncio
+import os
+import resource
 from datetime import timedelta
 from typing import Any
 
@@ -9,11 +11,12 @@ from aiosmtpd.smtp import SMTP
 from pydantic import SecretStr
 
 from bon_scheduler.config import SmtpTls
+from bon_scheduler.jobs import NotNowError
 from bon_scheduler.mail import smtp
 from bon_scheduler.mail.mailer import Delivery, Mailer, MailUnavailableError
 from bon_scheduler.mail.smtp import NotConnectedError, SmtpConnections
 from tests.mailserver import Server, hang
-from tests.mailworld import World, a_run, another, settings
+from tests.mailworld import LETTER, World, a_run, another, settings
 from tests.waiting import until
 
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")
@@ -143,3 +146,22 @@ async def test_a_failed_login_says_the_stage(world: World, server: Server) -> No
     with pytest.raises(NotConnectedError, match="AUTH"):
         async with connections.line():
             pass
+
+
+async def test_without_a_descriptor_nothing_is_sent_and_the_server_is_not_blamed(world: World) -> None:
+    assert await world.deliver(letter=another()) is Delivery.SENT  # what is imported late, is
+    mailer, run = await world.mailer(), await a_run(world.pool)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = [os.dup(2) for _ in range(64)]  # whatever was free below the last
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 1, hard))
+    try:
+        with pytest.raises(NotNowError, match="no file descriptor left") as refused:
+            await mailer.deliver(LETTER, run_id=run, attempt=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for each in spare:
+            os.close(each)
+    assert not isinstance(refused.value, MailUnavailableError)
+    assert len(await world.rows()) == 1
+    assert await world.pool.fetchval("select failures from bon_scheduler.mail_gate") == 0
+    assert await mailer.deliver(LETTER, run_id=run, attempt=2) is Delivery.SENT
