@@ -46,6 +46,7 @@ class Metrics:
         self.queue_depth = gauge("bon_queue_depth", text, [*one_job, "state"])
         text = "How long the run that waits longest has been due"
         self.queue_oldest_age = gauge("bon_queue_oldest_age_seconds", text, one_job)
+        self.brake_held = gauge("bon_brake_held", "Runs that the brake holds until a person decides", one_job)
         self.rescued = counter("bon_runs_rescued", "Runs released because their worker was declared dead", one_job)
         self.fenced = counter("bon_fenced_commits", "Commits refused to an attempt without its run", one_job)
 
@@ -97,7 +98,10 @@ class Metrics:
         """Show the queue as it is now: runs by (job, state), and the oldest due run's age in seconds."""
         self.queue_depth.clear()
         self.queue_oldest_age.clear()
+        self.brake_held.clear()
         for (job, state), count in depths.items():
             self.queue_depth.labels(job, state).set(count)
+            if state == "held":
+                self.brake_held.labels(job).set(count)
         for job, age in ages.items():
             self.queue_oldest_age.labels(job).set(age)

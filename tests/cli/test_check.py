@@ -191,7 +191,7 @@ async def test_what_living_replicas_take_counts(connection: Connection, look: Lo
 async def test_a_role_without_a_connection_left_is_told_so(connection: Connection, look: Look, role: Role) -> None:
     await connection.execute(f"alter role {role.name} connection limit 0")
     [(name, what, remedy)] = await look.failures()
-    assert (name, "has no connection left" in what) == ("database", True)
+    assert (name, "takes no more connections" in what) == ("database", True)
     assert remedy is not None
     assert "limit" in remedy
 

@@ -80,7 +80,7 @@ def test_what_cannot_be_meant_or_kept_is_status_2_with_the_remedy(call: Call, ar
 def test_what_can_be_kept_goes_on_to_the_database(call: Call, arguments: list[str]) -> None:
     status, _, err = call(*arguments)
     assert status == 1
-    assert "Cannot connect to the database bon at 127.0.0.1:1" in err
+    assert "Cannot connect: the database bon at 127.0.0.1:1" in err
 
 
 @pytest.mark.parametrize("start", ["1900-01-01", "2999-12-31"])

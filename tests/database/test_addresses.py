@@ -243,7 +243,7 @@ async def test_what_is_of_no_effect_disturbs_nothing(database_url: str) -> None:
 
 async def test_options_reach_the_server_and_a_plus_is_a_plus(database_url: str) -> None:
     async with connections.connect(
-        f"{database_url}?options=-c%20my.x%3Da+b%20-c%20statement_timeout%3D1"
+        f"{database_url}?options=-c%20my.x%3Da+b%20-c%20statement_timeout%3D1000"
     ) as connection:
         assert await connection.fetchval("show my.x") == "a+b"
         assert await connection.fetchval("show statement_timeout") == "0"  # what is ours stays ours

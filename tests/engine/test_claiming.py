@@ -84,7 +84,7 @@ async def test_a_claim_that_waits_too_long_for_another_is_repeated_on_its_connec
         await until_connected(serving)
         old = engines_connection(serving)
         async with connection.transaction():
-            await connection.execute("select pg_advisory_xact_lock(hashtext('bon_scheduler.claim'), 0)")
+            await connection.execute("lock table bon_scheduler.one_claim in share row exclusive mode")
 
             async def repeated() -> bool:
                 return "claim.repeated" in logged()

@@ -255,7 +255,7 @@ async def test_all_named_runs_are_changed_or_none_and_each_fault_is_named(connec
         (retry, "running", "stop it first with: python -m bon_scheduler cancel"),
         (retry, "retrying", "runs again by itself at once"),
         (retry, "succeeded", "do it anew with: python -m bon_scheduler run-once draft-cleanup"),
-        (retry, "held", "let it go with: python -m bon_scheduler cancel"),
+        (retry, "held", "have it go on with: python -m bon_scheduler release"),
         (cancel, "succeeded", "what it did stays"),
         (cancel, "partial", "what it did stays"),
         (cancel, "cancelled", "is cancelled already"),

@@ -1,6 +1,8 @@
 -- From the last schema with PgQueuer's tables to the one of 0010_ledger.sql, without a loss. Replicas of the old version
 -- may still run: what they work on they finish, and they can take nothing more, because their queue is gone.
 
+create table one_claim ();
+
 alter table jobs
     add column attempts  integer not null default 5 check (attempts > 0),
     add column exclusive text not null default 'no' check (exclusive in ('no', 'job', 'business')),

@@ -2,7 +2,7 @@
 -- their own names, beside this one; `migrate` replaces those whose text has changed.
 --
 -- Order of locks, everywhere: jobs, runs (by id), attempts. A handler locks BON's rows first and its run last. Claims
--- exclude each other by an advisory lock (`claim`), and wait for no row.
+-- exclude each other by a lock on `one_claim`, and wait for no row.
 
 create table jobs (
     name           text primary key check (name ~ '^[a-z][a-z0-9]*(-[a-z0-9]+)*$'),
@@ -38,6 +38,10 @@ comment on table workers is 'Processes that work on runs. One that leaves takes 
 comment on column workers.last_word is 'Another with each beat; null while the worker is taken for dead.';
 comment on column workers.lease is 'How long it may be silent; whoever watches with a longer lease waits for that.';
 comment on column workers.seen_at is 'For people. Nothing is judged by it: the clock may have been set since.';
+
+create table one_claim ();
+comment on table one_claim is
+    'Empty. A claim locks it, so that claims exclude each other; an advisory lock could be held by anybody who may connect.';
 
 create type run_state as enum (
     'queued', 'running', 'retrying', 'succeeded', 'partial', 'dead', 'held', 'cancelled', 'missed', 'paused'

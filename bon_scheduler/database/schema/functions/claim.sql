@@ -52,7 +52,7 @@ declare
     taken      uuid[];
     mailed     uuid[];
 begin
-    perform pg_advisory_xact_lock(hashtext('bon_scheduler.claim'), 0);
+    lock table one_claim in share row exclusive mode;
     if look_at_clock then
         next_timed := make_ready();
     end if;

@@ -24,7 +24,7 @@ declare
     gate    mail_gate%rowtype;
     allowed record;
 begin
-    perform pg_advisory_xact_lock(hashtext('bon_scheduler.claim'), 0);
+    lock table one_claim in share row exclusive mode;
     perform make_ready();
     select * into run from runs r where r.id = claim_one.run_id for no key update skip locked;
     if not found then
