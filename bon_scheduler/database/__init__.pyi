@@ -5,6 +5,7 @@ from .connections import (
     DatabaseUnavailableError as DatabaseUnavailableError,
     Pool as Pool,
     PoolerError as PoolerError,
+    Pools as Pools,
     TRANSIENT_ERRORS as TRANSIENT_ERRORS,
     connect as connect,
     connect_worker as connect_worker,

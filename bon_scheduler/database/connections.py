@@ -27,6 +27,7 @@ __all__ = [
     "Limits",
     "Pool",
     "PoolerError",
+    "Pools",
     "connect",
     "connect_worker",
     "explain_unavailable",
@@ -243,6 +244,15 @@ async def _pool(url: str, size: int, options: Mapping[str, Any]) -> AsyncIterato
         except TimeoutError:
             # A handler that will not end keeps its connection: its transaction is rolled back.
             pool.terminate()
+
+
+class Pools(NamedTuple):
+    """Where a worker's effects go."""
+
+    work: Pool
+    """For handlers, who may keep all of it busy."""
+    answers: Pool
+    """For what the world outside has done already, which must not wait for handlers."""
 
 
 class Limits(NamedTuple):

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from bon_scheduler.config import SmtpTls
-from bon_scheduler.database.connections import Pool
+from bon_scheduler.database.connections import Pool, Pools
 from bon_scheduler.jobs import NeverRetryError, RetryLaterError
 from bon_scheduler.mail.mailer import Delivery, LetterDeferredError, Mailer, MailUnavailableError
 from tests.conftest import SetClock
@@ -86,7 +86,7 @@ async def test_without_a_user_name_nobody_logs_in(world: World) -> None:
 
 
 async def test_without_a_server_a_letter_is_logged_and_the_day_not_used_up(pool: Pool) -> None:
-    async with Mailer(settings(None), pool, clock=SetClock(NOW)) as mailer:
+    async with Mailer(settings(None), Pools(pool, pool), clock=SetClock(NOW)) as mailer:
         with capture_logs() as events:
             result = await mailer.deliver(LETTER, run_id=await a_run(pool), attempt=1)
     assert result is Delivery.LOGGED
@@ -437,7 +437,9 @@ async def test_a_letter_that_cannot_be_written_is_not_used_up_and_no_server_is_b
     await world.mailer()
     unusable = settings(world.server).model_copy(update={setting: value})
     gate = await world.pool.fetchrow("select * from bon_scheduler.mail_gate")
-    async with Mailer(unusable, world.pool, tls_context=world.trusting, clock=SetClock(NOW)) as mailer:
+    async with Mailer(
+        unusable, Pools(world.pool, world.pool), tls_context=world.trusting, clock=SetClock(NOW)
+    ) as mailer:
         with pytest.raises(NeverRetryError, match=f"{setting.upper()} "):
             await world.deliver(mailer)
     assert (await world.rows(), world.server.connections) == ([], 0)
