@@ -28,8 +28,8 @@ from bon_scheduler.log import describe_error
 __all__ = ["CHANNEL", "Engine"]
 
 Connect: TypeAlias = "Callable[[], AbstractAsyncContextManager[asyncpg.Connection[asyncpg.Record]]]"
-Answered: TypeAlias = Callable[[], Awaitable[None]]
-"""Waits until the answers to what handlers have sent are recorded."""
+Answered: TypeAlias = Callable[[], Awaitable[bool]]
+"""Waits until the answers to what handlers have sent are recorded; whether there was any to wait for."""
 log = structlog.get_logger()
 CHANNEL = "bon_scheduler_runs"
 """Of the notifications that wake workers; see the SQL function `wake_workers`."""
@@ -45,6 +45,8 @@ GATHER_SECONDS = 0.002
 """While runs wait, how long to let places gather before the next claim."""
 WAITS_FOR_AN_INSTANT = frozenset({"retrying", "given_back"})
 FAREWELL_SECONDS = 2.0
+ANSWERED_SECONDS = 1.0
+"""How long an attempt may take to end once its letter is answered."""
 LONGEST_RECONNECT_WAIT_SECONDS = 1.5
 RESERVE_SHARE = 4
 """One place in so many is kept for jobs of which nothing runs here, so that no job keeps another from starting."""
@@ -117,9 +119,10 @@ class Engine:
         if self._attempts:
             log.info("engine.draining", attempts=self.active, seconds=patience.total_seconds())
             await asyncio.wait(set(self._attempts.values()), timeout=patience.total_seconds())
-            await answered()  # otherwise whoever takes such a run would find its letter `unknown`
-            await asyncio.sleep(0)
         late = set(self._attempts.values())
+        if late and await answered():  # otherwise whoever takes such a run would find its letter `unknown`
+            await asyncio.wait(late, timeout=ANSWERED_SECONDS)
+            late = set(self._attempts.values())
         for task in late:
             task.cancel()
         if late:

@@ -24,6 +24,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from datetime import date, timedelta
 from types import TracebackType
 from typing import Final, Self
@@ -166,10 +167,11 @@ class Mailer:
         """How many letters the server has, as far as anybody knows, whose answers are not recorded yet."""
         return sum(sending.data_begun for sending in self._sending.values())
 
-    async def answered(self) -> None:
-        """Wait until the answers to all letters that the server has now are recorded."""
+    async def answered(self) -> bool:
+        """Wait until the answers to all letters that the server has now are recorded; return whether there are any."""
         if tasks := [task for task, sending in self._sending.items() if sending.data_begun]:
             await asyncio.wait(tasks)
+        return bool(tasks)
 
     def stop(self, left: timedelta) -> None:
         """Begin no letter more, because this process ends after `left`; one under way goes on if it will have time."""
@@ -269,19 +271,18 @@ class Mailer:
         letter = sending.letter
         key, ours = _key(letter), (sending.run_id, sending.attempt)
         message = message_id(letter, self._settings.email_from)
-        with sending.interruptible():
-            connection = await self._pool.acquire()
-        try:
-            timeout = CALL_TIMEOUT_SECONDS
-            if claimed := await connection.fetchval(INTEND, *key, message, *ours, timeout=timeout):
-                return Intention(claimed, *ours)
-            given_up = await connection.fetchval(GIVE_UP, *key, *ours, timeout=timeout)
-        except BaseException:
-            # It may have been committed, and only the answer be lost.
-            await withdraw_unheard(self._answers, *key, *ours)
-            raise
-        finally:
-            await self._pool.release(connection)
+        async with AsyncExitStack() as stack:
+            with sending.interruptible():
+                connection = await stack.enter_async_context(self._pool.acquire())
+            try:
+                timeout = CALL_TIMEOUT_SECONDS
+                if claimed := await connection.fetchval(INTEND, *key, message, *ours, timeout=timeout):
+                    return Intention(claimed, *ours)
+                given_up = await connection.fetchval(GIVE_UP, *key, *ours, timeout=timeout)
+            except BaseException:
+                # It may have been committed, and only the answer be lost.
+                await withdraw_unheard(self._answers, *key, *ours)
+                raise
         if given_up:
             log.warning(
                 "delivery.unknown",

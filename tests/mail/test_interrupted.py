@@ -3,18 +3,24 @@
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import pytest
+from aiosmtpd.smtp import SMTP
 
+from bon_scheduler.jobs import NotNowError
 from bon_scheduler.mail.mailer import Delivery, Mailer
 from bon_scheduler.mail.message import Letter
+from tests.fated import Fate, FatedPool
 from tests.interrupting import interrupted_everywhere
 from tests.mailworld import World, a_run, another
+from tests.waiting import until
 
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")
 STATES = "select state::text from bon_scheduler.deliveries where business_id = $1"
 OPEN = "update bon_scheduler.mail_gate set next_slot = '-infinity'"
+MANY_WAIT = "select next_slot > now() + interval '15 s' from bon_scheduler.mail_gate"
 HALF_OPEN = """
     update bon_scheduler.mail_gate
        set failures = 3, trouble = 'away', closed_since = now(), closed_until = now(), trying_until = '-infinity'
@@ -65,3 +71,56 @@ async def test_a_letter_is_sent_and_recorded_or_nothing_is_left_of_it(world: Wor
             assert row["idle"], f"the trial is not given back, {at}"
         became.add((sent, isinstance(outcome, asyncio.CancelledError)))
     assert became == {(0, True), (1, True), (1, False)}
+
+
+@pytest.mark.parametrize(("left_seconds", "sent"), [(0.5, False), (30, True)])
+async def test_a_process_that_stops_begins_no_data_that_it_may_not_see_to_its_end(
+    world: World, left_seconds: float, sent: bool
+) -> None:
+    """Its conversation was under way, and its server takes 0.3 s for each answer."""
+    mailer = await world.mailer()
+
+    async def stop(_: SMTP) -> str:
+        mailer.stop(timedelta(seconds=left_seconds))
+        await asyncio.sleep(0.3)
+        return "250 OK"
+
+    world.server.on["MAIL"] = stop
+    if sent:
+        assert await world.deliver(mailer) is Delivery.SENT
+    else:
+        with pytest.raises(NotNowError, match="stopping"):
+            await world.deliver(mailer)
+    assert (len(await world.rows()), len(world.server.received)) == (sent, sent)
+
+
+async def test_a_process_that_stops_begins_no_letter_and_keeps_no_turn(world: World) -> None:
+    mailer = await world.mailer(email_rate_per_second=0.1)
+    assert await world.deliver(mailer) is Delivery.SENT
+    waiting = asyncio.create_task(world.deliver(mailer, another()))
+
+    async def waits() -> bool:
+        return bool(
+            await world.pool.fetchval("select next_slot > now() + interval '15 s' from bon_scheduler.mail_gate")
+        )
+
+    await until(waits)
+    mailer.stop(timedelta(seconds=30))
+    for letter in (waiting, world.deliver(mailer, another())):
+        with pytest.raises(NotNowError, match="stopping"):
+            await asyncio.wait_for(letter, 2)
+    assert len(world.server.received) == 1
+    assert not await waits()
+
+
+async def test_an_intention_whose_answer_was_lost_is_withdrawn(world: World) -> None:
+    """Committed, and the connection is cut before anybody reads so."""
+    mailer = await world.mailer()
+    letters = Letters(world, mailer, OPEN, another())
+    work = await letters.begin()
+    lossy: Any = FatedPool(world.pool, Fate(outage=range(2, 3), answers_are_lost=True))
+    lossy.fetchval = world.pool.fetchval
+    mailer._pool = lossy
+    with pytest.raises(ConnectionResetError):
+        await work
+    assert await letters.became() == ([], 0)
