@@ -1,5 +1,5 @@
 """
-Work that is cancelled at its n-th step: wherever it, or a task that it started, waits for something.
+Work that is cancelled at its n-th step: wherever it, or a task that it started, waits for something or has just ended.
 
 With n = 1, 2, … until the work ends by itself, a test meets every place where a cancellation may come. Tasks of the
 servers that the work talks to are not counted.
@@ -37,13 +37,14 @@ COMING: ContextVar[Interruption | None] = ContextVar("COMING", default=None)
 
 @types.coroutine
 def _counted(coming: Interruption, work: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
-    """Await `work`, noting each of its waits."""
+    """Await `work`, noting each of its waits, and its end before anybody who waits for it wakes."""
     send: Callable[[Any], Any] = work.send
     value: Any = None
     while True:
         try:
             waiting = send(value)
         except StopIteration as ended:
+            coming.note()
             result: T = ended.value
             return result
         coming.note()
@@ -73,7 +74,7 @@ def _counting(loop: Loop) -> Any:
 
 
 async def interrupted_at(step: int, work: Coroutine[Any, Any, T]) -> T | BaseException:
-    """Cancel `work` at its `step`th wait; return what it returned or raised."""
+    """Cancel `work` at its `step`th step; return what it returned or raised."""
     coming = Interruption(step)
     token = COMING.set(coming)
     with _counting(asyncio.get_running_loop()):
