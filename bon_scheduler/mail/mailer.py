@@ -90,15 +90,17 @@ GIVE_UP = """
  returning d.id
 """
 
-# $1 kind: text, $2 business: uuid, $3 day: date, $4 recipient: text (hash).
-# Index: deliveries_kind_business_id_as_of_recipient_hash_key.
+# $1 kind: text, $2 business: uuid, $3 day: date, $4 recipient: text (hash). A delivery of that day may be forgotten if
+# PRUNE_DELIVERIES was ever told so, whatever RUN_RETENTION_DAYS is now.
+# Indexes: deliveries_kind_business_id_as_of_recipient_hash_key, pruning_pkey.
 FIND_STATE = """
-    select state
-      from bon_scheduler.deliveries
-     where kind = $1
-       and business_id = $2
-       and as_of = $3
-       and recipient_hash = $4
+    select d.state, p.ticks_until::date - 1 as since, $3 < p.ticks_until::date - 1 as forgotten
+      from bon_scheduler.pruning p
+      left join bon_scheduler.deliveries d
+             on d.kind = $1
+            and d.business_id = $2
+            and d.as_of = $3
+            and d.recipient_hash = $4
 """
 
 
@@ -108,8 +110,16 @@ def _key(letter: Letter) -> tuple[str, UUID, date, str]:
 
 
 async def find_settled(pool: Pool, letter: Letter) -> Delivery | None:
-    """Return what became of a letter before, None while it may be sent."""
-    state = await pool.fetchval(FIND_STATE, *_key(letter))
+    """Return what became of a letter before, None while it may be sent; NeverRetryError where that may be forgotten."""
+    row = await pool.fetchrow(FIND_STATE, *_key(letter))
+    if row is None:
+        raise LookupError("the table of what was pruned has no row; python -m bon_scheduler migrate makes it")
+    state = row["state"]
+    if state is None and row["forgotten"]:
+        raise NeverRetryError(
+            f"A letter of {letter.as_of} is not sent: what was sent of days before {row['since']} has been forgotten "
+            "(RUN_RETENTION_DAYS), so that it may be a second one."
+        )
     if state == "sent":
         return Delivery.ALREADY_SENT
     return Delivery(state) if state in {"refused", "unknown"} else None
@@ -189,7 +199,6 @@ class Mailer:
         while another run is sending the same letter, and NeverRetryError for a letter of a day so long ago that its
         delivery may have been forgotten, and for one that cannot be written with these settings.
         """
-        self._require_remembered(letter)
         events = log.bind(kind=letter.kind, business_id=str(letter.business_id))
         if self._settings.smtp_host is None:
             events.info("delivery.logged", as_of=letter.as_of.isoformat())
@@ -250,14 +259,6 @@ class Mailer:
     async def _write(self, letter: Letter) -> Written:
         # In a thread: runs come in bursts, and twenty letters keep the event loop for a quarter of a second.
         return await asyncio.to_thread(write, letter, self._settings, now=self._clock.now())
-
-    def _require_remembered(self, letter: Letter) -> None:
-        kept = self._settings.run_retention_days
-        if letter.as_of < self._clock.now().date() - timedelta(days=kept):
-            raise NeverRetryError(
-                f"A letter of {letter.as_of} is older than RUN_RETENTION_DAYS ({kept}): whether it was sent may be "
-                "forgotten, so it is not sent again."
-            )
 
     async def _tell_gate(self, slot: Slot, answer: Answer) -> None:
         """Raise MailUnavailableError where the server was the trouble."""
