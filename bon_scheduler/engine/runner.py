@@ -29,7 +29,17 @@ from bon_scheduler.engine.deadman import Deadman
 from bon_scheduler.engine.outcome import Outcome, invoke, judge
 from bon_scheduler.engine.recorder import Recorder
 from bon_scheduler.jobs import AnyJob, Connection, Counts, Cron, LostRunError, Payload, Retry, explain_payload
-from bon_scheduler.ledger import Claim, Claimant, Foreground, Origin, Released, RunRef, UnreadableRunError, Worker
+from bon_scheduler.ledger import (
+    CALL_TIMEOUT_SECONDS,
+    Claim,
+    Claimant,
+    Foreground,
+    Origin,
+    Released,
+    RunRef,
+    UnreadableRunError,
+    Worker,
+)
 from bon_scheduler.log import describe_error, where_now
 from bon_scheduler.mail import MailGate
 from bon_scheduler.metrics import Metrics
@@ -40,6 +50,7 @@ __all__ = ["Runner", "RunnerParts"]
 log = structlog.get_logger()
 TOLERANCE = timedelta(days=1)
 """By how much the clock of whoever asked may be ahead of this one; the door judges by the minute."""
+UNTIL_NEWER_TAKES_IT = timedelta(seconds=5)
 DEADLINE_GRACE_SECONDS = 5.0
 """How long a handler may take to end once it is cancelled: to roll back, or to save what cannot be undone."""
 
@@ -256,7 +267,7 @@ class Runner:
                 return Outcome("dead", error=f"its fire time {fire_time.isoformat()} has not come")
             payload: Payload = job.payload.model_validate(claim.payload)
         except ValidationError as error:
-            return Outcome("dead", error=explain_payload(job, error))
+            return await self._refuse(explain_payload(job, error))
         except UnreadableRunError as error:
             return Outcome("dead", error=str(error))
         handler = asyncio.create_task(invoke(job, ctx, payload), name=f"{job.name} {ctx.run_id}/{ctx.attempt}")
@@ -269,6 +280,17 @@ class Runner:
         if stopped is not None and (not handler.done() or handler.cancelled() or handler.exception()):
             return replace(stopped, wait=wait)
         return judge(handler, wait)
+
+    async def _refuse(self, why: str) -> Outcome:
+        """Return what becomes of a run whose payload this version does not know: a newer one may, where it lives."""
+        try:
+            async with self._parts.control.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
+                newer = await ledger.newer_serves(connection, self.worker.version)
+        except TRANSIENT_ERRORS:
+            newer = True  # nobody knows
+        if newer:
+            return Outcome("given_back", error=f"{why} A newer version may take it.", wait=UNTIL_NEWER_TAKES_IT)
+        return Outcome("dead", error=why)
 
     async def _watch(self, job: AnyJob, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> Outcome | None:
         """Wait for the handler, and stop it when its time is over or its run is lost; then say why."""

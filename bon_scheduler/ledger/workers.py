@@ -18,7 +18,17 @@ from bon_scheduler.clock import seconds_since_boot
 from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
 
-__all__ = ["LastBeat", "Watch", "Worker", "beat", "declare_dead", "last_beats", "register_worker", "retire_worker"]
+__all__ = [
+    "LastBeat",
+    "Watch",
+    "Worker",
+    "beat",
+    "declare_dead",
+    "last_beats",
+    "newer_serves",
+    "register_worker",
+    "retire_worker",
+]
 
 # $1 worker, $2 host, $3 process id, $4 version, $5 whether it is a `serve`: boolean, $6 lease: interval.
 REGISTER_WORKER = """
@@ -36,6 +46,13 @@ BEAT = """
 RETIRE_WORKER = """
     delete from bon_scheduler.workers
      where id = $1 or (last_word is null and seen_at < clock_timestamp() - interval '1 day')
+"""
+# $1 version. Whether a service of a higher one lives.
+NEWER_SERVES = """
+    select exists (select from bon_scheduler.workers w
+                    where w.serves
+                      and w.last_word is not null
+                      and bon_scheduler.numbers_of(w.version) > bon_scheduler.numbers_of($1))
 """
 LAST_BEATS = "select id as worker, last_word as id, lease from bon_scheduler.workers where last_word is not null"
 # $1 last beats: uuid[]; see the SQL functions.
@@ -123,6 +140,11 @@ async def register_worker(connection: Connection, worker: Worker) -> None:
 async def beat(connection: Connection, worker: UUID) -> bool:
     """Record a heartbeat; False when the worker's row is gone. The connection's own time-out holds."""
     return await connection.fetchval(BEAT, worker) is not None
+
+
+async def newer_serves(connection: Connection, version: str) -> bool:
+    """Return whether a service of a newer version lives, as in the middle of a deploy."""
+    return bool(await connection.fetchval(NEWER_SERVES, version, timeout=CALL_TIMEOUT_SECONDS))
 
 
 async def last_beats(connection: Connection) -> list[LastBeat]:
