@@ -36,7 +36,7 @@ import structlog
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool, Pools
-from bon_scheduler.jobs import NeverRetryError, NotNowError, Retry, RetryLaterError
+from bon_scheduler.jobs import NeverRetryError, NotNowError, RetryLaterError
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
 from bon_scheduler.mail.gate import MailGate, MailUnavailableError, Slot
 from bon_scheduler.mail.message import Letter, Written, is_mailbox, message_id, recipient_hash, write
@@ -54,8 +54,6 @@ CANCEL_PATIENCE = timedelta(seconds=3)
 ANSWERS_TO_DATA = 2
 """DATA itself, and the letter."""
 OTHER_RUN_WAIT = timedelta(minutes=1)
-RETRY = Retry(delay=timedelta(seconds=30), longest=timedelta(minutes=30))
-"""The wait that a LetterDeferredError asks for, by attempt."""
 DEFERRED = "deferred"
 """What is observed of a letter of which nothing was sent."""
 NOTHING = Answer(None, "")
@@ -175,11 +173,11 @@ class Mailer:
     @property
     def unanswered(self) -> int:
         """How many letters the server has, as far as anybody knows, whose answers are not recorded yet."""
-        return sum(sending.data_begun for sending in self._sending.values())
+        return sum(sending.unanswered for sending in self._sending.values())
 
     async def answered(self) -> bool:
         """Wait until the answers to all letters that the server has now are recorded; return whether there are any."""
-        if tasks := [task for task, sending in self._sending.items() if sending.data_begun]:
+        if tasks := [task for task, sending in self._sending.items() if sending.unanswered]:
             await asyncio.wait(tasks)
         return bool(tasks)
 
@@ -248,7 +246,7 @@ class Mailer:
             events.info("delivery.deferred")
             raise LetterDeferredError(
                 f"The mail server did not take a letter: {answer.reply}. Nothing was sent; it is tried again.",
-                after=RETRY.wait(sending.attempt),
+                after=None,  # the job counts its attempts without those that were given back
             )
         if answer.delivery is Delivery.SENT:
             events.info("delivery.sent")
@@ -301,7 +299,7 @@ class Mailer:
         sending = self._sending.pop(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
-        if sending.data_begun or not isinstance(error, (NotNowError, RetryLaterError, *TRANSIENT_ERRORS)):
+        if sending.unanswered or not isinstance(error, (NotNowError, RetryLaterError, *TRANSIENT_ERRORS)):
             # The caller sees it as well, unless it was cancelled.
             log.error("delivery.unrecorded", error=type(error).__name__)
 
@@ -316,6 +314,7 @@ class Mailer:
                 await record(self._answers, claim, NOTHING)
             raise
         await record(self._answers, claim, answer)
+        sending.recorded = True
         return answer
 
     async def _try(self, sending: Sending) -> Answer:

@@ -30,10 +30,17 @@ class Sending:
     """Whether the conversation about this letter has begun."""
     data_begun: bool = False
     """Whether the server may have accepted it."""
+    recorded: bool = False
+    """Whether what became of it is in the ledger."""
     slowest_seconds: float = 0.0
     """The longest that the server has taken to answer."""
     _stopped: bool = False
     _interruptible: bool = False
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether the server may have accepted it, and nobody knows yet."""
+        return self.data_begun and not self.recorded
 
     def stop(self, task: "asyncio.Task[object]") -> None:
         """Stop the letter's task, now or at the next place where nothing is lost by it."""

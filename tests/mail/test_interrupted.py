@@ -119,7 +119,7 @@ async def test_an_intention_whose_answer_was_lost_is_withdrawn(world: World) -> 
     letters = Letters(world, mailer, OPEN, another())
     work = await letters.begin()
     lossy: Any = FatedPool(world.pool, Fate(outage=range(2, 3), answers_are_lost=True))
-    lossy.fetchval = world.pool.fetchval
+    lossy.fetchrow, lossy.fetchval = world.pool.fetchrow, world.pool.fetchval
     mailer._pool = lossy
     with pytest.raises(ConnectionResetError):
         await work
