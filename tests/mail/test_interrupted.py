@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 from aiosmtpd.smtp import SMTP
 
+from bon_scheduler.database import connections
 from bon_scheduler.jobs import NotNowError
 from bon_scheduler.mail.mailer import Delivery, Mailer
 from bon_scheduler.mail.message import Letter
+from tests.conftest import MakeSettings
 from tests.fated import Fate, FatedPool
 from tests.interrupting import interrupted_everywhere
 from tests.mailworld import World, a_run, another
@@ -124,3 +127,21 @@ async def test_an_intention_whose_answer_was_lost_is_withdrawn(world: World) -> 
     with pytest.raises(ConnectionResetError):
         await work
     assert await letters.became() == ([], 0)
+
+
+async def test_an_answer_waits_for_no_handler(world: World, make_settings: MakeSettings) -> None:
+    """Handlers take every connection of theirs while the server answers."""
+    mailer, run_id = await world.mailer(), await a_run(world.pool)
+    async with AsyncExitStack() as busy:
+        answers = await busy.enter_async_context(connections.open_pool(make_settings()))
+        mailer._answers = answers
+
+        async def take_all(__: SMTP) -> str:
+            for _ in range(world.pool.get_max_size()):
+                await busy.enter_async_context(world.pool.acquire())
+            return "250 OK"
+
+        world.server.on["DATA"] = take_all
+        letter = another()
+        assert await asyncio.wait_for(mailer.deliver(letter, run_id=run_id, attempt=1), 5) is Delivery.SENT
+        assert await answers.fetchval(STATES, letter.business_id) == "sent"

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid4
@@ -67,3 +68,26 @@ async def test_a_token_is_rotated_and_saved_or_not_sent(
         assert await connection.fetchval(held, tokens.business) == 0, at
         became.add((asked, isinstance(outcome, asyncio.CancelledError)))
     assert became == {(0, True), (1, True), (1, False)}
+
+
+async def test_a_rotated_token_waits_for_no_handler(
+    parts: Machinery, connection: Connection, simulator: ShaamSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Handlers take every connection of theirs while the authority answers."""
+    tokens = Tokens(Bon(connection, simulator), parts)
+    rotating = await tokens.begin()
+    assert parts.rotator is not None
+    send = parts.rotator._send
+
+    async with AsyncExitStack() as busy:
+
+        async def take_all(token: str) -> Any:
+            answer = await send(token)
+            for _ in range(parts.pool.get_max_size()):
+                await busy.enter_async_context(parts.pool.acquire())
+            return answer
+
+        monkeypatch.setattr(parts.rotator, "_send", take_all)
+        result = await asyncio.wait_for(rotating, 5)
+        assert result.count == "refreshed"
+        assert simulator.honours(await tokens.bon.refresh_token(tokens.business))
