@@ -22,7 +22,7 @@ ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 COPY --from=build /app /app
 USER 65532:65532
 EXPOSE 8080
-# SIGTERM drains; Kubernetes sends it, and so does `docker stop`.
+# SIGTERM drains; Kubernetes sends it, and so does `docker stop`. Give it 90 s: terminationGracePeriodSeconds, --time.
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["python3", "-m", "bon_scheduler"]
 CMD ["serve"]

@@ -112,8 +112,9 @@ class Settings(BaseSettings):
     """The server's own address, where `DATABASE_URL` goes through a pooler in transaction mode. Both must lead to the
     same database. Unset: `DATABASE_URL`."""
     database_pool_size: int = Field(10, ge=2, le=200)
-    """Connections for handlers. A replica uses up to six more, on the server's own address: one listens and claims,
-    one is the heartbeat, four are for the ledger, ticks and probes."""
+    """Connections for handlers. A replica uses up to ten more, on the server's own address: one listens and claims,
+    one is the heartbeat, four are for the ledger, ticks and probes, four for what mail servers and the authority have
+    answered."""
     bon_timezone: Zone = ZoneInfo("Asia/Jerusalem")
     """Of schedules and business dates."""
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = LogLevel.INFO
@@ -130,7 +131,7 @@ class Settings(BaseSettings):
     """Handlers at a time, a replica. A quarter of the places is kept for jobs of which nothing runs there."""
     shutdown_seconds: float = Field(25, gt=0, le=3600)
     """How long attempts may finish after SIGTERM. Then their runs are given back, and three seconds later the process
-    has ended."""
+    has ended, or once the answers to letters and tokens that it has sent are recorded: a minute later at most."""
     lease_seconds: float = Field(15, ge=2, le=3600)
     """After so long without a heartbeat a worker's runs are taken over. While replicas differ, the longer counts."""
     run_retention_days: int = Field(400, ge=1, le=36500)
@@ -178,7 +179,7 @@ class Settings(BaseSettings):
     shaam_concurrency: int = Field(50, ge=1, le=1000)
     """Requests at a time, a replica. Five more are for refreshes on demand."""
     shaam_timeout_seconds: float = Field(20, gt=0, le=300)
-    """How long to wait for an answer; keep it below `SHUTDOWN_SECONDS`."""
+    """How long to wait for an answer; less than `SHUTDOWN_SECONDS`."""
     spool_dir: Path | None = None
     """A directory where rotated tokens wait, encrypted, that the database does not take: on a persistent volume, of
     this replica or shared. It belongs to this user or root, and only they and a group of this process may write it.

@@ -4,6 +4,7 @@ Reading settings from the environment, once, and every fault in it reported at o
 A secret may also be given as `NAME_FILE`, the path of a file that holds it. No secret is ever part of an error.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -83,12 +84,27 @@ def _check_together(values: Mapping[str, str], faults: _Faults) -> None:
         for name in ("shaam_encryption_key", "shaam_client_id", "shaam_client_secret"):
             if name not in values:
                 faults.add(name.upper(), f"is not set; SHAAM_MODE={mode} needs it")
+        shutdown, timeout = (_number(values, name) for name in ("shutdown_seconds", "shaam_timeout_seconds"))
+        if timeout >= shutdown:
+            faults.add(
+                "SHAAM_TIMEOUT_SECONDS",
+                f"is {timeout:g} and SHUTDOWN_SECONDS {shutdown:g}, so that a process which stops would not have the "
+                "time to save a token that it has sent; keep it below SHUTDOWN_SECONDS",
+            )
     if ("smtp_username" in values) != ("smtp_password" in values):
         missing = "SMTP_PASSWORD" if "smtp_username" in values else "SMTP_USERNAME"
         faults.add(missing, "is not set; SMTP_USERNAME and SMTP_PASSWORD go together")
     in_the_clear = values.get("smtp_tls") == SmtpTls.NONE and values.get("smtp_host") not in LOOPBACK_HOSTS
     if "smtp_username" in values and in_the_clear:
         faults.add("SMTP_TLS", "none would send SMTP_PASSWORD in the clear; use starttls or implicit")
+
+
+def _number(values: Mapping[str, str], name: str) -> float:
+    """Return a number as it is set, or its default; nan for what is none, of which its field tells."""
+    try:
+        return float(values.get(name, Settings.model_fields[name].default))
+    except ValueError:
+        return math.nan
 
 
 def _read_by_job(

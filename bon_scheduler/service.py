@@ -17,7 +17,7 @@ import health
 from bon_scheduler import database, ledger
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings, ShaamMode
-from bon_scheduler.database import TRANSIENT_ERRORS, Pool, require_endpoints, require_schema
+from bon_scheduler.database import TRANSIENT_ERRORS, Pool, Pools, require_endpoints, require_schema
 from bon_scheduler.declared import JOBS, schedules_of
 from bon_scheduler.engine import Deadman, DryRunner, Engine, Heartbeat, Reconciler, Runner, RunnerParts
 from bon_scheduler.jobs import AnyJob, Cron
@@ -39,6 +39,8 @@ __all__ = [
 
 log = structlog.get_logger()
 CONTROL_CONNECTIONS = 4
+ANSWER_CONNECTIONS = 4
+"""For what mail servers and the authority have answered."""
 FAREWELL_SECONDS = 2.0
 SERVICE_FAREWELL = timedelta(seconds=1)
 """A service has given its handlers SHUTDOWN_SECONDS before."""
@@ -61,8 +63,20 @@ class Machinery:
     reconciler: Reconciler
     runner: Runner
     metrics: Metrics
+    mailer: Mailer
+    rotator: Rotator | None
     stopping: asyncio.Event
     """Set once this process takes on nothing more."""
+
+    @property
+    def unanswered(self) -> int:
+        """How many letters and tokens are on their way, whose answers must be recorded before this process ends."""
+        return self.mailer.unanswered + (self.rotator.under_way if self.rotator else 0)
+
+    def stop(self, left: timedelta) -> None:
+        """Send nothing more for which `left` would not do, because this process ends then."""
+        self.stopping.set()
+        self.mailer.stop(left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +128,26 @@ async def machinery(
         await stack.enter_async_context(_registered(control, worker))
         beating = Heartbeat(url=settings.listen_url, worker=worker).running()
         heartbeat = await stack.enter_async_context(beating)
-        resources = await stack.enter_async_context(_resources(settings, pool, metrics, clock, stopping))
-        mailer = resources[Mailer]
+        answer_pool = database.open_control_pool(settings, ANSWER_CONNECTIONS, worker=worker.id)
+        pools = Pools(pool, await stack.enter_async_context(answer_pool))
+        mailer = await stack.enter_async_context(Mailer(settings, pools, observe=metrics.letter_tried))
+        shaam = await stack.enter_async_context(Shaam(settings))
+        rotator = None
+        if settings.shaam_mode is not ShaamMode.MOCK:
+            rotator = Rotator(
+                settings=settings, pools=pools, shaam=shaam, metrics=metrics, clock=clock, stopping=stopping
+            )
+            await stack.enter_async_context(rotator.running())
+        resources: dict[type, object] = {Settings: settings, Shaam: shaam, Mailer: mailer}
+        if rotator is not None:
+            resources[Rotator] = rotator
         runner = Runner(
             RunnerParts(
                 pool=pool,
                 control=control,
                 worker=worker,
                 resources=resources,
-                gate=mailer.gate if isinstance(mailer, Mailer) and settings.smtp_host is not None else None,
+                gate=mailer.gate if settings.smtp_host is not None else None,
                 schedules=schedules,
                 zone=settings.bon_timezone,
                 clock=clock,
@@ -133,7 +158,12 @@ async def machinery(
         )
         reconciler = await stack.enter_async_context(Reconciler(pool=control, runner=runner, worker=worker).running())
         by_name = {job.name: job for job in jobs}
-        yield Machinery(pool, control, by_name, schedules, worker, heartbeat, reconciler, runner, metrics, stopping)
+        yield Machinery(
+            *(pool, control, by_name, schedules, worker, heartbeat, reconciler, runner, metrics),
+            mailer=mailer,
+            rotator=rotator,
+            stopping=stopping,
+        )
 
 
 async def _report_unusable(pool: Pool) -> None:
@@ -173,28 +203,6 @@ async def _registered(pool: Pool, worker: Worker) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _resources(
-    settings: Settings, pool: Pool, metrics: Metrics, clock: Clock, stopping: asyncio.Event
-) -> AsyncIterator[Mapping[type, object]]:
-    """Build what handlers get by type."""
-    async with AsyncExitStack() as stack:
-        shaam = await stack.enter_async_context(Shaam(settings))
-        mailer = await stack.enter_async_context(Mailer(settings, pool, observe=metrics.letter_tried, clock=clock))
-        resources: dict[type, object] = {Settings: settings, Shaam: shaam, Mailer: mailer}
-        if settings.shaam_mode is not ShaamMode.MOCK and settings.shaam_encryption_key is not None:
-            rotator = Rotator(
-                settings=settings,
-                pool=pool,
-                shaam=shaam,
-                metrics=metrics,
-                clock=clock,
-                stopping=stopping,
-            )
-            resources[Rotator] = await stack.enter_async_context(rotator.running())
-        yield resources
-
-
-@asynccontextmanager
 async def serving(
     settings: Settings, *, jobs: Sequence[AnyJob] = JOBS, clock: Clock | None = None
 ) -> AsyncIterator[Serving]:
@@ -203,7 +211,7 @@ async def serving(
 
     Left in the opposite order: triggers stop, attempts drain while readiness says so, probes and pool close.
     """
-    clocks = Clocks(clock or SystemClock())
+    clocks, drain = Clocks(clock or SystemClock()), timedelta(seconds=settings.shutdown_seconds)
     for name, found in database.protections(settings).items():
         if found.remedy:
             log.warning("database.exposed", setting=name, what=found.what, remedy=found.remedy)
@@ -234,11 +242,11 @@ async def serving(
         )
         async with (
             health.answering(probes, settings) as port,
-            engine.running(drain=timedelta(seconds=settings.shutdown_seconds)),
+            engine.running(drain=drain, answered=parts.mailer.answered),
             triggers.running(),
         ):
             log.info("service.started", port=port, version=parts.worker.version, jobs=sorted(parts.jobs))
             yield Serving(parts, engine, port)
-            parts.stopping.set()
+            parts.stop(drain)
             log.info("service.stopping", attempts=engine.active)
     log.info("service.stopped")

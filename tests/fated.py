@@ -19,7 +19,7 @@ import orjson
 
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.config import Settings
-from bon_scheduler.database.connections import Pool
+from bon_scheduler.database.connections import Pool, Pools
 from bon_scheduler.engine.context import AttemptContext
 from bon_scheduler.jobs import AnyJob, Counts, Payload
 from bon_scheduler.ledger import entries as ledger
@@ -228,7 +228,7 @@ class Replica:
         self._shaam = await self._stack.enter_async_context(FatedShaam(self.settings, self.fate, self.sendings))
         self._rotator = Rotator(
             settings=self.settings,
-            pool=cast("Pool", FatedPool(self.pool, self.fate)),
+            pools=Pools(*[cast("Pool", FatedPool(self.pool, self.fate))] * 2),
             shaam=self._shaam,
             metrics=Metrics(),
             clock=SystemClock(),

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 from pydantic import SecretStr
 
 from bon_scheduler.config import Settings
-from bon_scheduler.database.connections import Pool
+from bon_scheduler.database.connections import Pool, Pools
 from bon_scheduler.mail.keys import read_key, recipient_hash
 from bon_scheduler.mail.mailer import Delivery, Mailer
 from bon_scheduler.mail.message import Letter
@@ -46,7 +46,7 @@ class World:
             await self._stack.enter_async_context(self.server.listening())
         mailer = Mailer(
             settings(self.server, **values),
-            self.pool,
+            Pools(self.pool, self.pool),
             tls_context=tls_context or self.trusting,
             timeout=timedelta(seconds=seconds),
             clock=SetClock(NOW),

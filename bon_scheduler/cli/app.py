@@ -5,7 +5,6 @@ What a command needs is imported when it runs: `--help` and a wrong call are ans
 """
 
 import importlib.util
-import io
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bon_scheduler import __version__
+from bon_scheduler.cli.streams import flushing, keep_streams
 from bon_scheduler.cli.telling import complain, require_text, tell
 from bon_scheduler.cli.usage import INTERRUPTED, STATES, UsageError
 
@@ -358,12 +358,11 @@ def demo(
 
 def main() -> None:
     """Run a command; an error is a paragraph on standard error, never a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is written in escapes
+    keep_streams()
     try:
         require_text(sys.argv[1:])
-        app()
+        with flushing():
+            app()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except UsageError as error:

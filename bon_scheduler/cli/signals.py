@@ -18,7 +18,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -28,12 +28,17 @@ import structlog
 
 from bon_scheduler.cli.usage import INTERRUPTED
 
-__all__ = ["end_now", "run", "stopping_on_signals", "unless", "waking_on_signals"]
+__all__ = ["LEAVING_SECONDS", "end_now", "run", "stopping_on_signals", "unless", "waking_on_signals"]
 
 T = TypeVar("T")
 log = structlog.get_logger()
 FORCED = 1
 SAME_REQUEST_SECONDS = 1.0
+ANSWERS_SECONDS = 60.0
+"""Longer than a mail server or the authority is waited for, and the database for what they said."""
+LOOK_SECONDS = 0.1
+LEAVING_SECONDS = 3.0
+"""How long leaving may take once nothing is left to do."""
 
 
 def _stopping() -> list[signal.Signals]:
@@ -88,16 +93,17 @@ def end_now(status: int) -> None:
 
 
 @contextmanager
-def stopping_on_signals(patience: timedelta) -> Iterator[asyncio.Event]:
+def stopping_on_signals(patience: timedelta, unanswered: Callable[[], int]) -> Iterator[asyncio.Event]:
     """
     Yield the event that the first signal sets.
 
-    A second signal ends the process with status 130; so does, with status 1, a process that is still here
-    `patience` after the first, even when this block is over: a thread or a task that does not end holds it as well.
+    A second signal ends the process with status 130. A process that is still here `patience` after the first ends with
+    status 1, even when this block is over: a thread or a task that does not end holds it as well. It is given a minute
+    more while letters or tokens that it has sent are `unanswered`.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    forcing = threading.Timer(patience.total_seconds(), _force)
+    forcing = threading.Timer(patience.total_seconds(), _force, [unanswered])
     forcing.daemon = True
 
     began = math.inf
@@ -140,6 +146,12 @@ async def unless(stop: asyncio.Event, awaited: Awaitable[T]) -> T | None:
         watching.cancel()
 
 
-def _force() -> None:
+def _force(unanswered: Callable[[], int]) -> None:
+    if count := unanswered():
+        log.warning("service.waits_for_answers", unanswered=count)
+        until = time.monotonic() + ANSWERS_SECONDS
+        while unanswered() and time.monotonic() < until:
+            time.sleep(LOOK_SECONDS)
+        time.sleep(LEAVING_SECONDS)
     log.error("service.forced", remedy="a handler or the database kept the process from draining")
     end_now(FORCED)

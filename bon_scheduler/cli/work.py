@@ -25,7 +25,7 @@ from bon_scheduler.cli.parsing import (
     require_known,
     type_payload,
 )
-from bon_scheduler.cli.signals import end_now, stopping_on_signals, unless
+from bon_scheduler.cli.signals import LEAVING_SECONDS, end_now, stopping_on_signals, unless
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
@@ -38,14 +38,15 @@ __all__ = ["Enqueue", "RunOnce", "enqueue", "run_once", "serve"]
 
 log = structlog.get_logger()
 WHY_NO_LETTER = ("already_sent", "no_recipient", "refused", "unknown", "paused")
-LEAVING = timedelta(seconds=3)
+LEAVING = timedelta(seconds=LEAVING_SECONDS)
 """How long leaving may take once attempts have had SHUTDOWN_SECONDS to finish."""
 
 
 async def serve(settings: Settings, jobs: Sequence[AnyJob] = declared.JOBS) -> int:
     """Run the service until SIGTERM or SIGINT, then drain; a second signal ends it at once."""
     patience = timedelta(seconds=settings.shutdown_seconds) + LEAVING
-    with stopping_on_signals(patience) as stop:
+    serving: service.Serving | None = None
+    with stopping_on_signals(patience, lambda: serving.machinery.unanswered if serving else 0) as stop:
         async with AsyncExitStack() as stack:
             # Starting may hang, as the database may, and leaves nothing to drain.
             serving = await unless(stop, stack.enter_async_context(service.serving(settings, jobs=jobs)))

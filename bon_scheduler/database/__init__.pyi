@@ -3,6 +3,7 @@
 from .connections import (
     Limits as Limits,
     Pool as Pool,
+    Pools as Pools,
     TRANSIENT_ERRORS as TRANSIENT_ERRORS,
     connect as connect,
     connect_worker as connect_worker,

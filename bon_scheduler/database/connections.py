@@ -27,6 +27,7 @@ __all__ = [
     "TRANSIENT_ERRORS",
     "Limits",
     "Pool",
+    "Pools",
     "connect",
     "connect_worker",
     "idle_limit_ms",
@@ -226,6 +227,15 @@ async def _pool(address: DatabaseAddress, size: int, options: Mapping[str, Any])
         except TimeoutError:
             # A handler that will not end keeps its connection: its transaction is rolled back.
             pool.terminate()
+
+
+class Pools(NamedTuple):
+    """Where a worker's effects go."""
+
+    work: Pool
+    """For handlers, who may keep all of it busy."""
+    answers: Pool
+    """For what the world outside has done already, which must not wait for handlers."""
 
 
 class Limits(NamedTuple):

@@ -121,6 +121,7 @@ async def _world(url: str, home: Path, port: int) -> AsyncIterator[World]:
             "HEALTH_HOST": "127.0.0.1",
             "HEALTH_PORT": str(port),
             "SHUTDOWN_SECONDS": "5",
+            "SHAAM_TIMEOUT_SECONDS": "4",
             "EMAIL_RATE_PER_SECOND": "50",
             "APP_ORIGIN": "https://app.bon.example",
             "SMTP_HOST": sink.host,

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from functools import partial
@@ -28,6 +28,8 @@ from bon_scheduler.log import describe_error
 __all__ = ["CHANNEL", "Engine"]
 
 Connect: TypeAlias = "Callable[[], AbstractAsyncContextManager[asyncpg.Connection[asyncpg.Record]]]"
+Answered: TypeAlias = Callable[[], Awaitable[bool]]
+"""Waits until the answers to what handlers have sent are recorded; whether there was any to wait for."""
 log = structlog.get_logger()
 CHANNEL = "bon_scheduler_runs"
 """Of the notifications that wake workers; see the SQL function `wake_workers`."""
@@ -43,6 +45,8 @@ GATHER_SECONDS = 0.002
 """While runs wait, how long to let places gather before the next claim."""
 WAITS_FOR_AN_INSTANT = frozenset({"retrying", "given_back"})
 FAREWELL_SECONDS = 2.0
+ANSWERED_SECONDS = 1.0
+"""How long an attempt may take to end once its letter is answered."""
 LONGEST_RECONNECT_WAIT_SECONDS = 1.5
 RESERVE_SHARE = 4
 """One place in so many is kept for jobs of which nothing runs here, so that no job keeps another from starting."""
@@ -95,10 +99,10 @@ class Engine:
         return self._concurrency - len(self._handling)
 
     @asynccontextmanager
-    async def running(self, *, drain: timedelta) -> AsyncIterator["Engine"]:
+    async def running(self, *, drain: timedelta, answered: Answered) -> AsyncIterator["Engine"]:
         """
-        Work for the duration of the context. At its end take no more, let attempts finish for up to `drain`,
-        then cancel them and give their runs back.
+        Work for the duration of the context. At its end take no more, let attempts finish for up to `drain` and until
+        what they have sent is `answered`, then cancel them and give their runs back.
         """
         self._supervisor = asyncio.create_task(self._supervise(), name="engine")
         try:
@@ -108,14 +112,17 @@ class Engine:
             self._awake.set()
             await asyncio.wait([self._supervisor], timeout=FAREWELL_SECONDS)
             self._supervisor.cancel()
-            await self._drain(drain)
+            await self._drain(drain, answered)
             await asyncio.wait([self._supervisor], timeout=FAREWELL_SECONDS)
 
-    async def _drain(self, patience: timedelta) -> None:
+    async def _drain(self, patience: timedelta, answered: Answered) -> None:
         if self._attempts:
             log.info("engine.draining", attempts=self.active, seconds=patience.total_seconds())
             await asyncio.wait(set(self._attempts.values()), timeout=patience.total_seconds())
         late = set(self._attempts.values())
+        if late and await answered():  # otherwise whoever takes such a run would find its letter `unknown`
+            await asyncio.wait(late, timeout=ANSWERED_SECONDS)
+            late = set(self._attempts.values())
         for task in late:
             task.cancel()
         if late:

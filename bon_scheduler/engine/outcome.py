@@ -76,15 +76,15 @@ async def invoke(job: AnyJob, ctx: JobContext, payload: Payload) -> Counts:
         raise _EscapedError(describe_error(error)) from error
     if not _are_counts(counts):
         raise NeverRetryError(
-            f'The handler of "{job.name}" did not return counts. It is to return a mapping of names to whole numbers, '
-            'as in {"deleted": 2}, or what ctx.finish returned.'
+            f'The handler of "{job.name}" did not return counts. It is to return a mapping of names to whole numbers '
+            'from 0, as in {"deleted": 2}, or what ctx.finish returned.'
         )
     return counts
 
 
 def _are_counts(result: object) -> bool:
     return isinstance(result, Mapping) and all(
-        isinstance(name, str) and isinstance(number, int) and abs(number) <= LARGEST_COUNT
+        isinstance(name, str) and isinstance(number, int) and 0 <= number <= LARGEST_COUNT
         for name, number in result.items()
     )
 
@@ -97,7 +97,7 @@ def judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> Outcome:
     if (told := _as_told(error)) is not None:
         return told
     if isinstance(error, RetryLaterError):
-        return Outcome("failed", error=describe_error(error), wait=None if wait is None else error.after)
+        return Outcome("failed", error=describe_error(error), wait=None if wait is None else error.after or wait)
     text = str(error) if isinstance(error, _EscapedError) else _explain(error)
     log.warning("handler.raised", error=text, where=where(error))
     return Outcome("failed", error=text, wait=wait)

@@ -16,7 +16,8 @@ import structlog
 
 from bon_scheduler import ledger
 from bon_scheduler.database import Pool
-from bon_scheduler.engine.runner import Runner, to_its_end
+from bon_scheduler.engine.attempt import to_its_end
+from bon_scheduler.engine.runner import Runner
 from bon_scheduler.jobs import AnyJob, Connection, Payload, Retry
 from bon_scheduler.ledger import OPEN_STATES, Action, Claim, Foreground, NewRun, Row, RunRef, Verdict
 
@@ -192,5 +193,9 @@ async def _work_through(pool: Pool, runner: Runner, jobs: Mapping[str, AnyJob], 
         if not unfinished:
             return
         due = [run for run in unfinished if run["state"] != "running" and run["wait_seconds"] <= 0]
-        await asyncio.gather(*(work(run) for run in due))
+        # Each to its end, whatever becomes of another: the pools close when this returns.
+        ends = await asyncio.gather(*(work(run) for run in due), return_exceptions=True)
+        for error in ends:
+            if error is not None:
+                raise error
         await asyncio.sleep(LOOK_AGAIN_SECONDS if not due else 0)

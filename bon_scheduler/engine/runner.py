@@ -8,12 +8,11 @@ the attempt goes on without it. A handler's exception never leaves this module; 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -24,12 +23,14 @@ from structlog.contextvars import bound_contextvars
 from bon_scheduler import ledger
 from bon_scheduler.clock import Clock
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool
+from bon_scheduler.engine.attempt import Attempt, Leave, returned, to_its_end
 from bon_scheduler.engine.context import AttemptContext
 from bon_scheduler.engine.deadman import Deadman
 from bon_scheduler.engine.outcome import Outcome, invoke, judge
 from bon_scheduler.engine.recorder import Recorder
 from bon_scheduler.jobs import AnyJob, Connection, Counts, Cron, LostRunError, Payload, Retry, explain_payload
 from bon_scheduler.ledger import (
+    CALL_TIMEOUT_SECONDS,
     Claim,
     Claimant,
     Foreground,
@@ -45,24 +46,14 @@ from bon_scheduler.mail import MailGate
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.schedule import next_fire_time
 
-__all__ = ["Runner", "RunnerParts", "to_its_end"]
+__all__ = ["Runner", "RunnerParts"]
 
-Leave: TypeAlias = Callable[[Connection, RunRef], Awaitable[object]]
-"""What becomes of a run whose attempt is cut short because its process stops."""
 log = structlog.get_logger()
 TOLERANCE = timedelta(days=1)
 """By how much the clock of whoever asked may be ahead of this one; the door judges by the minute."""
+UNTIL_NEWER_TAKES_IT = timedelta(seconds=5)
 DEADLINE_GRACE_SECONDS = 5.0
 """How long a handler may take to end once it is cancelled: to roll back, or to save what cannot be undone."""
-
-
-async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await what must not be cut short, however often this task is cancelled meanwhile."""
-    task = asyncio.create_task(work)
-    while not task.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait({task})
-    task.result()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +213,7 @@ class Runner:
         with bound_contextvars(job=job.name, run_id=str(claim.ref.run_id), attempt=claim.ref.attempt):
             started = time.perf_counter()
             ctx = self._context(job, claim)
+            attempt = Attempt(job, claim, retry, leave, ctx, started)
             with bound_contextvars(fire_time=ctx.fire_time.isoformat()):
                 log.info("run.started", origin=claim.origin)
                 self._parts.deadman.started(job.name)
@@ -229,11 +221,11 @@ class Runner:
                     lateness = ctx.now - ctx.fire_time
                     self._parts.metrics.tick_lateness.labels(job.name).observe(max(0.0, lateness.total_seconds()))
                 try:
-                    outcome = await self._call(job, claim, ctx, retry, leave)
+                    outcome = await self._call(attempt)
                 finally:
                     handled()
                 state = await self._settle(ctx, outcome)
-                self._report(job, state, outcome, time.perf_counter() - started)
+                self._report(attempt, state, outcome)
                 return state
 
     async def settled(self) -> None:
@@ -257,7 +249,8 @@ class Runner:
             resources=self._parts.resources,
         )
 
-    async def _call(self, job: AnyJob, claim: Claim, ctx: AttemptContext, retry: Retry, leave: Leave) -> Outcome:
+    async def _call(self, attempt: Attempt) -> Outcome:
+        job, claim, ctx = attempt.job, attempt.claim, attempt.ctx
         try:
             fire_time = claim.fire_time
             named = claim.fire_time_text is not None and claim.origin is not Origin.SCHEDULE
@@ -265,20 +258,30 @@ class Runner:
                 return Outcome("dead", error=f"its fire time {fire_time.isoformat()} has not come")
             payload: Payload = job.payload.model_validate(claim.payload)
         except ValidationError as error:
-            return Outcome("dead", error=explain_payload(job, error))
+            return await self._refuse(explain_payload(job, error))
         except UnreadableRunError as error:
             return Outcome("dead", error=str(error))
         handler = asyncio.create_task(invoke(job, ctx, payload), name=f"{job.name} {ctx.run_id}/{ctx.attempt}")
         try:
             stopped = await self._watch(job, ctx, handler)
         except asyncio.CancelledError:
-            await to_its_end(self._leave(ctx, handler, leave))
+            await to_its_end(self._leave(attempt, handler))
             raise
-        number = ctx.attempt - claim.given_back
-        wait = None if number >= retry.attempts else retry.wait(number)
+        wait = attempt.wait
         if stopped is not None and (not handler.done() or handler.cancelled() or handler.exception()):
             return replace(stopped, wait=wait)
         return judge(handler, wait)
+
+    async def _refuse(self, why: str) -> Outcome:
+        """Return what becomes of a run whose payload this version does not know: a newer one may, where it lives."""
+        try:
+            async with self._parts.control.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
+                newer = await ledger.newer_serves(connection, self.worker.version)
+        except TRANSIENT_ERRORS:
+            newer = True  # nobody knows
+        if newer:
+            return Outcome("given_back", error=f"{why} A newer version may take it.", wait=UNTIL_NEWER_TAKES_IT)
+        return Outcome("dead", error=why)
 
     async def _watch(self, job: AnyJob, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> Outcome | None:
         """Wait for the handler, and stop it when its time is over or its run is lost; then say why."""
@@ -311,13 +314,18 @@ class Runner:
         error = None if handler.cancelled() else handler.exception()
         log.warning("handler.ended_late", task=handler.get_name(), error=describe_error(error) if error else None)
 
-    async def _leave(self, ctx: AttemptContext, handler: asyncio.Task[Counts], leave: Leave) -> None:
-        """Stop the handler and let go of the run, because this process is stopping."""
-        if not handler.done():
+    async def _leave(self, attempt: Attempt, handler: asyncio.Task[Counts]) -> None:
+        """Stop the handler and let go of the run, because this process is stopping; end a run that has ended."""
+        ctx, ended = attempt.ctx, handler.done()
+        if not ended:
             await self._stop(ctx, handler, self._parts.farewell.total_seconds())
-        if ctx.ended is None:
-            await self._recorder.write(ctx.ref, lambda connection: leave(connection, ctx.ref))
-        log.info("run.left" if ctx.ended is None else "run.ended", outcome=ctx.ended)
+        if ended or returned(handler) or ctx.ended is not None:
+            # What it did is not done once more.
+            outcome = judge(handler, attempt.wait) if ended or returned(handler) else Outcome("succeeded")
+            self._report(attempt, await self._settle(ctx, outcome), outcome)
+            return
+        await self._recorder.write(ctx.ref, lambda connection: attempt.leave(connection, ctx.ref))
+        log.info("run.left")
 
     async def _settle(self, ctx: AttemptContext, outcome: Outcome) -> str:
         """Record how the attempt ended; return the run's state, or how the run was lost."""
@@ -360,7 +368,8 @@ class Runner:
             self._parts.metrics.fenced.labels(ctx.job_name).inc()
         return recorded
 
-    def _report(self, job: AnyJob, state: str, outcome: Outcome, seconds: float) -> None:
+    def _report(self, attempt: Attempt, state: str, outcome: Outcome) -> None:
+        job, seconds = attempt.job, time.perf_counter() - attempt.started
         retry_in = round(outcome.wait.total_seconds(), 1) if outcome.wait else None
         if state == "given_back":
             # Not a warning for each: whoever knows what is lacking says it once.

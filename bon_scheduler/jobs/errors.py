@@ -11,9 +11,12 @@ class NeverRetryError(Exception):
 
 
 class RetryLaterError(Exception):
-    """Raised by a handler that knows when to try again; still counts as an attempt."""
+    """
+    Raised by a handler that wants its run tried again `after` a time; None: as its job's policy says. It counts as an
+    attempt.
+    """
 
-    def __init__(self, message: str, *, after: timedelta) -> None:
+    def __init__(self, message: str, *, after: timedelta | None) -> None:
         super().__init__(message)
         self.after = after
 

@@ -108,4 +108,5 @@ from .workers import (
     register_worker as register_worker,
     retire_worker as retire_worker,
     last_beats as last_beats,
+    newer_serves as newer_serves,
 )

@@ -26,6 +26,7 @@ __all__ = [
     "count_serving",
     "declare_dead",
     "last_beats",
+    "newer_serves",
     "register_worker",
     "retire_worker",
 ]
@@ -46,6 +47,13 @@ BEAT = """
 RETIRE_WORKER = """
     delete from bon_scheduler.workers
      where id = $1 or (last_word is null and seen_at < clock_timestamp() - interval '1 day')
+"""
+# $1 version. Whether a service of a higher one lives.
+NEWER_SERVES = """
+    select exists (select from bon_scheduler.workers w
+                    where w.serves
+                      and w.last_word is not null
+                      and bon_scheduler.numbers_of(w.version) > bon_scheduler.numbers_of($1))
 """
 LAST_BEATS = "select id as worker, last_word as id, lease from bon_scheduler.workers where last_word is not null"
 COUNT_SERVING = "select count(*) from bon_scheduler.workers where serves and last_word is not null"
@@ -134,6 +142,11 @@ async def register_worker(connection: Connection, worker: Worker) -> None:
 async def beat(connection: Connection, worker: UUID) -> bool:
     """Record a heartbeat; False when the worker's row is gone. The connection's own time-out holds."""
     return await connection.fetchval(BEAT, worker) is not None
+
+
+async def newer_serves(connection: Connection, version: str) -> bool:
+    """Return whether a service of a newer version lives, as in the middle of a deploy."""
+    return bool(await connection.fetchval(NEWER_SERVES, version, timeout=CALL_TIMEOUT_SECONDS))
 
 
 async def last_beats(connection: Connection) -> list[LastBeat]:

@@ -11,8 +11,10 @@ back.
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import TypeAlias
 from uuid import UUID
 
 import asyncpg
@@ -25,6 +27,8 @@ from bon_scheduler.log import describe_error
 
 __all__ = ["GateState", "MailGate", "MailUnavailableError", "Slot", "gate_state"]
 
+Wait: TypeAlias = Callable[[float], Awaitable[None]]
+"""Waits for so many seconds."""
 log = structlog.get_logger()
 
 TRIAL = timedelta(minutes=3)
@@ -88,31 +92,39 @@ class MailGate:
 
     async def dismiss(self, run_id: UUID) -> None:
         """Give back the run's place, if it sent no letter: the next may go at once, and a trial is anybody's."""
-        unused = self._admitted.pop(run_id, None)
-        if unused is None:
-            return
+        if unused := self._admitted.pop(run_id, None):
+            await self.give_back(unused[1])
+
+    async def give_back(self, slot: Slot) -> None:
+        """Give back a place that no letter used."""
         try:
-            await self._pool.execute(RETURN_SLOT, self.apart, unused[1].trial)
+            await self._pool.execute(RETURN_SLOT, self.apart, slot.trial)
         except TRANSIENT_ERRORS as error:
             log.info("mail.slot_not_returned", error=describe_error(error))  # it is lost: a letter's time, or a trial's
 
-    async def pass_through(self, run_id: UUID | None = None) -> Slot:
+    async def pass_through(self, run_id: UUID | None = None, *, wait: Wait = asyncio.sleep) -> Slot:
         """
-        Wait for this letter's turn: the one its run came with, or another. Raises MailUnavailableError while the
-        server is away, and NotNowError while more letters wait than the rate lets go in two minutes.
+        Wait, by `wait`, for this letter's turn: the one its run came with, or another. Raises MailUnavailableError
+        while the server is away, and NotNowError while more letters wait than the rate lets go in two minutes. What
+        `wait` raises gives the place back.
         """
         admitted = self._admitted.pop(run_id, None) if run_id else None
-        if admitted is not None:
-            opens, slot = admitted
-            await asyncio.sleep(opens - asyncio.get_running_loop().time())
-            return slot
+        seconds, slot = await self._reserve() if admitted is None else _left(*admitted)
+        try:
+            await wait(seconds)
+        except BaseException:
+            await self.give_back(slot)
+            raise
+        return slot
+
+    async def _reserve(self) -> tuple[float, Slot]:
+        """Reserve a place; return in how many seconds it comes."""
         gate = await self._pool.fetchrow(TAKE_TURN, self.apart, TRIAL)
         if gate is None:
             raise LookupError("pass_mail_gate always returns one row")
         if gate["verdict"] == "closed":
             raise _full() if gate["trouble"] is None else _unavailable(gate["trouble"], gate["wait"])
-        await asyncio.sleep(gate["wait"].total_seconds())
-        return Slot(gate["verdict"] == "trial", gate["failures"] > 0)
+        return gate["wait"].total_seconds(), Slot(gate["verdict"] == "trial", gate["failures"] > 0)
 
     async def report_away(self, slot: Slot, trouble: str) -> MailUnavailableError:
         """Report that the server was away for a letter; return what to raise. `trouble` names no address."""
@@ -130,6 +142,10 @@ class MailGate:
         since = await self._pool.fetchval(OPEN_GATE)
         if since is not None:
             log.info("mail.available", unavailable_since=since.isoformat())
+
+
+def _left(opens: float, slot: Slot) -> tuple[float, Slot]:
+    return opens - asyncio.get_running_loop().time(), slot
 
 
 def _full() -> NotNowError:

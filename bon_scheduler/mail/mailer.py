@@ -13,8 +13,10 @@ server's answer; whoever finds the row later never sends again:
 Before any of that a letter passes the gate (`mail_gate`): EMAIL_RATE_PER_SECOND holds for all replicas
 together, and while the server is away the run is given back without having used up an attempt.
 
-An answer is recorded on a plain connection, not through a run's fence, and
-outlives the cancellation of the handler: it tells what the world already did.
+From its turn to the record of its answer a letter is one task (`sending`) that no cancellation of its handler cuts
+short: it stops where nothing has been sent, withdraws its intention and gives its turn back, or goes on to the answer.
+An answer is recorded on a connection that handlers cannot keep busy, and not through a run's fence: it tells what the
+world already did. A process that stops (`stop`) begins no letter, and no DATA for which its time would not do.
 Nothing logged or raised here holds an address, a name, a subject or an amount.
 """
 
@@ -22,25 +24,27 @@ import asyncio
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
 from datetime import date, timedelta
 from types import TracebackType
 from typing import Final, Self
 from uuid import UUID
 
 import aiosmtplib
-import asyncpg
 import structlog
 
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings
-from bon_scheduler.database import TRANSIENT_ERRORS
-from bon_scheduler.jobs import NeverRetryError, NotNowError, Retry, RetryLaterError
+from bon_scheduler.database import TRANSIENT_ERRORS, Pool, Pools
+from bon_scheduler.jobs import NeverRetryError, NotNowError, RetryLaterError
+from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
 from bon_scheduler.log import is_out_of_descriptors
 from bon_scheduler.mail.gate import MailGate, MailUnavailableError, Slot
 from bon_scheduler.mail.keys import read_key, recipient_hash
 from bon_scheduler.mail.message import Letter, Written, message_id, write
+from bon_scheduler.mail.recording import Intention, record, withdraw_unheard
 from bon_scheduler.mail.replies import CLOSING, Answer, Delivery, clean_reply, judge
+from bon_scheduler.mail.sending import Sending
 from bon_scheduler.mail.smtp import SMTP_TIMEOUT, Line, NotConnectedError, SmtpConnections, login_of
 
 __all__ = ["Delivery", "Letter", "LetterDeferredError", "MailUnavailableError", "Mailer", "find_settled"]
@@ -49,14 +53,14 @@ log = structlog.get_logger()
 
 CANCEL_PATIENCE = timedelta(seconds=3)
 """How long a cancelled attempt waits for an answer that is already under way."""
+ANSWERS_TO_DATA = 2
+"""DATA itself, and the letter."""
 OTHER_RUN_WAIT = timedelta(minutes=1)
 NO_DESCRIPTOR_WAIT = timedelta(seconds=5)
-RETRY = Retry(delay=timedelta(seconds=30), longest=timedelta(minutes=30))
-"""The wait that a LetterDeferredError asks for, by attempt."""
-RECORDING_PAUSES_SECONDS = (0.2, 1.0, 3.0)
-"""Between the tries to record an answer while the database does not answer."""
 DEFERRED = "deferred"
 """What is observed of a letter of which nothing was sent."""
+NOTHING = Answer(None, "")
+STOPPING = Answer(None, "this process is stopping")
 
 # $1 kind: text, $2 business: uuid, $3 day: date, $4 recipient: text (hash), $5 message id: text,
 # $6 run: uuid, $7 attempt: int. Index: deliveries_kind_business_id_as_of_recipient_hash_key.
@@ -88,37 +92,17 @@ GIVE_UP = """
  returning d.id
 """
 
-# $1 kind: text, $2 business: uuid, $3 day: date, $4 recipient: text (hash).
-# Index: deliveries_kind_business_id_as_of_recipient_hash_key.
+# $1 kind: text, $2 business: uuid, $3 day: date, $4 recipient: text (hash). A delivery of that day may be forgotten if
+# PRUNE_DELIVERIES was ever told so, whatever RUN_RETENTION_DAYS is now.
+# Indexes: deliveries_kind_business_id_as_of_recipient_hash_key, pruning_pkey.
 FIND_STATE = """
-    select state
-      from bon_scheduler.deliveries
-     where kind = $1
-       and business_id = $2
-       and as_of = $3
-       and recipient_hash = $4
-"""
-
-# `unknown` is settled too: someone gave up on an attempt that was only slow, and this is its answer.
-# $1 delivery: uuid, $2 run: uuid, $3 attempt: int, $4 state: text (one of ours, so not a literal),
-# $5 reply: text. Index: deliveries_pkey.
-SETTLE = """
-    update bon_scheduler.deliveries
-       set state = $4, reply = $5, settled_at = now()
-     where id = $1
-       and run_id = $2
-       and attempt = $3
-       and state in ('intended', 'unknown')
-"""
-
-# Nothing was sent, so the intention never was. `unknown` as in SETTLE.
-# $1 delivery: uuid, $2 run: uuid, $3 attempt: int. Index: deliveries_pkey.
-WITHDRAW = """
-    delete from bon_scheduler.deliveries
-     where id = $1
-       and run_id = $2
-       and attempt = $3
-       and state in ('intended', 'unknown')
+    select d.state, p.ticks_until::date - 1 as since, $3 < p.ticks_until::date - 1 as forgotten
+      from bon_scheduler.pruning p
+      left join bon_scheduler.deliveries d
+             on d.kind = $1
+            and d.business_id = $2
+            and d.as_of = $3
+            and d.recipient_hash = $4
 """
 
 
@@ -127,9 +111,17 @@ def _unique(letter: Letter, key: bytes) -> tuple[str, UUID, date, str]:
     return letter.kind, letter.business_id, letter.as_of, recipient_hash(key, letter.business_id, letter.recipient)
 
 
-async def find_settled(pool: "asyncpg.Pool[asyncpg.Record]", letter: Letter, key: bytes) -> Delivery | None:
-    """Return what became of a letter before, None while it may be sent."""
-    state = await pool.fetchval(FIND_STATE, *_unique(letter, key))
+async def find_settled(pool: Pool, letter: Letter, key: bytes) -> Delivery | None:
+    """Return what became of a letter before, None while it may be sent; NeverRetryError where that may be forgotten."""
+    row = await pool.fetchrow(FIND_STATE, *_unique(letter, key))
+    if row is None:
+        raise LookupError("the table of what was pruned has no row; python -m bon_scheduler migrate makes it")
+    state = row["state"]
+    if state is None and row["forgotten"]:
+        raise NeverRetryError(
+            f"A letter of {letter.as_of} is not sent: what was sent of days before {row['since']} has been forgotten "
+            "(RUN_RETENTION_DAYS), so that it may be a second one."
+        )
     if state == "sent":
         return Delivery.ALREADY_SENT
     return Delivery(state) if state in {"refused", "unknown"} else None
@@ -139,29 +131,19 @@ class LetterDeferredError(RetryLaterError):
     """The server does not take this letter just now (4yz); nothing was sent."""
 
 
-@dataclass(slots=True)
-class _Intention:
-    """A row of `deliveries` that this attempt owns."""
-
-    id: UUID
-    run_id: UUID
-    attempt: int
-    data_begun: bool = False
-
-
 class Mailer:
     """
     Delivers letters; one for the whole service, safe to use from many runs at once.
 
     `observe` is told what became of each letter that was tried (a Delivery's value, or `deferred`) and after
-    how many seconds. `close` (or leaving `async with`) waits for answers that are still under way; the pool must
+    how many seconds. `close` (or leaving `async with`) waits for answers that are still under way; the pools must
     outlive it.
     """
 
     def __init__(
         self,
         settings: Settings,
-        pool: "asyncpg.Pool[asyncpg.Record]",
+        pools: Pools,
         *,
         tls_context: ssl.SSLContext | None = None,
         timeout: timedelta = SMTP_TIMEOUT,
@@ -169,14 +151,15 @@ class Mailer:
         observe: Callable[[str, float], None] = lambda _status, _seconds: None,
     ) -> None:
         self._settings = settings
-        self._pool = pool
-        self.gate: Final = MailGate(pool, rate_per_second=settings.email_rate_per_second)
+        self._pool, self._answers = pools
+        self.gate: Final = MailGate(self._pool, rate_per_second=settings.email_rate_per_second)
         self._connections = SmtpConnections(settings, tls_context=tls_context, timeout=timeout)
         self._key: bytes | None = None
         self._clock = clock or SystemClock()
         self._observe = observe
         # The loop keeps only weak references to tasks; these must end whoever is cancelled.
-        self._sending: set[asyncio.Task[Answer]] = set()
+        self._sending: dict[asyncio.Task[Delivery], Sending] = {}
+        self._ends_at: float | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -192,6 +175,24 @@ class Mailer:
             await asyncio.wait(self._sending)
         await self._connections.close()
 
+    @property
+    def unanswered(self) -> int:
+        """How many letters the server has, as far as anybody knows, whose answers are not recorded yet."""
+        return sum(sending.unanswered for sending in self._sending.values())
+
+    async def answered(self) -> bool:
+        """Wait until the answers to all letters that the server has now are recorded; return whether there are any."""
+        if tasks := [task for task, sending in self._sending.items() if sending.unanswered]:
+            await asyncio.wait(tasks)
+        return bool(tasks)
+
+    def stop(self, left: timedelta) -> None:
+        """Begin no letter more, because this process ends after `left`; one under way goes on if it will have time."""
+        self._ends_at = asyncio.get_running_loop().time() + left.total_seconds()
+        for task, sending in self._sending.items():
+            if not sending.talking:
+                sending.stop(task)
+
     async def deliver(self, letter: Letter, *, run_id: UUID, attempt: int) -> Delivery:
         """
         Send a letter unless its key was used before; return what became of it. Waits for the letter's turn.
@@ -201,7 +202,6 @@ class Mailer:
         while another run is sending the same letter, and NeverRetryError for a letter of a day so long ago that its
         delivery may have been forgotten, and for one that cannot be written with these settings.
         """
-        self._require_remembered(letter)
         events = log.bind(kind=letter.kind, business_id=str(letter.business_id))
         if self._settings.smtp_host is None:
             events.info("delivery.logged", as_of=letter.as_of.isoformat())
@@ -212,12 +212,38 @@ class Mailer:
             return settled  # BEFORE the gate: it takes nobody's turn
         # What is no address is refused without the server, and says nothing about it.
         written = await self._write(letter, key)
-        slot = await self.gate.pass_through(run_id) if written else None
-        claim = await self._claim(letter, key, run_id, attempt)
-        if isinstance(claim, Delivery):
-            return claim
-        started = time.perf_counter()
-        answer = await self._send_whole(letter, written, claim)
+        sending = Sending(letter, written, key, run_id, attempt)
+        task = asyncio.create_task(self._carry(sending, events), name=f"letter of {run_id}")
+        self._sending[task] = sending
+        task.add_done_callback(self._forget)
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            sending.stop(task)
+            await asyncio.wait({task}, timeout=CANCEL_PATIENCE.total_seconds())
+            raise
+        if task.cancelled():
+            raise _stopping()
+        return task.result()
+
+    async def _carry(self, sending: Sending, events: structlog.stdlib.BoundLogger) -> Delivery:
+        """See a letter through, from its turn to what became of it."""
+        if self._ends_at is not None:
+            raise _stopping()
+        run_id, written = sending.run_id, sending.written
+        slot = await self.gate.pass_through(run_id, wait=sending.wait) if written else None
+        answer = NOTHING
+        try:
+            claim = await self._claim(sending)
+            if isinstance(claim, Delivery):
+                return claim
+            started = time.perf_counter()
+            answer = await self._send(sending, claim)
+        finally:
+            if slot is not None and answer in {NOTHING, STOPPING} and not sending.data_begun:
+                await self.gate.give_back(slot)
+        if answer is STOPPING:
+            raise _stopping()
         self._observe(answer.delivery or DEFERRED, time.perf_counter() - started)
         events = events.bind(delivery_id=str(claim.id), reply=answer.reply)
         if slot is not None:
@@ -226,7 +252,7 @@ class Mailer:
             events.info("delivery.deferred")
             raise LetterDeferredError(
                 f"The mail server did not take a letter: {answer.reply}. Nothing was sent; it is tried again.",
-                after=RETRY.wait(attempt),
+                after=None,  # the job counts its attempts without those that were given back
             )
         if answer.delivery is Delivery.SENT:
             events.info("delivery.sent")
@@ -238,14 +264,6 @@ class Mailer:
         # In a thread: runs come in bursts, and twenty letters keep the event loop for a quarter of a second.
         return await asyncio.to_thread(write, letter, self._settings, now=self._clock.now(), key=key)
 
-    def _require_remembered(self, letter: Letter) -> None:
-        kept = self._settings.run_retention_days
-        if letter.as_of < self._clock.now().date() - timedelta(days=kept):
-            raise NeverRetryError(
-                f"A letter of {letter.as_of} is older than RUN_RETENTION_DAYS ({kept}): whether it was sent may be "
-                "forgotten, so it is not sent again."
-            )
-
     async def _tell_gate(self, slot: Slot, answer: Answer) -> None:
         """Raise MailUnavailableError where the server was the trouble."""
         if answer.away:
@@ -253,13 +271,24 @@ class Mailer:
         if answer.delivery is not Delivery.UNKNOWN:
             await self.gate.report_back(slot)
 
-    async def _claim(self, letter: Letter, key: bytes, run_id: UUID, attempt: int) -> _Intention | Delivery:
+    async def _claim(self, sending: Sending) -> Intention | Delivery:
         """Commit the intention to send, or find out what became of an earlier one."""
-        unique = _unique(letter, key)
-        message = message_id(letter, self._settings.email_from, key)
-        if claimed := await self._pool.fetchval(INTEND, *unique, message, run_id, attempt):
-            return _Intention(claimed, run_id, attempt)
-        if given_up := await self._pool.fetchval(GIVE_UP, *unique, run_id, attempt):
+        letter = sending.letter
+        unique, ours = _unique(letter, sending.key), (sending.run_id, sending.attempt)
+        message = message_id(letter, self._settings.email_from, sending.key)
+        async with AsyncExitStack() as stack:
+            with sending.interruptible():
+                connection = await stack.enter_async_context(self._pool.acquire())
+            try:
+                timeout = CALL_TIMEOUT_SECONDS
+                if claimed := await connection.fetchval(INTEND, *unique, message, *ours, timeout=timeout):
+                    return Intention(claimed, *ours)
+                given_up = await connection.fetchval(GIVE_UP, *unique, *ours, timeout=timeout)
+            except BaseException:
+                # It may have been committed, and only the answer be lost.
+                await withdraw_unheard(self._answers, *unique, *ours)
+                raise
+        if given_up:
             log.warning(
                 "delivery.unknown",
                 kind=letter.kind,
@@ -267,48 +296,43 @@ class Mailer:
                 delivery_id=str(given_up),
             )
             return Delivery.UNKNOWN
-        if (settled := await find_settled(self._pool, letter, key)) is not None:
+        if (settled := await find_settled(self._pool, letter, sending.key)) is not None:
             return settled
         # Intended by a run that lives, or just withdrawn by it.
         raise RetryLaterError("Another run is sending the same letter just now.", after=OTHER_RUN_WAIT)
 
-    async def _send_whole(self, letter: Letter, written: Written | None, claim: _Intention) -> Answer:
-        """Converse and record in a task of its own, so that being cancelled loses no answer."""
-        task = asyncio.create_task(self._send(letter, written, claim), name=f"delivery {claim.id}")
-        self._sending.add(task)
-        task.add_done_callback(self._forget)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            # Before DATA nothing was accepted: stop and withdraw. After it, let the answer be recorded.
-            if not claim.data_begun:
-                task.cancel()
-            await asyncio.wait({task}, timeout=CANCEL_PATIENCE.total_seconds())
-            raise
-
-    def _forget(self, task: "asyncio.Task[Answer]") -> None:
-        self._sending.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+    def _forget(self, task: "asyncio.Task[Delivery]") -> None:
+        sending = self._sending.pop(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if sending.unanswered or not isinstance(error, (NotNowError, RetryLaterError, *TRANSIENT_ERRORS)):
             # The caller sees it as well, unless it was cancelled.
             log.error("delivery.unrecorded", error=type(error).__name__)
 
-    async def _send(self, letter: Letter, written: Written | None, claim: _Intention) -> Answer:
+    async def _send(self, sending: Sending, claim: Intention) -> Answer:
+        """Converse and record."""
         try:
-            answer = await self._try(letter, written, claim)
+            with sending.interruptible():
+                answer = await self._try(sending)
         except BaseException:
             # Cancelled, or a fault that nobody thought of: before DATA neither uses the letter up.
-            if not claim.data_begun:
-                await self._record(claim, Answer(None, ""))
+            if not sending.data_begun:
+                await record(self._answers, claim, NOTHING)
             raise
-        await self._record(claim, answer)
+        await record(self._answers, claim, answer)
+        sending.recorded = True
         return answer
 
-    async def _try(self, letter: Letter, written: Written | None, claim: _Intention) -> Answer:
+    async def _try(self, sending: Sending) -> Answer:
+        written = sending.written
         if written is None:
             return Answer(Delivery.REFUSED, "not an e-mail address")
         try:
             async with self._connections.line() as line:
-                return await self._converse(line, letter, written, claim)
+                if self._ends_at is not None:
+                    return STOPPING
+                sending.talking = True
+                return await self._converse(line, sending, written)
         except NotConnectedError as error:
             if is_out_of_descriptors(error.__cause__):
                 # It says nothing of the server, so the gate stays as it is.
@@ -318,23 +342,31 @@ class Mailer:
                 return judge(error.stage, error.code, error.said)
             return Answer(None, str(error), away=True)
 
-    async def _converse(self, line: Line, letter: Letter, written: Written, claim: _Intention) -> Answer:
+    async def _converse(self, line: Line, sending: Sending, written: Written) -> Answer:
         """Hold the conversation stage by stage, because what a failure means depends on the stage."""
-        client, mailbox, stage = line.client, written.mailbox, "MAIL"
+        letter, client, mailbox, stage = sending.letter, line.client, written.mailbox, "MAIL"
         try:
             if mailbox.utf8 and not client.supports_extension("smtputf8"):
                 return Answer(Delivery.REFUSED, "the server takes no address outside ASCII (SMTPUTF8)")
             encoding = "utf-8" if mailbox.utf8 else "ascii"
             options = ["SMTPUTF8"] if mailbox.utf8 else []
-            await client.mail(self._settings.email_from, encoding=encoding, options=options)
+            with sending.timed():
+                await client.mail(self._settings.email_from, encoding=encoding, options=options)
             stage = "RCPT"
-            await client.rcpt(mailbox.address, encoding=encoding)
+            with sending.timed():
+                await client.rcpt(mailbox.address, encoding=encoding)
             if not client.is_connected:
                 return Answer(None, "the connection was lost (after RCPT)", away=True)
+            if self._ends_at is not None:
+                left_seconds = self._ends_at - asyncio.get_running_loop().time()
+                if left_seconds < ANSWERS_TO_DATA * 1.5 * sending.slowest_seconds:
+                    line.sound = False  # it is in the middle of a letter
+                    return STOPPING
             stage = "DATA"
             # From here on the server may have accepted it, whatever we hear.
-            claim.data_begun = True
-            response = await client.data(written.content)
+            sending.data_begun = True
+            async with asyncio.timeout(self._connections.timeout_seconds):
+                response = await client.data(written.content)
             return Answer(Delivery.SENT, self._clean(response, letter))
         except aiosmtplib.SMTPResponseException as error:
             line.sound = error.code != CLOSING
@@ -343,23 +375,11 @@ class Mailer:
             # The text of any of these may quote an address; the class says enough.
             line.sound = False
             what = f"{type(error).__name__} (at {stage})"
-            return Answer(Delivery.UNKNOWN, what) if claim.data_begun else Answer(None, what, away=True)
+            return Answer(Delivery.UNKNOWN, what) if sending.data_begun else Answer(None, what, away=True)
 
     def _clean(self, answer: aiosmtplib.SMTPResponse | aiosmtplib.SMTPResponseException, letter: Letter) -> str:
         return clean_reply(answer.code, answer.message, letter, login_of(self._settings))
 
-    async def _record(self, claim: _Intention, answer: Answer) -> None:
-        """Settle or withdraw the intention; tried again while the database restarts, is full or does not answer."""
-        ours = (claim.id, claim.run_id, claim.attempt)
-        for pause_seconds in (*RECORDING_PAUSES_SECONDS, None):
-            try:
-                if answer.delivery is None:
-                    await self._pool.execute(WITHDRAW, *ours)
-                else:
-                    await self._pool.execute(SETTLE, *ours, answer.delivery.value, answer.reply)
-            except TRANSIENT_ERRORS:
-                if pause_seconds is None:
-                    raise
-                await asyncio.sleep(pause_seconds)
-            else:
-                return
+
+def _stopping() -> NotNowError:
+    return NotNowError("This process is stopping, so that it begins no letter. Another sends it.", after=timedelta(0))

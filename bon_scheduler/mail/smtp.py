@@ -23,7 +23,7 @@ from bon_scheduler.mail.replies import REPLY_LENGTH, clean_reply
 __all__ = ["SMTP_TIMEOUT", "Line", "NotConnectedError", "SmtpConnections", "login_of", "try_login"]
 
 SMTP_TIMEOUT = timedelta(seconds=30)
-"""For connecting and for each answer of the server."""
+"""For connecting, for each answer of the server, and for both to DATA together."""
 MOST_CONNECTIONS = 10
 """At a time, of one process."""
 MOST_LETTERS = 100
@@ -60,7 +60,7 @@ class SmtpConnections:
     def __init__(self, settings: Settings, *, tls_context: ssl.SSLContext | None, timeout: timedelta) -> None:
         self._settings = settings
         self._tls_context = tls_context
-        self._timeout_seconds = timeout.total_seconds()
+        self.timeout_seconds = timeout.total_seconds()
         self._free = asyncio.Semaphore(MOST_CONNECTIONS)
         self._idle: dict[Line, asyncio.TimerHandle] = {}
         self._leaving: set[asyncio.Task[None]] = set()
@@ -154,7 +154,7 @@ class SmtpConnections:
         return aiosmtplib.SMTP(
             hostname=settings.smtp_host,
             port=settings.smtp_port,
-            timeout=self._timeout_seconds,
+            timeout=self.timeout_seconds,
             use_tls=settings.smtp_tls is SmtpTls.IMPLICIT,
             start_tls=False,  # asked for above, as a stage of its own
             tls_context=self._tls_context,

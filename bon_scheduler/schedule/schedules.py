@@ -4,7 +4,8 @@ What was in force when: each job's schedule history, which ticks and audits are 
 Every replica triggers by the history in the database, not by its own code, so two versions side by side
 never disagree about what is due. Only one of the living `serve` processes writes it: the one of the highest
 version, and of those the one that started last. An older version that restarts during a deploy changes
-nothing; after a rollback, when the newer ones are gone, it becomes the one that writes.
+nothing; after a rollback, when the newer ones are gone, it becomes the one that writes. It also ends the schedule of
+a job that it does not have, which was removed or renamed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,8 +31,7 @@ IS_DECLARER = """
       from bon_scheduler.workers
      where serves
        and last_word is not null
-     order by string_to_array(rtrim(regexp_replace(version, '[^0-9.].*$', ''), '.'), '.')::int[] desc,
-              started_at desc, id
+     order by bon_scheduler.numbers_of(version) desc, started_at desc, id
      limit 1
 """
 # $1 job. BEFORE the history is read and written, so that no tick is recorded in between.
@@ -102,9 +102,8 @@ async def declare(
     replicas. Does nothing unless this worker is the one whose schedules count. Returns the jobs whose schedule changed.
     """
     zone = declaration.zone
-    differing = {
-        job: cron for job, cron in declaration.schedules.items() if _differs(histories.periods.get(job, ()), cron, zone)
-    }
+    wanted = dict.fromkeys(histories.periods) | dict(declaration.schedules)
+    differing = {job: cron for job, cron in wanted.items() if _differs(histories.periods.get(job, ()), cron, zone)}
     if not differing or not await connection.fetchval(IS_DECLARER, declaration.worker, timeout=CALL_TIMEOUT_SECONDS):
         return []
     for job, cron in sorted(differing.items()):

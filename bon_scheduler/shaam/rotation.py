@@ -23,7 +23,7 @@ import structlog
 
 from bon_scheduler.clock import Clock, seconds_since_boot
 from bon_scheduler.config import Settings
-from bon_scheduler.database import TRANSIENT_ERRORS, Pool
+from bon_scheduler.database import TRANSIENT_ERRORS, Pools
 from bon_scheduler.jobs import Retry
 from bon_scheduler.log import describe_error
 from bon_scheduler.metrics import Metrics
@@ -92,7 +92,7 @@ class Rotator:
         self,
         *,
         settings: Settings,
-        pool: Pool,
+        pools: Pools,
         shaam: Shaam,
         metrics: Metrics,
         clock: Clock,
@@ -105,11 +105,11 @@ class Rotator:
         self.cipher = TokenCipher(settings.shaam_encryption_key.get_secret_value())
         spool = None if settings.spool_dir is None else Spool(settings.spool_dir, self.cipher)
         self.breaker = Breaker()
-        self.census = Census(pool, self.cipher)
+        self._pool, self._answers = pools
+        self.census = Census(self._pool, self.cipher)
         self.braked = False
         """Whether the brake on consent held when this process looked last."""
-        self.unsaved = UnsavedTokens(pool, spool, clock)
-        self._pool = pool
+        self.unsaved = UnsavedTokens(self._answers, spool, clock)
         self._shaam = shaam
         self._metrics = metrics
         self._clock = clock
@@ -131,6 +131,11 @@ class Rotator:
             finally:
                 while self._under_way:
                     await asyncio.wait(self._under_way)
+
+    @property
+    def under_way(self) -> int:
+        """How many exchanges have begun and are not at their end, so that a token may be spent by them."""
+        return len(self._under_way)
 
     async def prepare(self) -> None:
         """
@@ -356,7 +361,7 @@ class Rotator:
         async def write() -> Asked:
             async with (
                 asyncio.timeout(CALL_TIMEOUT_SECONDS),
-                self._pool.acquire() as connection,
+                self._answers.acquire() as connection,
                 connection.transaction(),
             ):
                 return await consent.ask(connection, exchange, reason, tell)
@@ -389,7 +394,7 @@ class Rotator:
     async def _settle(self, exchange: Exchange, end: End) -> None:
         """End an exchange that brought no tokens. Where the database fails, its lease runs out instead."""
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_SECONDS), self._pool.acquire() as connection:
+            async with asyncio.timeout(CALL_TIMEOUT_SECONDS), self._answers.acquire() as connection:
                 await refreshes.settle(connection, exchange, end)
         except TRANSIENT_ERRORS as trouble:
             log.warning("token.unsettled", error=describe_error(trouble))

@@ -141,7 +141,7 @@ async def test_a_dead_run_is_mended_and_retried_while_the_service_lives(
     assert [attempt["outcome"] for attempt in shown["attempts"]] == ["failed", "succeeded"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_a_run_once_that_is_interrupted_is_cancelled_and_audited(
     connection: Connection, database_url: str, number: signal.Signals
 ) -> None:
@@ -153,7 +153,7 @@ async def test_a_run_once_that_is_interrupted_is_cancelled_and_audited(
         sys.executable, "-m", "bon_scheduler", "run-once", "session-cleanup",
         env={**QUIET, "DATABASE_URL": database_url}, stderr=asyncio.subprocess.PIPE,
         # As from a terminal, also where the tests run in the background: there Ctrl-C is ignored, and is inherited so.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: (signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGHUP, signal.SIG_DFL)),
     )  # fmt: skip
     try:
 

@@ -116,3 +116,17 @@ async def test_who_was_heard_within_its_lease_is_not_waited_for(run_job: RunJob,
     await hold_nightly(connection, "now()", lease_seconds=600)
     with pytest.raises(engine.AlreadyRunningError, match="already running on elsewhere"):
         await run_job(nightly, jobs=[nightly])
+
+
+async def test_a_claim_whose_commit_is_slow_is_not_taken_for_lost(run_job: RunJob, connection: Connection) -> None:
+    """Longer than the time between two passes of the reconciliation, which looks for runs it knows nothing of."""
+    await connection.execute("""
+        create function slow_commit() returns trigger language plpgsql
+            as $$ begin perform pg_sleep(0.7); return null; end $$;
+        create constraint trigger slow after insert or update on bon_scheduler.runs
+            deferrable initially deferred for each row when (new.state = 'running') execute function slow_commit()
+    """)
+    for _ in range(2):
+        report = await run_job(linger, jobs=[linger], LEASE_SECONDS="2")
+        assert (report.run["state"], report.run["attempt"]) == ("succeeded", 1)
+    assert await connection.fetchval(GIVEN_BACK) == 0

@@ -49,7 +49,7 @@ async def test_whatever_a_handler_raises_ends_its_run_and_nothing_else(run_job: 
     assert report.run["error"] == f"{type(raised).__name__}: no"
 
 
-@pytest.mark.parametrize("result", [None, 3, {"n": 2**70}, {"n": "two"}, {2: 2}], ids=repr)
+@pytest.mark.parametrize("result", [None, 3, {"n": 2**70}, {"n": -1}, {"n": "two"}, {2: 2}], ids=repr)
 async def test_a_result_that_is_no_counts_ends_its_run_and_says_what_to_return(run_job: RunJob, result: Any) -> None:
     async def body(_: JobContext) -> Counts:
         return cast("Counts", result)

@@ -17,7 +17,7 @@ import pytest
 
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.config import Settings
-from bon_scheduler.database.connections import Pool
+from bon_scheduler.database.connections import Pool, Pools
 from bon_scheduler.demo.shaam_simulator import Misbehaviour
 from bon_scheduler.engine.context import AttemptContext
 from bon_scheduler.engine.run_once import RunReport
@@ -426,7 +426,7 @@ async def test_one_businesss_defect_is_its_own(refresh: Refresh, bon: Bon, monke
 def rotating(settings: Settings, pool: Pool, shaam: Shaam) -> AbstractAsyncContextManager[Rotator]:
     rotator = Rotator(
         settings=settings,
-        pool=pool,
+        pools=Pools(pool, pool),
         shaam=shaam,
         metrics=Metrics(),
         clock=SystemClock(),

@@ -18,7 +18,7 @@ from bon_scheduler.jobs import AnyJob, Payload
 from bon_scheduler.ledger.attempts import finish_many, give_back, release_lost
 from bon_scheduler.ledger.changes import Action, change_all
 from bon_scheduler.ledger.claims import Wanted
-from bon_scheduler.ledger.workers import Worker, register_worker, retire_worker
+from bon_scheduler.ledger.workers import Worker, beat, register_worker, retire_worker
 from tests.attempting import claim, hold, refs, take_any
 from tests.conftest import Connection, MakeSettings, RunJob
 from tests.waiting import until
@@ -546,3 +546,16 @@ async def test_a_run_that_cannot_be_read_ends_at_once_with_the_reason_and_costs_
     (dead,) = [row for row in rows if row["state"] == "dead"]
     assert (dead["id"], dead["attempt"]) == (spoilt, 1)
     assert why in dead["error"]
+
+
+async def test_a_worker_that_is_taken_for_dead_claims_nothing_until_it_has_spoken(connection: Connection) -> None:
+    """As one that was frozen: its claim would be released at once, and the run's attempt be lost."""
+    await connection.execute("insert into bon_scheduler.jobs (name) values ('a-test')")
+    run_id = await connection.fetchval("select bon_scheduler.enqueue('a-test')")
+    worker = Worker()
+    await register_worker(connection, worker)
+    await connection.execute("update bon_scheduler.workers set last_word = null")
+    answer = await claim(connection, worker, "a-test")
+    assert (answer.taken, answer.wait_seconds) == ([], 0.2)
+    await beat(connection, worker.id)
+    assert await take_any(connection, worker, "a-test") == [run_id]

@@ -300,3 +300,25 @@ async def test_a_trial_that_sends_no_letter_leaves_the_trial_to_another(
         await until(lambda: all_ended(connection), seconds=20)
     assert len(sink.messages) == 1
     assert await connection.fetchval("select closed_since is null from bon_scheduler.mail_gate")
+
+
+async def test_a_greylisted_letter_waits_by_its_own_attempts_and_not_by_those_that_were_given_back(
+    make_settings: MakeSettings, connection: Connection, server: Server
+) -> None:
+    """Six times given back while the server was away; then the first 4yz: half a minute, not half an hour."""
+    await build(connection, 1)
+    business = await connection.fetchval("select business_id from user_businesses")
+    payload = {"business_id": str(business), "as_of": str(datetime.now(UTC).date())}
+    run = await connection.fetchval("select bon_scheduler.enqueue('send-overdue-digest', $1)", payload)
+    await connection.execute("update bon_scheduler.runs set attempt = 6, given_back = 6")
+    server.auth, server.on["RCPT"] = False, "450 4.2.0 greylisted"
+    query = "select extract(epoch from run_at - now())::float8 from bon_scheduler.runs where id = $1 and attempt = 7"
+
+    async def waits() -> float:
+        return float(await connection.fetchval(f"{query} and state = 'retrying'", run) or 0)
+
+    async with server.listening():
+        mail = {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(server.port), "SMTP_TLS": "none", **NO_SCHEDULES}
+        async with service.serving(make_settings(**mail)):
+            seconds = await until(waits)
+    assert 5 < seconds <= 30

@@ -202,6 +202,21 @@ async def test_a_schedule_that_is_taken_away_expects_nothing(pool: Pool, connect
     assert await expressions(connection) == ["*/15 * * * *", None]
 
 
+async def test_the_newest_version_ends_the_schedule_of_a_job_that_it_does_not_have(
+    pool: Pool, connection: Connection
+) -> None:
+    """It was removed, or renamed; an older version beside it does not bring it back, and a rollback does."""
+    old = await replica_of(pool, version="1.0")
+    new = await Replica(pool, {}, START, "1.1").start()
+    await new.look(START + timedelta(seconds=1))
+    await old.look(FIRST + 9 * QUARTER)
+    assert await ticks(connection) == []
+    assert await expressions(connection) == ["*/15 * * * *", None]
+    await new.stop()
+    await old.look(FIRST + 9 * QUARTER + timedelta(minutes=1))
+    assert await expressions(connection) == ["*/15 * * * *", None, "*/15 * * * *"]
+
+
 async def test_a_year_away_is_accounted_for_without_keeping_other_jobs_waiting(
     pool: Pool, connection: Connection
 ) -> None:

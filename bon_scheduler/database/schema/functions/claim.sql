@@ -53,6 +53,13 @@ declare
     mailed     uuid[];
 begin
     lock table one_claim in share row exclusive mode;
+    -- Nothing for a worker that is taken for dead and has not spoken since: it would be released again at once, as if it
+    -- were lost, and an attempt be used up. `for share`: nobody declares it dead before this commits.
+    perform from workers w where w.id = by_worker and w.last_word is not null for share;
+    if not found then
+        room := 0;
+        gate_wait := '200 milliseconds';
+    end if;
     if look_at_clock then
         next_timed := make_ready();
     end if;
