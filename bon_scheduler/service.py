@@ -20,7 +20,7 @@ from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool, Pools, require_endpoints, require_schema
 from bon_scheduler.declared import JOBS, schedules_of
 from bon_scheduler.engine import Deadman, DryRunner, Engine, Heartbeat, Reconciler, Runner, RunnerParts
-from bon_scheduler.jobs import AnyJob, Cron
+from bon_scheduler.jobs import AnyJob, Connection, Cron
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Worker, register_worker, retire_worker
 from bon_scheduler.log import describe_error
 from bon_scheduler.mail import Mailer
@@ -123,30 +123,21 @@ async def machinery(
             if isinstance(clock, Clocks):
                 await clock.read(connection)
             await ledger.register_jobs(connection, jobs, scheduled=schedules, anew=serves)
-        if serves:
-            await _report_unusable(pool)
+            if serves:
+                await _report_unusable(connection)
         await stack.enter_async_context(_registered(control, worker))
         beating = Heartbeat(url=settings.listen_url, worker=worker).running()
         heartbeat = await stack.enter_async_context(beating)
         answer_pool = database.open_control_pool(settings, ANSWER_CONNECTIONS, worker=worker.id)
         pools = Pools(pool, await stack.enter_async_context(answer_pool))
-        mailer = await stack.enter_async_context(Mailer(settings, pools, observe=metrics.letter_tried))
-        shaam = await stack.enter_async_context(Shaam(settings))
-        rotator = None
-        if settings.shaam_mode is not ShaamMode.MOCK:
-            rotator = Rotator(
-                settings=settings, pools=pools, shaam=shaam, metrics=metrics, clock=clock, stopping=stopping
-            )
-            await stack.enter_async_context(rotator.running())
-        resources: dict[type, object] = {Settings: settings, Shaam: shaam, Mailer: mailer}
-        if rotator is not None:
-            resources[Rotator] = rotator
+        outside = await stack.enter_async_context(_outside(settings, pools, metrics, clock, stopping))
+        mailer, rotator = outside.mailer, outside.rotator
         runner = Runner(
             RunnerParts(
                 pool=pool,
                 control=control,
                 worker=worker,
-                resources=resources,
+                resources=outside.by_type,
                 gate=mailer.gate if settings.smtp_host is not None else None,
                 schedules=schedules,
                 zone=settings.bon_timezone,
@@ -166,13 +157,40 @@ async def machinery(
         )
 
 
-async def _report_unusable(pool: Pool) -> None:
+@dataclass(frozen=True, slots=True)
+class _Outside:
+    """What calls somebody outside, and what handlers get by type."""
+
+    mailer: Mailer
+    rotator: Rotator | None
+    by_type: Mapping[type, object]
+
+
+@asynccontextmanager
+async def _outside(
+    settings: Settings, pools: Pools, metrics: Metrics, clock: Clock, stopping: asyncio.Event
+) -> AsyncIterator[_Outside]:
+    async with (
+        Mailer(settings, pools, observe=metrics.letter_tried, clock=clock) as mailer,
+        Shaam(settings) as shaam,
+        AsyncExitStack() as stack,
+    ):
+        by_type: dict[type, object] = {Settings: settings, Shaam: shaam, Mailer: mailer}
+        rotator = None
+        if settings.shaam_mode is not ShaamMode.MOCK:
+            rotator = by_type[Rotator] = Rotator(
+                settings=settings, pools=pools, shaam=shaam, metrics=metrics, clock=clock, stopping=stopping
+            )
+            await stack.enter_async_context(rotator.running())
+        yield _Outside(mailer, rotator, by_type)
+
+
+async def _report_unusable(connection: Connection) -> None:
     """Log what the role may not do in BON's tables, and which hide rows. Jobs that need them fail, others go on."""
-    async with pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
-        for refusal in await database.refusals(connection):
-            log.error("privilege.missing", may_not=refusal.what, needed_by=refusal.users, remedy=refusal.grant)
-        for table in await database.hidden_tables(connection):
-            log.error("rows.hidden", table=table, remedy="See: python -m bon_scheduler check")
+    for refusal in await database.refusals(connection):
+        log.error("privilege.missing", may_not=refusal.what, needed_by=refusal.users, remedy=refusal.grant)
+    for table in await database.hidden_tables(connection):
+        log.error("rows.hidden", table=table, remedy="See: python -m bon_scheduler check")
 
 
 @asynccontextmanager

@@ -334,7 +334,7 @@ class Mailer:
                 sending.talking = True
                 return await self._converse(line, sending, written)
         except NotConnectedError as error:
-            if is_out_of_descriptors(error.__cause__):
+            if is_out_of_descriptors(error):
                 # It says nothing of the server, so the gate stays as it is.
                 why = "This process has no file descriptor left. Nothing was sent."
                 raise NotNowError(why, after=NO_DESCRIPTOR_WAIT) from error
