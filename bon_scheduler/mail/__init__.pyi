@@ -3,6 +3,7 @@
 from .deliveries import (
     NotUncertainError as NotUncertainError,
     count_unknown as count_unknown,
+    count_sent as count_sent,
     deliveries_of as deliveries_of,
     give_up_unanswered as give_up_unanswered,
     release as release,

@@ -18,6 +18,7 @@ from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Origin, Request
 __all__ = [
     "NotUncertainError",
     "Uncertain",
+    "count_sent",
     "count_unknown",
     "deliveries_of",
     "give_up_unanswered",
@@ -63,6 +64,8 @@ DELIVERIES_OF = """
      where run_id = $1
      order by intended_at, id
 """
+# $1 run, $2 attempt: int. Index: deliveries_run.
+COUNT_SENT = "select count(*) from bon_scheduler.deliveries where run_id = $1 and attempt < $2 and state = 'sent'"
 # $1 delivery: uuid. Indexes: deliveries_pkey, runs_pkey, business_pauses_pkey. The run that would have sent it says
 # which job sends it.
 LOCK_DELIVERY = """
@@ -124,6 +127,11 @@ async def some_unknown(connection: Connection, most: int) -> list[Uncertain]:
 async def deliveries_of(connection: Connection, run_id: UUID) -> Sequence[dict[str, Any]]:
     """Return the letters a run was the last to try."""
     return [dict(row) for row in await connection.fetch(DELIVERIES_OF, run_id, timeout=CALL_TIMEOUT_SECONDS)]
+
+
+async def count_sent(connection: Connection, run_id: UUID, *, before: int) -> int:
+    """Return how many letters the attempts of a run `before` that one have sent."""
+    return int(await connection.fetchval(COUNT_SENT, run_id, before, timeout=CALL_TIMEOUT_SECONDS))
 
 
 async def release(connection: Connection, delivery_id: UUID, *, by: str, reason: str) -> UUID:

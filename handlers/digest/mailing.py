@@ -28,7 +28,7 @@ REMEMBERED = ("sent", "refused", "unknown", "no_recipient")
 
 async def deliver_each(ctx: JobContext, letters: Iterable[Letter]) -> dict[str, int]:
     """
-    Deliver each letter; return how many ended in each of LETTER_COUNTS.
+    Deliver each letter; return how many ended in each of LETTER_COUNTS, in this attempt of the run and those before.
 
     Raises RetryLaterError AFTER everybody was tried, when someone must be tried again; NotNowError at once.
     """
@@ -43,6 +43,11 @@ async def deliver_each(ctx: JobContext, letters: Iterable[Letter]) -> dict[str, 
             counts[delivery.value] += 1
     if trouble is not None:
         raise trouble
+    if ctx.attempt > 1 and counts[Delivery.ALREADY_SENT]:
+        async with ctx.connection() as connection:
+            earlier = await mail.count_sent(connection, ctx.run_id, before=ctx.attempt)
+        counts[Delivery.SENT] += earlier
+        counts[Delivery.ALREADY_SENT] -= earlier
     return counts
 
 

@@ -109,7 +109,7 @@ async def test_there_are_never_more_connections_than_the_most(world: World, mail
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.3)
         at_once -= 1
         return "250 OK"
 
