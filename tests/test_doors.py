@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import asyncpg
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from bon_scheduler import Counts, JobContext, NoPayload, Payload, job, ledger, service
@@ -268,6 +269,60 @@ def test_what_is_no_json_is_refused_without_quoting_it(text: str) -> None:
     with pytest.raises(UnreadableJsonError) as refused:
         read_json(text)
     assert len(str(refused.value)) < 100
+
+
+# Whatever is asked, it is taken or refused with the reason, and everything can be read afterwards
+
+INSTANTS = (
+    st.none() | st.sampled_from(["infinity", "-infinity", "4714-11-24 BC", "294276-12-31"]) | st.datetimes().map(str)
+)
+REFUSALS = (
+    asyncpg.InvalidParameterValueError,  # ours, with a hint
+    asyncpg.DataError,  # PostgreSQL's own: no such text, number or instant
+    asyncpg.UntranslatableCharacterError,
+    UnreadableJsonError,
+)
+
+
+def examples(**strategies: Any) -> list[dict[str, Any]]:
+    """Draw examples of everything, the simplest first."""
+    drawn: list[dict[str, Any]] = []
+
+    @settings(max_examples=120, deadline=None, database=None, phases=[Phase.generate])
+    @given(st.fixed_dictionaries(strategies))
+    def draw(example: dict[str, Any]) -> None:
+        drawn.append(example)
+
+    draw()
+    return drawn
+
+
+async def test_whatever_a_producer_asks_is_taken_or_refused_and_can_be_read(
+    connection: Connection, make_settings: MakeSettings, database_url: str
+) -> None:
+    ask = "select bon_scheduler.enqueue($1, $2, dedupe_key => $3, run_at => $4::text::timestamptz, priority => $5)"
+    taken = longest = 0
+    for example in examples(
+        job=st.sampled_from(["generate-pdf", "session-cleanup"]) | st.text(max_size=20),
+        payload=JSON_VALUES | st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=3),
+        key=st.none() | st.text(max_size=1200),
+        run_at=INSTANTS,
+        priority=st.none() | st.integers(-(2**31), 2**31 - 1),
+    ):
+        try:
+            taken += await connection.fetchval(ask, *example.values()) is not None
+        except (*REFUSALS, UnicodeEncodeError) as refused:  # a lone surrogate never leaves this process
+            longest = max(longest, len(str(refused)))
+    for example in examples(key=st.text("abc", min_size=1), run_at=st.none() | st.datetimes().map(str)):
+        with suppress(*REFUSALS):
+            await connection.execute(ask, "generate-pdf", {"n": 1}, example["key"], example["run_at"], 0)
+            taken += 1
+    assert taken > 10
+    assert (
+        len((await run_command("runs", "--limit", "1000", "--json", DATABASE_URL=database_url)).document["runs"]) > 10
+    )
+    async with service.machinery(make_settings()) as parts, parts.control.acquire() as reading:
+        assert sum((await ledger.read_queue(reading)).depths.values()) > 10
 
 
 # What a wrong clock would destroy
