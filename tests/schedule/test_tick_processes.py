@@ -51,17 +51,23 @@ EARLY = timedelta(seconds=0.1)
 MOST_LATE_SECONDS = 0.25
 SUPERSEDED = "superseded by a later tick"
 
-# Each run takes this long, so that it is often the one that is hurt, and leaves one row if it commits.
+# Each run takes this long in its first transaction, so that it is often the one that is hurt, and leaves one row if its
+# last one commits.
 RUN_SECONDS = 0.4
 WITNESS = f"""
-    create table witness (at timestamptz not null default clock_timestamp());
-    create function be_slow() returns trigger language plpgsql as $$
+    create table public.witness (at timestamptz not null default clock_timestamp());
+    create function public.be_slow() returns trigger language plpgsql as $$
     begin
-        insert into witness default values;
-        perform pg_sleep({RUN_SECONDS});
+        if new.state = 'running' then
+            perform pg_sleep({RUN_SECONDS});
+        else
+            insert into public.witness default values;
+        end if;
         return null;
     end $$;
-    create trigger be_slow before delete on sessions for each statement execute function be_slow();
+    create trigger be_slow after update of counts on bon_scheduler.runs for each row
+        when (old.state = 'running' and new.state in ('running', 'succeeded', 'partial') and new.job = '{JOB}')
+        execute function public.be_slow();
 """
 SINCE = "select min(effective_from) from bon_scheduler.schedules where job = $1 and expression is not null"
 # $1 job, $2 until: timestamptz.
@@ -338,8 +344,8 @@ def private_url() -> Iterator[str]:
 async def prepare(url: str) -> None:
     async with connections.connect(url) as connection:
         await create_tables(connection)
+        await service.prepare(load_settings({"DATABASE_URL": url}))
         await connection.execute(WITNESS)
-    await service.prepare(load_settings({"DATABASE_URL": url}))
 
 
 async def end_all_sessions(url: str) -> None:
