@@ -35,7 +35,6 @@ def memory_of(process: Service) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 async def test_a_flood_of_wake_ups_costs_a_few_claims_and_no_memory(database_url: str, connection: Connection) -> None:
     await connection.execute("create role flooder")
     await connection.execute(COUNT_CALLS)
