@@ -84,6 +84,7 @@ from .history import (
     list_runs as list_runs,
     outcome_totals as outcome_totals,
     read_queue as read_queue,
+    unfinished as unfinished,
 )
 from .pauses import (
     knows_business as knows_business,
