@@ -105,6 +105,7 @@ from .workers import (
     Worker as Worker,
     beat as beat,
     count_serving as count_serving,
+    database_seconds as database_seconds,
     declare_dead as declare_dead,
     register_worker as register_worker,
     retire_worker as retire_worker,

@@ -89,7 +89,8 @@ ASK_AGAIN = """
      where state = 'spent'
        and ($1::uuid[] is null or business_id = any ($1))
 """
-# Flags whoever waits, unless the row holds another token by now. Reads one row a business.
+# Flags whoever waits, unless the row holds another token by now. Reads one row a business, and
+# looks up their tokens. Index: shaam_tokens_sealed.
 FLAG_WAITING = """
     with flagged as (
         update public.business_shaam_credentials c

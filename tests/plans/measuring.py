@@ -82,4 +82,8 @@ def comment_above(source: str, name: str) -> str:
 def indexes_in(comment: str) -> frozenset[str]:
     """The names after `Index:` or `Indexes:`, up to the end of that sentence."""
     found = re.search(r"\bIndex(?:es)?: ([^.]*)", comment)
-    return frozenset(re.findall(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b", re.sub(r"\(.*?\)", "", found[1]))) if found else frozenset()
+    return (
+        frozenset(re.findall(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b", re.sub(r"\w+ \(.*?\)", "", found[1])))
+        if found
+        else frozenset()
+    )
