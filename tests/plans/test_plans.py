@@ -80,7 +80,6 @@ async def test_a_statement_searches_the_indexes_that_its_comment_names(full: Con
     ours = await our_indexes(full)
     searched, comment = reading.planned | reading.used, {each for each in indexes_in(comment_of(name))}
     few = {each for each in comment if FEW_ROWS.match(each)}
-    print(f"{name} → {', '.join(sorted(reading.planned or reading.used)) or '—'} → {reading.rows} rows")
     assert comment - few - EITHER.get(name, set()) <= searched
     assert reading.planned & ours <= comment | EITHER.get(name, set())
     assert reading.rows <= limit
