@@ -107,7 +107,7 @@ class Reconciler:
             await self._end_overtaken_waits(connection)
 
     async def _end_overtaken_waits(self, connection: Connection) -> None:
-        """End waits since an instant that the database's clock has yet to reach. It costs the backlog: only if need be."""
+        """End waits since an instant that the database's clock has yet to reach; it reads all that is put off."""
         ahead = await database_seconds(connection) - seconds_since_boot()
         if ahead < self._ahead_seconds - SET_BACK_SECONDS:  # also in the first pass
             self._ahead_seconds, self._looks = ahead, PASSES_AFTER

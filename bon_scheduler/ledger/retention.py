@@ -30,7 +30,7 @@ SPENT_TOKENS_KEPT = timedelta(days=7)
 # In all: $1 now: timestamptz, as this worker believes; the database's clock holds it back, so that one clock
 # that is far ahead forgets nothing. Each asks for that instant once (`select least(…)`): compared with a clock that
 # moves, no index is searched. `offset 0` has the references to a row looked up by an index, row by row of the batch;
-# `array(…)` the rows themselves, where a join might read the table: how many a batch has is not known to a generic plan.
+# `array(…)` the rows themselves, where a join might read the table: a generic plan does not know how long a batch is.
 # $2 kept: interval. Index: pruning_pkey. BEFORE a tick is deleted, otherwise an audit would find a gap.
 MARK_HORIZON = """
     update bon_scheduler.pruning
@@ -56,8 +56,8 @@ PRUNE_RUNS = """
     )
     select count(*) from pruned
 """
-# $2 kept: interval, $3 rows: int. Indexes: deliveries_settled, deliveries_pkey. Its day counts, not only its age: the mailer refuses
-# a letter of a day that may be forgotten, and a day more is kept for the zones.
+# $2 kept: interval, $3 rows: int. Indexes: deliveries_settled, deliveries_pkey. Its day counts, not only its
+# age: the mailer refuses a letter of a day that may be forgotten, and a day more is kept for the zones.
 PRUNE_DELIVERIES = """
     with old as (
         select d.id

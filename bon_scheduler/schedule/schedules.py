@@ -60,7 +60,8 @@ DECLARE = """
 """
 # $1 job, $2 effective from: timestamptz. A job owes nothing from before its first schedule.
 BEGIN_TICKS = "update bon_scheduler.jobs set last_tick = $2 where name = $1 and last_tick is null"
-# $1 now: timestamptz, which all clocks agree on, $2 jobs: text[]. The jobs BEFORE their schedules, as `declare` locks them.
+# $1 now: timestamptz, which all clocks agree on, $2 jobs: text[]. Index: runs_tick. The jobs BEFORE their schedules, as
+# `declare` locks them.
 BRING_BACK = """
     with late as (
         select j.name, j.last_tick

@@ -1,12 +1,13 @@
 """
 What happens while a pass of the reconciler looks at the ledger.
 
-A pass looks three times: at the attempts this process knows (`before`), at the runs the ledger says are its own, and at
-the attempts once more. Two comments guard this, and each is needed, for a case of its own: the second look for what was
-claimed after the first, the first for what ended after the ledger was read. That both snapshots of the first look are
-taken BEFORE the query matters as a pair: taken after it, an attempt whose end could not be recorded meanwhile would be
-in both or in `unrecorded` alone, and be let go of all the same; one whose end was recorded is not `running` any more, so
-that giving it back changes nothing. The order is therefore equivalent while `unrecorded` is read beside `under_way`.
+A pass looks three times: at the attempts this process knows (`before`), at the runs the ledger says are its own, and
+at the attempts once more. Two comments guard this, and each is needed, for a case of its own: the second look for what
+was claimed after the first, the first for what ended unrecorded after the ledger was read.
+
+A mutation that takes both snapshots of the first look AFTER the query is equivalent: an attempt whose end could not be
+recorded meanwhile is then in `unrecorded`, and is let go of; one whose end was recorded is not `running` any more, so
+that giving it back changes nothing; one that is lost is asked for afterwards in either case.
 """
 
 import asyncio

@@ -119,6 +119,7 @@ CASES: Mapping[str, tuple[Arguments, int]] = MappingProxyType(
         "mail.mailer.FIND_STATE": (("overdue-digest", BUSINESS, "today", "hmac:1"), 5),
         "mail.mailer.SETTLE": ((INTENDED, named("letter", 99_997), "1", "sent", "ok"), 10),
         "mail.mailer.WITHDRAW": ((INTENDED, named("letter", 99_997), "1"), 10),
+        "schedule.schedules.BRING_BACK": (("2019-01-01", "{ledger-pruning}"), 20),
         "schedule.audit.TICKS": ((DAY_AGO, "tomorrow"), 1_000),
         "shaam.consent.COUNT_JUDGED": ((DAY_AGO,), BUSINESSES),
         "shaam.consent.ASK_AGAIN": ((None,), BUSINESSES),
@@ -178,7 +179,7 @@ THROUGH: Mapping[str, str] = MappingProxyType(
         "handlers.overdue_detection.PICK_MOVED": "reads BON's open invoices through: none of its indexes serves it",
         "handlers.overdue_detection.LEFT_MOVED": "as PICK_MOVED",
         "handlers.overdue_detection.COUNT_UNMARKED": "reads BON's invoices through, where the brake may trip",
-        "handlers.overdue_digest.FIND_OWED": "reads BON's invoices through, once a day: none is by due date once marked",
+        "handlers.overdue_digest.FIND_OWED": "reads BON's invoices through, once a day: no index has what is marked",
         "handlers.draft_cleanup.DELETE_UNREFERENCED": "BON lacks indexes on two of the references: see `check`",
         "handlers.session_cleanup.COUNT_SESSIONS": "counts all of BON's sessions, where the brake may trip",
         "shaam.ownership.LOOK_AT_ROWS": "a cursor over all credentials; each one's token is looked up",
@@ -188,8 +189,9 @@ THROUGH: Mapping[str, str] = MappingProxyType(
 """What has no bound here, and why."""
 EITHER: Mapping[str, set[str]] = MappingProxyType(
     {
-        **dict.fromkeys(["mail.mailer.SETTLE", "mail.mailer.WITHDRAW"], {"deliveries_pkey", "deliveries_run"}),
-        **dict.fromkeys([name for name in CASES if name.startswith("cli.ids.")], {"runs_pkey", "deliveries_pkey"}),
+        **{name: {"deliveries_pkey", "deliveries_run"} for name in ("mail.mailer.SETTLE", "mail.mailer.WITHDRAW")},
+        **{name: {"runs_pkey", "deliveries_pkey"} for name in CASES if name.startswith("cli.ids.")},
+        "ledger.history.READ_QUEUE": {"runs_held", "runs_by_job"},
         "shaam.consent.FLAG_WAITING": {"shaam_tokens_sealed", "shaam_tokens_pkey", "shaam_refreshes_pkey"},
     }
 )

@@ -78,7 +78,7 @@ async def test_a_statement_searches_the_indexes_that_its_comment_names(full: Con
     arguments, limit = CASES[name]
     reading = await measure(full, growing()[name], arguments)
     ours = await our_indexes(full)
-    searched, comment = reading.planned | reading.used, {each for each in indexes_in(comment_of(name))}
+    searched, comment = reading.planned | reading.used, indexes_in(comment_of(name))
     few = {each for each in comment if FEW_ROWS.match(each)}
     assert comment - few - EITHER.get(name, set()) <= searched
     assert reading.planned & ours <= comment | EITHER.get(name, set())

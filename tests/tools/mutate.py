@@ -1,5 +1,7 @@
 """
-Break the code in one place at a time, and see whether the tests that guard it fail: `python -m tests.tools.mutate [NAME …]`.
+Break the code in one place at a time, and see whether the tests that guard it fail.
+
+`python -m tests.tools.mutate [NAME …]`
 
 Each mutation is made in a copy of the working directory, and its tests are run there. One that fails no test has
 survived: write the test, or argue in a docstring of its test file that nobody could tell. Not run by CI: it takes
@@ -58,8 +60,8 @@ MUTATIONS = (
     Mutation(
         "bring-back-by-clocks-that-differ",
         "bon_scheduler/schedule/triggers.py",
-        "if self._clocks.all_agree:",
-        "if True:",
+        "self._clocks.all_agree and await",
+        "await",
         ["tests/schedule/test_triggers.py", "-k", "clock_far_ahead_declared"],
     ),
     Mutation(
@@ -198,7 +200,8 @@ def main(names: Sequence[str]) -> int:
                 continue
             fault = _survives(mutation, copy)
             survivors += fault is not None
-            print(f"{mutation.name}: {fault or 'killed'}", flush=True)
+            sys.stdout.write(f"{mutation.name}: {fault or 'killed'}\n")
+            sys.stdout.flush()
     return survivors
 
 
