@@ -53,7 +53,7 @@ LEFT_OVERDUE = """
        and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
-# No parameters. Index: the one on invoices (business_id, status). Read only where the brake may trip.
+# No parameters. No index: it reads the invoices through. Read only where the brake may trip.
 COUNT_UNMARKED = """
     select count(*)
       from public.invoices

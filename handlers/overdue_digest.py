@@ -72,7 +72,7 @@ FIND_OWED = """
 """
 
 
-# No parameters. Index: user_businesses_business_idx. Read only where the brake may trip.
+# No parameters. One row an owner. Read only where the brake may trip.
 COUNT_OWNERS = """
     select count(*)
       from public.user_businesses m

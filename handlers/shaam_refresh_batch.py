@@ -40,7 +40,7 @@ log = structlog.get_logger()
 
 # $1 horizon: timestamptz, $2 businesses: uuid[], or null for all, $3 whether a business that failed is left alone for
 # a while: boolean. What was written after the failure, a consent, ends the wait. No index on token_expires_at: one
-# row a business, read once a run.
+# row a business, read once a run. Index: shaam_refreshes_pkey.
 DUE = """
     select c.business_id
       from public.business_shaam_credentials c

@@ -137,6 +137,23 @@ async def _drop(url: str, database: str) -> None:
         await connection.execute(f'drop database if exists "{database}" with (force)')
 
 
+@contextmanager
+def copy_of(server_url: str, purpose: str, *statements: str) -> Iterator[str]:
+    """A copy of the template in which these statements were executed; it lives as long as the context."""
+    name = f"{purpose}_{os.getpid()}"
+
+    async def make() -> None:
+        async with connections.connect(server_url) as connection:
+            await connection.execute(f'create database "{name}" template "{TEMPLATE}"')
+        async with connections.connect(_named(server_url, name)) as connection:
+            for statement in statements:
+                await connection.execute(statement)
+
+    asyncio.run(make())
+    yield _named(server_url, name)
+    asyncio.run(_drop(server_url, name))
+
+
 @pytest.fixture
 async def empty_database_url(server_url: str) -> AsyncIterator[str]:
     """A database with nothing in it."""

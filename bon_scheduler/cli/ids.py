@@ -28,13 +28,13 @@ class Kind(StrEnum):
     BUSINESS = "business"
 
 
-# $1 lowest: uuid, $2 highest: uuid, $3 limit: int. Indexes: the primary keys.
+# $1 lowest: uuid, $2 highest: uuid, $3 limit: int. Index: runs_pkey, deliveries_pkey or businesses_pkey.
 FIND = {
     Kind.RUN: "select id from bon_scheduler.runs where id between $1 and $2 order by id limit $3",
     Kind.DELIVERY: "select id from bon_scheduler.deliveries where id between $1 and $2 order by id limit $3",
     Kind.BUSINESS: "select id from public.businesses where id between $1 and $2 order by id limit $3",
 }
-# $1 ids: uuid[]. The ids next to each, which share most with it. Indexes: the primary keys.
+# $1 ids: uuid[]. The ids next to each, which share most with it. Index: runs_pkey or deliveries_pkey.
 NEIGHBOURS = {
     Kind.RUN: """
         select i.id,

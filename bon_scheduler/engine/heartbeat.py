@@ -26,6 +26,7 @@ __all__ = ["Heartbeat"]
 
 log = structlog.get_logger()
 LOOK_SECONDS = 0.25
+SHORTEST_LOOK_SECONDS = 0.01
 RECONNECT_SECONDS = 0.5
 BLOCKED_AFTER_SECONDS = 1.0
 WEDGED_AFTER_SECONDS = 300.0
@@ -82,14 +83,22 @@ class Heartbeat:
                 self._stopping.wait(RECONNECT_SECONDS)
 
     async def _beat(self) -> None:
+        looking = asyncio.create_task(self._look(), name="look")
+        try:
+            await self._beat_on()
+        finally:
+            looking.cancel()
+
+    async def _beat_on(self) -> None:
         seconds = self._seconds / BEATS_A_LEASE
-        wait = max(seconds, SHORTEST_WAIT_SECONDS)
-        async with database.connect(self._url, codecs=False, limits=database.Limits(wait, wait)) as connection:
+        limit = max(seconds, SHORTEST_WAIT_SECONDS)
+        await self._wait(0)
+        async with database.connect(self._url, codecs=False, limits=database.Limits(limit, limit)) as connection:
             while not self._stopping.is_set():
                 if not await beat(connection, self._worker.id):
                     await register_worker(connection, self._worker)
                 self._note_beat()
-                await self._watch(seconds)
+                await self._wait(seconds)
 
     def _note_beat(self) -> None:
         now = seconds_since_boot()
@@ -97,19 +106,25 @@ class Heartbeat:
             log.warning("heartbeat.resumed", silent_seconds=round(now - self._beaten, 1))
         self._beaten = now
 
-    async def _watch(self, seconds: float) -> None:
-        """Wait for the next beat, with an eye on the event loop; while it is wedged there is no next."""
+    async def _wait(self, seconds: float) -> None:
+        """Wait for the next beat; while the event loop is wedged there is no next."""
         until = time.monotonic() + seconds
         while not self._stopping.is_set():
-            left_seconds = until - time.monotonic()
-            await asyncio.sleep(min(LOOK_SECONDS, left_seconds) if left_seconds > 0 else LOOK_SECONDS)
+            now = time.monotonic()
+            if now >= until and now - self._pulse <= WEDGED_AFTER_SECONDS:
+                return
+            await asyncio.sleep(min(LOOK_SECONDS, max(until - now, SHORTEST_LOOK_SECONDS)))
+
+    async def _look(self) -> None:
+        """Have an eye on the event loop, also while a slow database keeps a beat waiting."""
+        self._looked = time.monotonic()
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
             now = time.monotonic()
             if now - self._looked > BLOCKED_AFTER_SECONDS:
                 self._pulse = now  # this thread stood still as well: the whole process was frozen
             self._looked = now
             self._tell(now - self._pulse)
-            if now - self._pulse <= WEDGED_AFTER_SECONDS and now >= until:
-                return
 
     def _tell(self, still_seconds: float) -> None:
         """Log where the event loop stands still: after a second, and whenever that has doubled."""

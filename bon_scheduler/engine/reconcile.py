@@ -9,6 +9,7 @@ only a clock which was set back explains (ended); a letter whose sender ended be
 """
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -16,10 +17,19 @@ from datetime import timedelta
 import structlog
 
 from bon_scheduler import ledger, mail
+from bon_scheduler.clock import seconds_since_boot
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool
 from bon_scheduler.engine.runner import Runner
 from bon_scheduler.jobs import Connection
-from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Watch, Worker, declare_dead, last_beats, make_overtaken_ready
+from bon_scheduler.ledger import (
+    CALL_TIMEOUT_SECONDS,
+    Watch,
+    Worker,
+    database_seconds,
+    declare_dead,
+    last_beats,
+    make_overtaken_ready,
+)
 from bon_scheduler.log import describe_error
 
 __all__ = ["Reconciler", "pass_seconds"]
@@ -29,8 +39,10 @@ LONGEST_WAIT_SECONDS = 2.0
 """A heartbeat is noticed one pass late, and its silence another: rescue takes the lease and 5 s."""
 AFTER_FAILURE_SECONDS = 0.5
 LAST_LOOK_SECONDS = 1.0
-WHOLE_EVERY = 5
-"""Of so many passes one looks for waits that only a clock explains."""
+SET_BACK_SECONDS = 30.0
+"""Less than what makes a wait overtaken, more than an answer takes."""
+PASSES_AFTER = 5
+"""Waits that only a clock explains are looked for in so many passes once it was set back: some rows may be locked."""
 
 
 def pass_seconds(lease: timedelta) -> float:
@@ -46,7 +58,8 @@ class Reconciler:
         self._runner = runner
         self._worker = worker
         self._watch = Watch(worker)
-        self._passes = 0
+        self._ahead_seconds = math.inf
+        self._looks = 0
         self._loop: asyncio.Task[None] | None = None
 
     @property
@@ -88,12 +101,20 @@ class Reconciler:
 
     async def make_pass(self) -> None:
         """Compare once, and mend."""
-        whole = self._passes % WHOLE_EVERY == 0
-        self._passes += 1
         async with self._pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
             await self._compare(connection)
             await self._release(connection)
-            if whole and (overtaken := await make_overtaken_ready(connection)):
+            await self._end_overtaken_waits(connection)
+
+    async def _end_overtaken_waits(self, connection: Connection) -> None:
+        """End waits since an instant that the database's clock has yet to reach; it reads all that is put off."""
+        ahead = await database_seconds(connection) - seconds_since_boot()
+        if ahead < self._ahead_seconds - SET_BACK_SECONDS:  # also in the first pass
+            self._ahead_seconds, self._looks = ahead, PASSES_AFTER
+        self._ahead_seconds = max(ahead, self._ahead_seconds)
+        if self._looks:
+            self._looks -= 1
+            if overtaken := await make_overtaken_ready(connection):
                 log.warning("runs.overtaken", runs=overtaken)
 
     async def _compare(self, connection: Connection) -> None:

@@ -28,6 +28,9 @@ log = structlog.get_logger()
 ONE_ATTEMPT = Retry(attempts=1)
 LOOK_AGAIN_SECONDS = 0.2
 WATCH_SECONDS = 1.0
+LONGEST_LOOK_SECONDS = 5.0
+LOOKED_AT_A_SECOND = 5000
+"""Unfinished runs: many that wait are looked at less often."""
 
 
 class AlreadyRunningError(Exception):
@@ -186,16 +189,23 @@ async def _work_through(pool: Pool, runner: Runner, jobs: Mapping[str, AnyJob], 
             elif answer.verdict is Verdict.WAITS:
                 await asyncio.sleep(answer.wait_seconds)
 
+    causes = {root}
     while True:
         async with pool.acquire() as connection:
-            family = await ledger.descendants(connection, root)
-        unfinished = [run for run in family if run["state"] in OPEN_STATES and run["job"] in jobs]
-        if not unfinished:
-            return
+            unfinished = await ledger.unfinished(connection, causes, jobs.keys())
+            if not unfinished:
+                # What a run caused that has ended already is found here, and seldom: all of the family is read.
+                family = await ledger.descendants(connection, root)
+                left = {run["caused_by"] for run in family if run["state"] in OPEN_STATES and run["job"] in jobs}
+                if not left:
+                    return
+                causes = {root, *left}
+                continue
         due = [run for run in unfinished if run["state"] != "running" and run["wait_seconds"] <= 0]
         # Each to its end, whatever becomes of another: the pools close when this returns.
         ends = await asyncio.gather(*(work(run) for run in due), return_exceptions=True)
         for error in ends:
             if error is not None:
                 raise error
-        await asyncio.sleep(LOOK_AGAIN_SECONDS if not due else 0)
+        pause = min(LOOK_AGAIN_SECONDS + len(unfinished) / LOOKED_AT_A_SECOND, LONGEST_LOOK_SECONDS)
+        await asyncio.sleep(pause if not due else 0)

@@ -84,6 +84,7 @@ from .history import (
     list_runs as list_runs,
     outcome_totals as outcome_totals,
     read_queue as read_queue,
+    unfinished as unfinished,
 )
 from .pauses import (
     knows_business as knows_business,
@@ -104,6 +105,7 @@ from .workers import (
     Worker as Worker,
     beat as beat,
     count_serving as count_serving,
+    database_seconds as database_seconds,
     declare_dead as declare_dead,
     register_worker as register_worker,
     retire_worker as retire_worker,

@@ -49,7 +49,7 @@ FENCE = """
 # undone: boolean[]. `partial` then, and when the handler reported a failed business since a person last retried the
 # run. The state is compared as text, otherwise rows might be looked for in the index of what runs, which beside a long
 # transaction holds all that ever ran. `nested`: within a savepoint, so that it may yet be undone while its transaction
-# goes on. Indexes: runs_pkey, attempts_pkey.
+# goes on. Indexes: runs_pkey, attempts_pkey, business_outcomes_pkey.
 FINISH = """
     with finished as (
         update bon_scheduler.runs r
@@ -90,7 +90,7 @@ PRETEND = """
     values ($1, $2, $3, $4, 'person', 'running', true)
 """
 # $1 run, $2 attempt, $3 worker, $4 outcome of the attempt, $5 error, $6 wait before the next: interval,
-# null when there is none. Index: runs_pkey.
+# null when there is none. Indexes: runs_pkey, attempts_pkey.
 FAIL = """
     with failed as (
         update bon_scheduler.runs
@@ -110,7 +110,7 @@ FAIL = """
     select state::text from failed
 """
 # $1 runs: uuid[], $2 attempts: int[], $3 worker, $4 wait before the next: interval or null, $5 why, or null.
-# Index: runs_pkey.
+# Indexes: runs_pkey, attempts_pkey.
 GIVE_BACK = """
     with returned as (
         update bon_scheduler.runs r
@@ -137,6 +137,7 @@ LET_GO = """
      where r.id = m.id and r.attempt = m.attempt and r.worker = $3 and r.state::text = 'running'
 """
 # $1 run, $2 attempt, $3 error. Closes the book on an attempt that lost its run; what ended it before stays.
+# Index: attempts_pkey.
 LOSE = """
     with lost as (
         update bon_scheduler.attempts
@@ -161,6 +162,7 @@ LOST_BY = """
 """
 RELEASE_LOST = "select run_id, job, attempt, state::text from bon_scheduler.release_lost()"
 # $1 run, $2 businesses: uuid[], $3 outcomes: text[], $4 counts: jsonb[], $5 errors: text[].
+# Indexes: business_outcomes_pkey, runs_pkey.
 RECORD_OUTCOMES = """
     insert into bon_scheduler.business_outcomes as o (run_id, business_id, outcome, counts, error, attempt)
     select $1, business_id, outcome, counts, error,

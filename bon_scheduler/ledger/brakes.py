@@ -21,16 +21,20 @@ LOOKED_AT = 14
 # $1 job, $2 name of a count, $3 how many runs. Index: runs_by_job.
 USUAL = """
     select count(*) as runs, percentile_cont(0.5) within group (order by number) as median
-      from (select (r.counts ->> $2)::bigint as number
-              from bon_scheduler.runs r
-             where r.job = $1
-               and r.state in ('succeeded', 'partial')
-               and not r.dry_run
-               and r.counts ->> $2 is not null
+      from (select r.number
+              from unnest(array['succeeded', 'partial']::bon_scheduler.run_state[]) as s (state)
+             cross join lateral (select (n.counts ->> $2)::bigint as number, n.enqueued_at
+                                   from bon_scheduler.runs n
+                                  where n.job = $1
+                                    and n.state = s.state
+                                    and not n.dry_run
+                                    and n.counts ->> $2 is not null
+                                  order by n.enqueued_at desc
+                                  limit $3) as r
              order by r.enqueued_at desc
              limit $3) as recent
 """
-# $1 run, $2 attempt, $3 worker, $4 reason, $5 figures: json. Index: runs_pkey.
+# $1 run, $2 attempt, $3 worker, $4 reason, $5 figures: json. Indexes: runs_pkey, attempts_pkey.
 HOLD = """
     with held as (
         update bon_scheduler.runs

@@ -84,14 +84,15 @@ RELEASE = """
     )
     select from woken
 """
-# $1 job, or null for all. Index: runs_for_a_person.
+# $1 job, or null for all. Index: runs_by_job.
 DEAD_RUNS = """
-    select id
-      from bon_scheduler.runs
-     where state = 'dead' and ($1::text is null or job = $1) and not dry_run
-     order by id
+    select r.id
+      from bon_scheduler.jobs j
+      join bon_scheduler.runs r on r.job = j.name
+     where r.state = 'dead' and ($1::text is null or j.name = $1) and not r.dry_run
+     order by r.id
 """
-# $1 job. Indexes: runs_ready, runs_timed.
+# $1 job. Index: runs_by_job.
 WAITING_RUNS = """
     select id
       from bon_scheduler.runs

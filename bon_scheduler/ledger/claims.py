@@ -39,7 +39,8 @@ __all__ = [
 # $1 worker, $2 host, $3 room: int, $4 reserve: int, $5 jobs: text[], $6 rooms: int[], $7 active: int[],
 # $8 totals: int[], $9 whether their runs begin with a letter: boolean[], $10 time between letters: interval or null,
 # $11 whether to look for runs whose instant has come: boolean, $12 whether the oldest go first: boolean. The session's
-# own LISTEN is looked at with the clock: null when it was not looked at.
+# own LISTEN is looked at with the clock: null when it was not looked at. Indexes: runs_ready, runs_oldest, runs_timed,
+# runs_exclusive, runs_pkey.
 CLAIM = """
     select extract(epoch from c.wait)::float8 as wait, c.run_id, c.attempt, c.job, c.fire_time::text as fire_time,
            c.asked_for::text as asked_for, c.payload::text as payload, c.origin, c.given_back, c.retried_after,

@@ -62,7 +62,7 @@ LAST_TICKS = """
 """
 # $1 job, $2 its last tick, $3 since when its schedule is in force, $4 fire time: timestamptz, $5 why it is
 # missed: text or null. One statement: the job's last tick moves forwards, the run is recorded and it is asked
-# for, or nothing is.
+# for, or nothing is. Index: runs_active_ticks.
 RECORD_TICK = "select verdict, run_id from bon_scheduler.record_tick($1, $2, $3, $4, $5)"
 # The ticks that are queued, running or retrying, and when they are due; of several of one job, which only damage can
 # bring about, the last. Index: runs_active_ticks.

@@ -5,7 +5,7 @@ Shapes are plain dictionaries, ready for JSON: the names are `interface.md`'s, i
 UTC and aware, identifiers are UUIDs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
@@ -29,6 +29,7 @@ __all__ = [
     "list_runs",
     "outcome_totals",
     "read_queue",
+    "unfinished",
 ]
 
 Row: TypeAlias = dict[str, Any]
@@ -36,17 +37,35 @@ OPEN_STATES = frozenset({"queued", "running", "retrying"})
 MOST_COUNTED = 10_000
 """A longer queue is told as one of so many: what counts it reads no more, however many wait."""
 
-# $1 job or null, $2 state or null, $3 since: timestamptz or null, $4 limit: int. Index: runs_newest.
+# $1 since: timestamptz or null, $2 limit: int. Index: runs_newest.
 LIST_RUNS = """
-    select id as run_id, job, bon_scheduler.shown(fire_time) as fire_time, state::text as state, attempt, origin,
-           bon_scheduler.shown(enqueued_at) as enqueued_at, bon_scheduler.shown(started_at) as started_at,
-           bon_scheduler.shown(finished_at) as finished_at, counts, error, dry_run
-      from bon_scheduler.runs
-     where ($1::text is null or job = $1)
-       and ($2::text is null or state = $2::bon_scheduler.run_state)
-       and ($3::timestamptz is null or enqueued_at >= $3)
-     order by enqueued_at desc, id
-     limit $4
+    select r.id as run_id, r.job, bon_scheduler.shown(r.fire_time) as fire_time, r.state::text as state, r.attempt,
+           r.origin, bon_scheduler.shown(r.enqueued_at) as enqueued_at, bon_scheduler.shown(r.started_at) as started_at,
+           bon_scheduler.shown(r.finished_at) as finished_at, r.counts, r.error, r.dry_run
+      from bon_scheduler.runs r
+     where r.enqueued_at >= coalesce($1, timestamptz '-infinity')
+     order by r.enqueued_at desc, r.id
+     limit $2
+"""
+# $1 since: timestamptz or null, $2 limit: int, $3 job or null, $4 state or null. Index: runs_by_job. The newest of each
+# job and state that is asked for, and of them the newest: a state that is rare is found as fast as another.
+LIST_CERTAIN_RUNS = """
+    select r.id as run_id, r.job, bon_scheduler.shown(r.fire_time) as fire_time, r.state::text as state, r.attempt,
+           r.origin, bon_scheduler.shown(r.enqueued_at) as enqueued_at, bon_scheduler.shown(r.started_at) as started_at,
+           bon_scheduler.shown(r.finished_at) as finished_at, r.counts, r.error, r.dry_run
+      from bon_scheduler.jobs j
+     cross join unnest(enum_range(null::bon_scheduler.run_state)) as s (state)
+     cross join lateral (
+               select *
+                 from bon_scheduler.runs n
+                where n.job = j.name and n.state = s.state and n.enqueued_at >= coalesce($1, timestamptz '-infinity')
+                order by n.enqueued_at desc, n.id
+                limit $2
+           ) r
+     where ($3::text is null or j.name = $3)
+       and ($4::text is null or s.state::text = $4)
+     order by r.enqueued_at desc, r.id
+     limit $2
 """
 # $1 run. Index: runs_pkey.
 FIND_RUN = """
@@ -83,7 +102,7 @@ ACTIONS_ON = """
      where target = $1
      order by id
 """
-# $1 run. Index: business_outcomes_pkey.
+# $1 run. Indexes: business_outcomes_pkey, runs_pkey.
 OUTCOME_TOTALS = """
     select count(*) as touched,
            count(*) filter (where o.outcome = 'failed' and o.attempt > r.retried_after) as failed
@@ -101,16 +120,37 @@ CAUSED_BY = """
 # $1 run. Index: runs_caused_by.
 DESCENDANTS = """
     with recursive family as (
-        select id from bon_scheduler.runs where caused_by = $1
+        select id, job, state, counts, coalesce(error, reason) as error, caused_by, enqueued_at
+          from bon_scheduler.runs
+         where caused_by = $1
         union all
-        select r.id from bon_scheduler.runs r join family f on r.caused_by = f.id
+        select r.id, r.job, r.state, r.counts, coalesce(r.error, r.reason), r.caused_by, r.enqueued_at
+          from family f
+          join bon_scheduler.runs r on r.caused_by = f.id
     )
-    select r.id as run_id, r.job, r.state::text as state, r.counts, coalesce(r.error, r.reason) as error,
-           case when r.ready then 0
-                else extract(epoch from least(r.run_at, now() + interval '1 day') - now()) end::float8 as wait_seconds
-      from family f
-      join bon_scheduler.runs r on r.id = f.id
-     order by r.enqueued_at, r.id
+    select id as run_id, job, state::text as state, counts, error, caused_by
+      from family
+     order by enqueued_at, id
+"""
+# $1 runs: uuid[], $2 jobs: text[]. Index: runs_caused_by. What they caused that has not ended, and what
+# those caused: nothing is read of the many that have ended.
+UNFINISHED = """
+    with recursive family as (
+        select id, job, state, ready, run_at, enqueued_at
+          from bon_scheduler.runs
+         where caused_by = any ($1)
+           and state in ('queued', 'running', 'retrying')
+        union all
+        select r.id, r.job, r.state, r.ready, r.run_at, r.enqueued_at
+          from family f
+          join bon_scheduler.runs r on r.caused_by = f.id and r.state in ('queued', 'running', 'retrying')
+    )
+    select id as run_id, job, state::text as state,
+           case when ready then 0
+                else extract(epoch from least(run_at, now() + interval '1 day') - now()) end::float8 as wait_seconds
+      from family
+     where job = any ($2)
+     order by enqueued_at, id
 """
 # $1 job, $2 dedupe key. Index: runs_dedupe_key.
 HOLDER_OF_KEY = """
@@ -118,29 +158,36 @@ HOLDER_OF_KEY = """
       from bon_scheduler.runs
      where job = $1 and dedupe_key = $2
 """
-# No parameters. Indexes: runs_by_job, runs_ready, runs_timed, runs_held, runs_for_a_person.
+# $1 how many runs of a kind are counted at most: int. Index: runs_by_job. A run that
+# waits is not the last one that ran.
 JOB_OVERVIEW = """
     select j.name, bon_scheduler.shown(j.last_tick) as last_tick,
-           (select count(*) from bon_scheduler.runs r
-             where r.job = j.name and r.ready and r.state in ('queued', 'retrying'))
-           + (select count(*) from bon_scheduler.runs r
-               where r.job = j.name and not r.ready and r.state in ('queued', 'retrying'))
-           + (select count(*) from bon_scheduler.runs r
-               where r.job = j.name and r.state = 'running') as waiting,
-           (select count(*) from bon_scheduler.runs r
-             where r.job = j.name and r.state = 'dead' and not r.dry_run) as dead,
+           (select count(*)
+              from (select from bon_scheduler.runs r
+                     where r.job = j.name and r.state in ('queued', 'running', 'retrying')
+                     limit $1) as counted) as waiting,
+           (select count(*)
+              from (select from bon_scheduler.runs r
+                     where r.job = j.name and r.state = 'dead' and not r.dry_run
+                     limit $1) as counted) as dead,
            last.state::text as last_state, bon_scheduler.shown(last.finished_at) as last_finished_at,
            last.id as last_run_id
       from bon_scheduler.jobs j
       left join lateral (
-               select r.id, r.state, r.finished_at
-                 from bon_scheduler.runs r
-                where r.job = j.name and r.attempt > 0 and not r.dry_run
-                order by r.enqueued_at desc
+               select newest.*
+                 from unnest(enum_range(null::bon_scheduler.run_state)) as s (state)
+                cross join lateral (
+                          select r.id, r.state, r.finished_at, r.enqueued_at
+                            from bon_scheduler.runs r
+                           where r.job = j.name and r.state = s.state and r.attempt > 0 and not r.dry_run
+                           order by r.enqueued_at desc
+                           limit 1) newest
+                where s.state <> 'queued'
+                order by newest.enqueued_at desc
                 limit 1) last on true
      order by j.name
 """
-# $1 how many runs of a kind are read at most: int. Its indexes: runs_oldest, runs_timed, runs_held, runs_for_a_person.
+# $1 how many runs of a kind are read at most: int. Indexes: runs_oldest, runs_timed, runs_held, runs_by_job.
 READ_QUEUE = "select job, state::text as state, runs, due_seconds from bon_scheduler.read_queue($1)"
 
 
@@ -152,7 +199,9 @@ async def list_runs(
     connection: Connection, *, job: str | None, state: str | None, since: datetime | None, limit: int
 ) -> list[Row]:
     """Return runs, newest first."""
-    return await _rows(connection, LIST_RUNS, job, state, since, limit)
+    if job is None and state is None:
+        return await _rows(connection, LIST_RUNS, since, limit)
+    return await _rows(connection, LIST_CERTAIN_RUNS, since, limit, job, state)
 
 
 async def find_run(connection: Connection, run_id: UUID) -> Row | None:
@@ -187,8 +236,17 @@ async def caused_by(connection: Connection, run_id: UUID) -> list[Row]:
 
 
 async def descendants(connection: Connection, run_id: UUID) -> list[Row]:
-    """Return the runs this run caused, and theirs, with the seconds until each is due."""
+    """Return the runs this run caused, and theirs. It reads them all: to watch them, ask for `unfinished`."""
     return await _rows(connection, DESCENDANTS, run_id)
+
+
+async def unfinished(connection: Connection, causes: Collection[UUID], jobs: Collection[str]) -> list[Row]:
+    """
+    Return the runs of these jobs that have not ended, with the seconds until each is due.
+
+    They are what these runs caused, and what that caused while it has not ended itself.
+    """
+    return await _rows(connection, UNFINISHED, list(causes), list(jobs))
 
 
 async def holder_of_key(connection: Connection, job: str, dedupe_key: str) -> Row | None:
@@ -199,7 +257,7 @@ async def holder_of_key(connection: Connection, job: str, dedupe_key: str) -> Ro
 
 async def job_overview(connection: Connection) -> list[Row]:
     """Return each known job with its last run, and how many runs wait or are dead."""
-    return await _rows(connection, JOB_OVERVIEW)
+    return await _rows(connection, JOB_OVERVIEW, MOST_COUNTED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ __all__ = [
     "Worker",
     "beat",
     "count_serving",
+    "database_seconds",
     "declare_dead",
     "last_beats",
     "newer_serves",
@@ -57,6 +58,7 @@ NEWER_SERVES = """
 """
 LAST_BEATS = "select id as worker, last_word as id, lease from bon_scheduler.workers where last_word is not null"
 COUNT_SERVING = "select count(*) from bon_scheduler.workers where serves and last_word is not null"
+DATABASE_SECONDS = "select extract(epoch from clock_timestamp())::float8"
 # $1 last beats: uuid[]; see the SQL functions.
 DECLARE_DEAD = "select id, host, pid from bon_scheduler.declare_dead($1)"
 
@@ -152,6 +154,11 @@ async def newer_serves(connection: Connection, version: str) -> bool:
 async def last_beats(connection: Connection) -> list[LastBeat]:
     """Return the last heartbeat of each worker that is not taken for dead."""
     return [LastBeat(*row) for row in await connection.fetch(LAST_BEATS, timeout=CALL_TIMEOUT_SECONDS)]
+
+
+async def database_seconds(connection: Connection) -> float:
+    """Return what the database's clock says, in seconds since 1970."""
+    return float(await connection.fetchval(DATABASE_SECONDS, timeout=CALL_TIMEOUT_SECONDS))
 
 
 async def count_serving(connection: Connection) -> int:

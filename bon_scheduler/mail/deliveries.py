@@ -31,7 +31,7 @@ RECENT = timedelta(days=7)
 
 # An intention whose attempt is over can no longer be answered; mail.GIVE_UP does the same for one letter, when
 # somebody comes across it first. If an answer is recorded after all, it settles the row.
-# Indexes: deliveries_uncertain, runs_pkey.
+# Indexes: deliveries_uncertain, runs_held.
 GIVE_UP_UNANSWERED = """
     update bon_scheduler.deliveries d
        set state = 'unknown', reply = 'the attempt ended before the answer was recorded', settled_at = now()

@@ -78,7 +78,7 @@ INTEND = """
 # An intention whose attempt is over, of an earlier attempt of this run or of a run that no longer
 # runs, can no longer be answered. One statement: whoever settles the row first has decided.
 # $1 kind: text, $2 business: uuid, $3 day: date, $4 recipient: text (hash), $5 run: uuid,
-# $6 attempt: int. Index: deliveries_kind_business_id_as_of_recipient_hash_key.
+# $6 attempt: int. Indexes: deliveries_kind_business_id_as_of_recipient_hash_key, runs_pkey.
 GIVE_UP = """
     update bon_scheduler.deliveries d
        set state = 'unknown', reply = 'the attempt ended before the answer was recorded', settled_at = now()

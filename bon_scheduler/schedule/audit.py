@@ -26,15 +26,23 @@ ALLOWANCE = timedelta(seconds=60)
 LATE = timedelta(seconds=60)
 MOST_COUNTED = 10_000
 
-# $1 since: timestamptz, $2 until: timestamptz. Index: runs_ticks_of_job.
+# $1 since: timestamptz, $2 until: timestamptz. Indexes: runs_tick, attempts_pkey. By job, as the index is.
 TICKS = """
     select r.job, r.fire_time, r.state::text as state, r.reason, r.error, r.attempt, r.started_at, r.id,
            a.host
-      from bon_scheduler.runs r
-      left join bon_scheduler.attempts a on a.run_id = r.id and a.attempt = r.attempt
-     where r.origin = 'schedule'
-       and r.fire_time > $1
-       and r.fire_time <= $2
+      from bon_scheduler.jobs j
+     cross join lateral (
+               select *
+                 from bon_scheduler.runs t
+                where t.job = j.name
+                  and t.origin = 'schedule'
+                  and t.fire_time > $1
+                  and t.fire_time <= $2
+               offset 0
+           ) r
+      left join lateral (
+               select host from bon_scheduler.attempts t where t.run_id = r.id and t.attempt = r.attempt offset 0
+           ) a on true
 """
 NOW = "select clock_timestamp()"
 # $1 since: timestamptz. Index: pruning_pkey. What was pruned is not a gap.

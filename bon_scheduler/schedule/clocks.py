@@ -74,6 +74,11 @@ class Clocks:
         return self._apart
 
     @property
+    def all_agree(self) -> bool:
+        """Whether this machine's clock, the database's and what is believed were within a minute of each other."""
+        return self._agreed and self._apart <= TOLERANCE
+
+    @property
     def database(self) -> datetime:
         """What the database's clock said when it was last judged; the wall's before that."""
         return self._database or self._wall.now()

@@ -19,9 +19,10 @@ import structlog
 
 from bon_scheduler.jobs import CatchUp, Connection, Cron
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS
+from bon_scheduler.schedule.clocks import TOLERANCE
 from bon_scheduler.schedule.timing import Period, check_cron
 
-__all__ = ["Declaration", "Histories", "declare", "read_histories"]
+__all__ = ["Declaration", "Histories", "bring_back", "declare", "read_histories"]
 
 log = structlog.get_logger()
 
@@ -59,6 +60,32 @@ DECLARE = """
 """
 # $1 job, $2 effective from: timestamptz. A job owes nothing from before its first schedule.
 BEGIN_TICKS = "update bon_scheduler.jobs set last_tick = $2 where name = $1 and last_tick is null"
+# $1 now: timestamptz, which all clocks agree on, $2 jobs: text[]. Index: runs_tick. The jobs BEFORE their schedules, as
+# `declare` locks them.
+BRING_BACK = """
+    with late as (
+        select j.name, j.last_tick
+          from bon_scheduler.jobs j
+         where j.name = any ($2) and j.last_tick > $1
+         order by j.name
+           for no key update
+    ), moved as (
+        update bon_scheduler.schedules s
+           set effective_from = $1
+          from late l
+         where s.job = l.name
+           and s.effective_from = l.last_tick
+           and not exists (select from bon_scheduler.schedules o
+                            where o.job = s.job and o.effective_from <> s.effective_from)
+           and not exists (select from bon_scheduler.runs r where r.job = s.job and r.origin = 'schedule')
+        returning s.job
+    )
+    update bon_scheduler.jobs j
+       set last_tick = $1
+      from moved m
+     where j.name = m.job
+    returning j.name
+"""
 HISTORIES = """
     select job, bon_scheduler.shown(effective_from) as effective_from, expression, timezone, catch_up,
            extract(epoch from grace)::float8 as grace_seconds
@@ -117,6 +144,24 @@ def _differs(history: Sequence[Period], cron: Cron | None, zone: ZoneInfo) -> bo
     if cron is None:
         return in_force is not None and in_force.cron is not None
     return in_force is None or (in_force.cron, in_force.zone.key) != (cron, zone.key)
+
+
+async def bring_back(connection: Connection, histories: Histories, now: datetime) -> bool:
+    """
+    Put first schedules in force from `now` (UTC, aware) on that begin later; return whether there were any.
+
+    They were declared by a clock that was ahead, and would fire when that instant comes, with no gap in an audit.
+    `now` must be what all clocks agree on.
+    """
+    late = [
+        job
+        for job, periods in histories.periods.items()
+        if len(periods) == 1 and periods[0].effective_from > now + TOLERANCE
+    ]
+    rows = await connection.fetch(BRING_BACK, now, late, timeout=CALL_TIMEOUT_SECONDS) if late else []
+    for row in rows:
+        log.warning("schedule.brought_back", job=row["name"], since=now)
+    return bool(rows)
 
 
 async def _declare_one(

@@ -144,7 +144,8 @@ class Triggers:
                 now=now,
                 first=self._clocks.database,
             )
-            if changed:
+            moved = self._clocks.all_agree and await schedules.bring_back(connection, histories, now)
+            if changed or moved:
                 histories = await schedules.read_histories(connection)
             last_ticks = await ledger.last_ticks(connection, list(histories.periods))
             wait, unusable = PASS_SECONDS, dict(histories.unusable)

@@ -89,7 +89,8 @@ ASK_AGAIN = """
      where state = 'spent'
        and ($1::uuid[] is null or business_id = any ($1))
 """
-# Flags whoever waits, unless the row holds another token by now. Index: shaam_refreshes_pkey, shaam_tokens_pkey.
+# Flags whoever waits, unless the row holds another token by now. Reads one row a business, and
+# looks up their tokens. Index: shaam_tokens_sealed.
 FLAG_WAITING = """
     with flagged as (
         update public.business_shaam_credentials c
@@ -110,7 +111,7 @@ FLAG_WAITING = """
     )
     select business_id from flagged
 """
-# $1 businesses: uuid[]. One whose grant nobody called spent, if there is one.
+# $1 businesses: uuid[]. One whose grant nobody called spent, if there is one. Index: shaam_refreshes_pkey.
 CHOOSE_ONE = """
     select d.business_id
       from unnest($1::uuid[]) as d (business_id)

@@ -100,7 +100,7 @@ IS_CLAIMED = """
 # $1 business, $2 the refresh token that was sent, $3 the new access token, $4 the new refresh token (each as
 # stored), $5 how long the access token lives: interval, $6 scope: text or null, $7 the sent token's fingerprint,
 # $8 how long the new refresh token lives: interval or null, $9 the new refresh token's fingerprint.
-# Index: unique (business_id), shaam_refreshes_pkey.
+# Indexes: unique (business_id), shaam_refreshes_pkey, shaam_tokens_pkey.
 # It also matches $4, so that a save whose reply was lost on the way is known again when it is repeated. BON's row
 # BEFORE ours: a claim locks them in that order. Ours whoever holds the lease: the token is spent for all, unless
 # it was given back as its own successor, which the authority is not seen to do and OAuth allows.

@@ -21,8 +21,8 @@ SILENT_SECONDS = "select extract(epoch from clock_timestamp() - seen_at)::float8
 
 
 @asynccontextmanager
-async def beating(connection: Connection, url: str) -> AsyncIterator[Heartbeat]:
-    worker = Worker(lease=LEASE)
+async def beating(connection: Connection, url: str, lease: timedelta = LEASE) -> AsyncIterator[Heartbeat]:
+    worker = Worker(lease=lease)
     await register_worker(connection, worker)
     async with Heartbeat(url=url, worker=worker).running() as beat:
         yield beat
@@ -67,6 +67,22 @@ async def test_an_event_loop_that_will_not_turn_again_is_not_vouched_for(
         await until(resumed)
     [silent] = [json.loads(line)["silent_seconds"] for line in logged().splitlines() if "resumed" in line]
     assert silent > LEASE.total_seconds()
+
+
+async def test_a_slow_database_does_not_have_a_wedged_event_loop_vouched_for(
+    connection: Connection, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A beat that takes longer than a second is no sign that the whole process was frozen."""
+    monkeypatch.setattr(heartbeat, "WEDGED_AFTER_SECONDS", 2.0)
+    await connection.execute(
+        "create function public.slow() returns trigger language plpgsql as"
+        " 'begin perform pg_sleep(1.2); return new; end';"
+        "create trigger slow before update on bon_scheduler.workers for each row execute function public.slow()"
+    )
+    async with beating(connection, database_url, timedelta(seconds=12)):
+        time.sleep(9)  # noqa: ASYNC251 - this is the fault
+        silent = await connection.fetchval(SILENT_SECONDS)
+    assert silent > 4.5
 
 
 async def test_a_worker_whose_row_was_deleted_is_registered_again(connection: Connection, database_url: str) -> None:

@@ -15,6 +15,7 @@ from bon_scheduler.ledger import retention
 from bon_scheduler.schedule.audit import audit_ticks
 from handlers import JOBS
 from handlers.ledger_pruning import ledger_pruning
+from tests import arrange
 from tests.conftest import Connection, MakeSettings, RunJob
 from tests.waiting import until
 
@@ -72,6 +73,8 @@ async def test_runs_that_ended_long_ago_go_with_their_attempts(run_job: RunJob, 
         "outcomes": 0,
         "runs": len(old),
         "tokens": 0,
+        "refreshes": 0,
+        "actions": 0,
     }
     assert await left(connection, old + young) == young
     assert await connection.fetchval("select count(*) from bon_scheduler.attempts") == len(young) + 1  # this run's
@@ -105,12 +108,12 @@ async def test_a_whole_family_that_is_old_goes_at_once(run_job: RunJob, connecti
 async def test_a_settled_delivery_goes_with_its_run_and_an_uncertain_one_keeps_it(
     run_job: RunJob, connection: Connection
 ) -> None:
-    runs = {state: await run(connection) for state in ("sent", "refused", "unknown", "intended")}
+    runs = {state: await run(connection) for state in ("sent", "refused", "released", "unknown", "intended")}
     for state, run_id in runs.items():
         await delivery(connection, run_id, state)
     report = await prune(run_job)
     assert await left(connection, list(runs.values())) == [runs["unknown"], runs["intended"]]
-    assert report.run["counts"]["deliveries"] == 2
+    assert report.run["counts"]["deliveries"] == 3
 
 
 async def test_a_young_delivery_keeps_its_old_run(run_job: RunJob, connection: Connection) -> None:
@@ -137,8 +140,50 @@ async def test_what_was_done_for_a_business_is_kept_sixty_days(run_job: RunJob, 
     for days in (61, 59):
         await connection.execute(insert, kept, days)
     report = await run_job(ledger_pruning, jobs=JOBS)  # 400 days: the run stays
-    assert report.run["counts"] == {"deliveries": 0, "outcomes": 1, "runs": 0, "tokens": 0}
+    assert report.run["counts"] == {
+        "deliveries": 0,
+        "outcomes": 1,
+        "runs": 0,
+        "tokens": 0,
+        "refreshes": 0,
+        "actions": 0,
+    }
     assert await connection.fetchval("select count(*) from bon_scheduler.business_outcomes") == 1
+
+
+async def test_what_a_person_did_is_kept_seven_years(run_job: RunJob, connection: Connection) -> None:
+    insert = """
+        insert into bon_scheduler.operator_actions (at, by, action, target, reason)
+        values (now() - make_interval(years => $1, days => $2), 'dana', 'retry', $3, 'why')
+    """
+    for years, target in ((6, "young"), (7, "old")):
+        await connection.execute(insert, years, 20, target)
+    report = await prune(run_job)
+    assert report.run["counts"]["actions"] == 1
+    assert await connection.fetchval("select array_agg(target) from bon_scheduler.operator_actions") == ["young"]
+
+
+async def test_how_an_exchange_ended_is_forgotten_once_the_business_has_no_credentials(
+    run_job: RunJob, connection: Connection
+) -> None:
+    """A business that has them keeps its row, however long ago it was: it says why nobody asks the authority."""
+    kept = await arrange.business(connection)
+    await connection.execute(
+        "insert into business_shaam_credentials (business_id, encrypted_access_token, encrypted_refresh_token,"
+        " token_expires_at) values ($1, 'a', 'r', now())",
+        kept,
+    )
+    insert = """
+        insert into bon_scheduler.shaam_refreshes (business_id, state, changed_at, lease_until)
+        values ($1, 'needs_reauth', now() - make_interval(days => $2), now() - make_interval(days => $3))
+    """
+    young, at_work = uuid4(), uuid4()
+    for business, days, leased in ((kept, 61, None), (uuid4(), 61, 61), (young, 59, None), (at_work, 61, 1)):
+        await connection.execute(insert, business, days, leased)
+    report = await prune(run_job)
+    assert report.run["counts"]["refreshes"] == 1
+    rows = await connection.fetch("select business_id from bon_scheduler.shaam_refreshes")
+    assert {row["business_id"] for row in rows} == {kept, young, at_work}
 
 
 async def test_a_dead_dry_run_waits_for_nobody(run_job: RunJob, connection: Connection) -> None:

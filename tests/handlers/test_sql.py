@@ -4,7 +4,7 @@ import importlib
 import json
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -29,8 +29,10 @@ def statements(*packages: ModuleType) -> Iterator[tuple[str, str]]:
     for package in packages:
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             for name, value in vars(importlib.import_module(found.name)).items():
-                if name.isupper() and isinstance(value, str) and STATEMENT.search(value):
-                    yield f"{found.name}.{name}", value
+                several = value if isinstance(value, Mapping) and name[0] != "_" else {None: value}
+                for key, sql in several.items():
+                    if name.isupper() and isinstance(sql, str) and STATEMENT.search(sql):
+                        yield f"{found.name}.{name}{f'[{key}]' if key else ''}", sql
 
 
 async def fault_of(connection: Connection, sql: str) -> str | None:

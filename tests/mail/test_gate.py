@@ -237,6 +237,17 @@ async def test_the_wait_grows_with_each_trial_that_fails(connection: Connection)
     assert waits[2:] == [30, 60, 120, 240, 300, 300, 300]
 
 
+async def test_what_failed_beside_a_closed_gate_changes_nothing(connection: Connection) -> None:
+    """A letter that began before the gate closed says nothing new: the wait would grow with each of twenty."""
+    await close_gate(connection, again_in="30 seconds")
+    row = "select failures, closed_since, closed_until, trying_until, trouble from bon_scheduler.mail_gate"
+    before = await connection.fetchrow(row)
+    again = await connection.fetchval(
+        mail_gate.CLOSE_GATE, "late", False, 3, timedelta(seconds=30), timedelta(minutes=5)
+    )
+    assert (again, await connection.fetchrow(row)) == (False, before)
+
+
 async def test_another_letter_of_a_run_finds_the_gate_closed_and_waits_for_nothing(
     world: World, connection: Connection
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from bon_scheduler import declared, service
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
+from bon_scheduler.mail.deliveries import release
 from bon_scheduler.mail.keys import read_key, recipient_hash
 from bon_scheduler.mail.mailer import Delivery
 from tests import arrange
@@ -60,6 +61,20 @@ async def test_a_letter_that_a_living_worker_is_sending_is_left_alone(
         assert await connection.fetchval(STATE) == "intended"
         await connection.execute("update bon_scheduler.workers set last_word = null where id = $1", worker)
         await serving.machinery.reconciler.make_pass()
+        assert await connection.fetchval(STATE) == "unknown"
+
+
+async def test_a_letter_of_an_attempt_before_the_one_that_runs_is_nobodys(
+    make_settings: MakeSettings, world: World, connection: Connection
+) -> None:
+    """The run's next attempt lives, and may be about another letter."""
+    worker, run = uuid4(), await a_run(world.pool)
+    await connection.execute(WORKER.replace("$2::timestamptz", "now() + interval '1 hour'"), worker)
+    await connection.execute("update bon_scheduler.runs set worker = $1, attempt = 2", worker)
+    await intend(world.pool, run)
+    async with service.serving(make_settings(LEASE_SECONDS="60")) as serving:
+        await serving.machinery.reconciler.make_pass()
+        assert await connection.fetchval("select state::text from bon_scheduler.runs") == "running"
         assert await connection.fetchval(STATE) == "unknown"
 
 
@@ -181,6 +196,17 @@ async def test_an_unknown_letter_is_sent_once_more_when_a_person_says_so(
     action = await plain.fetchrow("select action, target, reason from bon_scheduler.operator_actions")
     assert action is not None
     assert tuple(action) == ("resend", str(delivery), "she has it not")
+
+
+async def test_the_run_that_sends_a_letter_again_is_told_its_day_though_the_first_was_not(
+    plain: Connection, connection: Connection
+) -> None:
+    """Otherwise it would be today's letter, to everybody, and this one `released` for good."""
+    delivery = await unknown_letter(plain)
+    await plain.execute("update bon_scheduler.runs set payload = payload - 'as_of'")
+    run = await release(connection, delivery, by="dana", reason="she has it not")
+    day = await plain.fetchval("select payload ->> 'as_of' from bon_scheduler.runs where id = $1", run)
+    assert day == AS_OF.isoformat()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import pytest
 
@@ -11,6 +12,7 @@ from bon_scheduler.database.connections import Pool
 from bon_scheduler.ledger import pauses
 from bon_scheduler.schedule.audit import Verdict, audit_ticks
 from bon_scheduler.schedule.clocks import Clocks
+from bon_scheduler.schedule.schedules import IS_DECLARER
 from tests.conftest import Connection, SetClock
 from tests.replicas import JOB, QUARTERS, Replica
 
@@ -58,6 +60,67 @@ async def test_a_first_schedule_is_in_force_from_now_on_though_this_machines_clo
     late = "select clock_timestamp() - effective_from from bon_scheduler.schedules"
     assert timedelta(0) <= await connection.fetchval(late) < timedelta(seconds=10)
     assert await ticks(connection) == []
+
+
+async def test_a_first_schedule_that_a_clock_far_ahead_declared_is_in_force_once_the_clocks_agree(
+    pool: Pool, connection: Connection
+) -> None:
+    """Otherwise it would not fire for as long as that, without a gap in any audit."""
+    await replica_of(pool)
+    ahead = "update bon_scheduler.{} set {} = now() + interval '30 days'"
+    await connection.execute(ahead.format("schedules", "effective_from"))
+    await connection.execute("update bon_scheduler.jobs set last_tick = effective_from from bon_scheduler.schedules")
+    replica = await Replica(pool, {JOB: QUARTERS}, START).start()
+    replica.triggers._clocks = Clocks(SetClock(datetime.now(UTC) + timedelta(days=20)))
+    await replica.triggers.make_pass()  # these two do not agree: nobody knows which is right
+    begins = "select effective_from - clock_timestamp() from bon_scheduler.schedules"
+    assert await connection.fetchval(begins) > timedelta(days=29)
+    replica.triggers._clocks = Clocks(SetClock(datetime.now(UTC)))
+    await replica.triggers.make_pass()
+    assert abs(await connection.fetchval(begins)) < timedelta(minutes=1)
+    last = await connection.fetchval("select last_tick from bon_scheduler.jobs where name = $1", JOB)
+    assert last == await connection.fetchval("select effective_from from bon_scheduler.schedules")
+
+
+async def test_a_schedule_that_has_ticks_or_had_another_before_is_not_brought_back(
+    pool: Pool, connection: Connection
+) -> None:
+    await replica_of(pool)
+    await connection.execute(
+        "update bon_scheduler.schedules set effective_from = now() + interval '30 days';"
+        "insert into bon_scheduler.runs (job, origin, fire_time, state)"
+        " select job, 'schedule', effective_from, 'missed' from bon_scheduler.schedules"
+    )
+    await connection.execute("update bon_scheduler.jobs set last_tick = effective_from from bon_scheduler.schedules")
+    replica = await Replica(pool, {JOB: QUARTERS}, START).start()
+    replica.triggers._clocks = Clocks(SetClock(datetime.now(UTC)))
+    await replica.triggers.make_pass()
+    begins = "select effective_from - clock_timestamp() from bon_scheduler.schedules"
+    assert await connection.fetchval(begins) > timedelta(days=29)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "declares"),
+    [
+        (("1.9", 2), ("1.10", 1), 1),
+        (("1.9", 1), ("1.9", 2), 1),
+        (("1.9", 2), ("1.9", 1), 0),
+        (("1.9", 1), ("1.9", 1), 0),
+    ],
+    ids=["the higher version", "then the later start", "whichever came first", "then the lower id"],
+)
+async def test_of_several_replicas_one_declares(
+    connection: Connection, first: tuple[str, int], second: tuple[str, int], declares: int
+) -> None:
+    workers = [UUID(int=1), UUID(int=2)]
+    insert = """
+        insert into bon_scheduler.workers (id, host, pid, version, serves, started_at)
+        values ($1, 'h', 1, $2, true, timestamptz '2026-01-01' + make_interval(hours => $3))
+    """
+    for worker, (version, hour) in zip(workers, (first, second), strict=True):
+        await connection.execute(insert, worker, version, hour)
+    found = [await connection.fetchval(IS_DECLARER, worker) for worker in workers]
+    assert found == [declares == 0, declares == 1]
 
 
 async def test_a_ring_that_is_early_by_a_hair_records_nothing_and_loses_nothing(

@@ -13,7 +13,7 @@ from bon_scheduler.database.connections import Pool
 from bon_scheduler.demo.shaam_simulator import ShaamSimulator, shaam_simulator
 from bon_scheduler.jobs import Connection as AnyConnection
 from bon_scheduler.shaam import rotation, unsaved
-from bon_scheduler.shaam.refreshes import Credential, Rotated
+from bon_scheduler.shaam.refreshes import Credential, Rotated, save
 from bon_scheduler.shaam.spool import Spool, SpoolCounts, count_files
 from handlers.shaam_token_refresh import RefreshTokens
 from tests.conftest import Connection, MakeSettings
@@ -308,6 +308,21 @@ async def test_while_a_file_cannot_be_read_no_token_is_sent_again_and_others_are
     await replica.offer()
     assert simulator.honours(await bon.refresh_token(lost))
     await replica.stop()
+
+
+async def test_a_save_whose_answer_was_lost_is_known_again_when_it_is_repeated(
+    connection: Connection, simulator: ShaamSimulator
+) -> None:
+    """Otherwise the row would seem to hold somebody else's token, and the one that is saved be thrown away."""
+    bon = Bon(connection, simulator)
+    business = await bon.business("a")
+    old = Credential(business, (await bon.row(business))["encrypted_refresh_token"])
+    now, hour = datetime.now(UTC), timedelta(hours=1)
+    rotated = Rotated(old, b"old", b"new", "new access", "new refresh", None, hour, hour, now)
+    assert [await save(connection, rotated, now) for _ in range(2)] == [True, True]
+    other = Rotated(old, b"old", b"third", "other access", "other refresh", None, hour, hour, now)
+    assert not await save(connection, other, now)
+    assert (await bon.row(business))["encrypted_refresh_token"] == "new refresh"
 
 
 async def test_a_claim_that_began_before_a_save_committed_does_not_send_what_it_replaced(

@@ -29,6 +29,7 @@ update runs r
  where r.state in ('queued', 'retrying', 'running');
 
 alter table runs drop column timed_at;
+alter table runs alter column caused_by set (n_distinct = -0.01);
 
 alter table attempts
     drop constraint attempts_outcome_check,
@@ -48,7 +49,16 @@ create table changed_rows (
 );
 create index changed_rows_businesses on changed_rows using gin (businesses);
 
-drop index runs_unfinished, runs_held, runs_ticks_of_job;
+drop index runs_unfinished, runs_held, runs_ticks_of_job, runs_by_job, runs_caused_by, runs_for_a_person, runs_by_end,
+    deliveries_uncertain, deliveries_settled;
+create index runs_by_job on runs (job, state, enqueued_at desc, id);
+create index runs_caused_by on runs (caused_by, state) where caused_by is not null;
+create index runs_by_end on runs (finished_at)
+    where state in ('succeeded', 'partial', 'cancelled', 'missed', 'paused') or state = 'dead' and dry_run;
+create index deliveries_uncertain on deliveries (state, intended_at) where state in ('intended', 'unknown');
+create index deliveries_settled on deliveries (intended_at) where state in ('sent', 'refused', 'released');
+create index operator_actions_by_age on operator_actions (at);
+comment on table operator_actions is 'What a person did, to what and why. Kept for seven years.';
 create index runs_ready on runs (job, priority desc, turn, enqueued_at, id)
     where ready and state in ('queued', 'retrying');
 create index runs_oldest on runs (job, enqueued_at) where ready and state in ('queued', 'retrying');

@@ -77,6 +77,8 @@ create table runs (
     business        text,
     concurrency_key text
 ) with (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 5000);
+-- Most of what has a cause has one of a few: a sample finds one value, and whoever looks for another cause reads the table.
+alter table runs alter column caused_by set (n_distinct = -0.01);
 comment on table runs is 'The ledger and the queue: one row a run, from the moment it is asked for until it is pruned.';
 comment on column runs.fire_time is 'The instant a schedule or a person named; null for other requests.';
 comment on column runs.run_at is 'Not before this instant; null: at once.';
@@ -114,12 +116,11 @@ create index runs_active_ticks on runs (job) where origin = 'schedule' and state
 create unique index runs_dedupe_key on runs (job, dedupe_key) where dedupe_key is not null;
 -- What people and the audit read.
 create index runs_newest on runs (enqueued_at desc, id);
-create index runs_by_job on runs (job, enqueued_at desc);
-create index runs_caused_by on runs (caused_by) where caused_by is not null;
-create index runs_for_a_person on runs (job, state) where state in ('dead', 'held');
+create index runs_by_job on runs (job, state, enqueued_at desc, id);
+create index runs_caused_by on runs (caused_by, state) where caused_by is not null;
 -- What pruning reads. Dead and held runs are for a person, and stay until one has decided.
 create index runs_by_end on runs (finished_at)
-    where state in ('succeeded', 'partial', 'cancelled', 'missed', 'paused');
+    where state in ('succeeded', 'partial', 'cancelled', 'missed', 'paused') or state = 'dead' and dry_run;
 
 create table attempts (
     run_id     uuid not null references runs (id) on delete cascade,
@@ -209,8 +210,9 @@ create table operator_actions (
     target text not null,
     reason text not null check (reason <> '')
 );
-comment on table operator_actions is 'What a person did, to what and why. Never pruned.';
+comment on table operator_actions is 'What a person did, to what and why. Kept for seven years.';
 create index operator_actions_target on operator_actions (target);
+create index operator_actions_by_age on operator_actions (at);
 
 create table pruning (
     only_row    boolean primary key default true check (only_row),
@@ -252,9 +254,9 @@ comment on column deliveries.state is
 comment on column deliveries.recipient_hash is
     'HMAC of the SHA-256 of business and address. Without its prefix, as version 9 wrote it, it is refused.';
 comment on column deliveries.reply is 'The server''s, without anything that it may quote.';
-create index deliveries_uncertain on deliveries (intended_at) where state in ('intended', 'unknown');
+create index deliveries_uncertain on deliveries (state, intended_at) where state in ('intended', 'unknown');
 create index deliveries_run on deliveries (run_id);
-create index deliveries_settled on deliveries (intended_at) where state in ('sent', 'refused');
+create index deliveries_settled on deliveries (intended_at) where state in ('sent', 'refused', 'released');
 
 create table mail_gate (
     the_one      boolean primary key default true check (the_one),
