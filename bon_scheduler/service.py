@@ -19,7 +19,16 @@ from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool, require_endpoints, require_schema
 from bon_scheduler.declared import JOBS, schedules_of
-from bon_scheduler.engine import Deadman, DryRunner, Engine, Heartbeat, Reconciler, Runner, RunnerParts
+from bon_scheduler.engine import (
+    Deadman,
+    DryRunner,
+    Engine,
+    Heartbeat,
+    Quarantine,
+    Reconciler,
+    Runner,
+    RunnerParts,
+)
 from bon_scheduler.jobs import AnyJob, Cron
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Worker, register_worker, retire_worker
 from bon_scheduler.log import describe_error
@@ -58,6 +67,7 @@ class Machinery:
     schedules: Mapping[str, Cron]
     worker: Worker
     heartbeat: Heartbeat
+    quarantine: Quarantine
     reconciler: Reconciler
     runner: Runner
     metrics: Metrics
@@ -93,6 +103,7 @@ async def machinery(
     """
     Run a worker for the duration of the context; one that `serves` also makes its jobs known.
 
+    Raises QuarantinedError where the ledger is a copy; one that `serves` waits instead until a person adopts it.
     `clock` is what handlers, letters and tokens go by; None: what the machine's and the database's are believed to say.
     """
     clock = clock or Clocks(SystemClock())
@@ -109,13 +120,16 @@ async def machinery(
             if isinstance(clock, Clocks):
                 await clock.read(connection)
             await ledger.register_jobs(connection, jobs, scheduled=schedules, anew=serves)
+        quarantine = await stack.enter_async_context(Quarantine(settings, control, serves=serves).watching())
         if serves:
             await _report_unusable(pool)
         await stack.enter_async_context(_registered(control, worker))
         beating = Heartbeat(url=settings.listen_url, worker=worker).running()
         heartbeat = await stack.enter_async_context(beating)
-        resources = await stack.enter_async_context(_resources(settings, pool, metrics, clock, stopping))
+        building = _resources(settings, pool, metrics, clock, quarantine, stopping)
+        resources = await stack.enter_async_context(building)
         mailer = resources[Mailer]
+        deadman = Deadman.watching(settings.deadman_urls, silent=lambda: quarantine.reason is not None)
         runner = Runner(
             RunnerParts(
                 pool=pool,
@@ -127,13 +141,16 @@ async def machinery(
                 zone=settings.bon_timezone,
                 clock=clock,
                 metrics=metrics,
-                deadman=await stack.enter_async_context(Deadman.watching(settings.deadman_urls)),
+                deadman=await stack.enter_async_context(deadman),
+                quarantine=quarantine,
                 farewell=SERVICE_FAREWELL if serves else PERSON_FAREWELL,
             )
         )
         reconciler = await stack.enter_async_context(Reconciler(pool=control, runner=runner, worker=worker).running())
         by_name = {job.name: job for job in jobs}
-        yield Machinery(pool, control, by_name, schedules, worker, heartbeat, reconciler, runner, metrics, stopping)
+        yield Machinery(
+            pool, control, by_name, schedules, worker, heartbeat, quarantine, reconciler, runner, metrics, stopping
+        )
 
 
 async def _report_unusable(pool: Pool) -> None:
@@ -174,12 +191,18 @@ async def _registered(pool: Pool, worker: Worker) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _resources(
-    settings: Settings, pool: Pool, metrics: Metrics, clock: Clock, stopping: asyncio.Event
+    settings: Settings,
+    pool: Pool,
+    metrics: Metrics,
+    clock: Clock,
+    quarantine: Quarantine,
+    stopping: asyncio.Event,
 ) -> AsyncIterator[Mapping[type, object]]:
     """Build what handlers get by type."""
     async with AsyncExitStack() as stack:
         shaam = await stack.enter_async_context(Shaam(settings))
         mailer = await stack.enter_async_context(Mailer(settings, pool, observe=metrics.letter_tried, clock=clock))
+        mailer.require_permission = quarantine.require
         resources: dict[type, object] = {Settings: settings, Shaam: shaam, Mailer: mailer}
         if settings.shaam_mode is not ShaamMode.MOCK and settings.shaam_encryption_key is not None:
             rotator = Rotator(
@@ -190,6 +213,7 @@ async def _resources(
                 clock=clock,
                 stopping=stopping,
             )
+            rotator.unsaved.waits = lambda: quarantine.reason is not None
             resources[Rotator] = await stack.enter_async_context(rotator.running())
         yield resources
 
@@ -228,6 +252,7 @@ async def serving(
             engine=engine,
             triggers=triggers,
             heartbeat=parts.heartbeat,
+            quarantine=parts.quarantine,
             reconciler=parts.reconciler,
             metrics=parts.metrics,
             worker=parts.worker,
@@ -235,7 +260,7 @@ async def serving(
         async with (
             health.answering(probes, settings) as port,
             engine.running(drain=timedelta(seconds=settings.shutdown_seconds)),
-            triggers.running(),
+            triggers.running(allowed=parts.quarantine.allows),
         ):
             log.info("service.started", port=port, version=parts.worker.version, jobs=sorted(parts.jobs))
             yield Serving(parts, engine, port)

@@ -12,6 +12,10 @@ from .dry_run import (
 from .heartbeat import (
     Heartbeat as Heartbeat,
 )
+from .quarantine import (
+    Quarantine as Quarantine,
+    QuarantinedError as QuarantinedError,
+)
 from .reconcile import (
     Reconciler as Reconciler,
     pass_seconds as pass_seconds,

@@ -92,6 +92,8 @@ class Reconciler:
         self._passes += 1
         async with self._pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
             await self._compare(connection)
+            if self._runner.quarantined is not None:
+                return  # the workers of a copy are silent because they live elsewhere
             await self._release(connection)
             if whole and (overtaken := await make_overtaken_ready(connection)):
                 log.warning("runs.overtaken", runs=overtaken)

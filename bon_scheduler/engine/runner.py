@@ -27,6 +27,7 @@ from bon_scheduler.database import TRANSIENT_ERRORS, Pool
 from bon_scheduler.engine.context import AttemptContext
 from bon_scheduler.engine.deadman import Deadman
 from bon_scheduler.engine.outcome import Outcome, invoke, judge
+from bon_scheduler.engine.quarantine import Quarantine
 from bon_scheduler.engine.recorder import Recorder
 from bon_scheduler.jobs import AnyJob, Connection, Counts, Cron, LostRunError, Payload, Retry, explain_payload
 from bon_scheduler.ledger import (
@@ -83,6 +84,7 @@ class RunnerParts:
     clock: Clock
     metrics: Metrics
     deadman: Deadman
+    quarantine: Quarantine
     farewell: timedelta
     """How long a handler may take to end when this process is stopping."""
 
@@ -108,6 +110,16 @@ class Runner:
     def letters_apart(self) -> timedelta | None:
         """The time between two letters of all replicas; None while letters are only logged."""
         return self._parts.gate.apart if self._parts.gate else None
+
+    @property
+    def quarantined(self) -> str | None:
+        """Why nothing may be taken from this ledger; None: it may."""
+        return self._parts.quarantine.reason
+
+    @property
+    def seen(self) -> int:
+        """The highest mark of the ledger that this process knows."""
+        return self._parts.quarantine.seen
 
     @property
     def under_way(self) -> frozenset[RunRef]:
@@ -158,7 +170,8 @@ class Runner:
         return await self._claim_certain(ledger.claim_new(connection, wanted, by=self._claimant()))
 
     def _claimant(self) -> Claimant:
-        return Claimant(self.worker.id, self.worker.host, self.letters_apart)
+        self._parts.quarantine.refuse()
+        return Claimant(self.worker.id, self.worker.host, self.letters_apart, self.seen)
 
     async def _claim_certain(self, asking: Awaitable[Foreground]) -> Foreground:
         async with self.claiming:

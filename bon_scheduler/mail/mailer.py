@@ -21,7 +21,7 @@ Nothing logged or raised here holds an address, a name, a subject or an amount.
 import asyncio
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
 from types import TracebackType
@@ -149,6 +149,10 @@ class _Intention:
     data_begun: bool = False
 
 
+async def _granted() -> None:
+    return
+
+
 class Mailer:
     """
     Delivers letters; one for the whole service, safe to use from many runs at once.
@@ -175,6 +179,8 @@ class Mailer:
         self._key: bytes | None = None
         self._clock = clock or SystemClock()
         self._observe = observe
+        self.require_permission: Callable[[], Awaitable[None]] = _granted
+        """Raises NotNowError while no letter may leave."""
         # The loop keeps only weak references to tasks; these must end whoever is cancelled.
         self._sending: set[asyncio.Task[Answer]] = set()
 
@@ -210,6 +216,7 @@ class Mailer:
         self._key = key = self._key or await read_key(self._pool)
         if (settled := await find_settled(self._pool, letter, key)) is not None:
             return settled  # BEFORE the gate: it takes nobody's turn
+        await self.require_permission()
         # What is no address is refused without the server, and says nothing about it.
         written = await self._write(letter, key)
         slot = await self.gate.pass_through(run_id) if written else None
