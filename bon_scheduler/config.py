@@ -112,8 +112,8 @@ class Settings(BaseSettings):
     """The server's own address, where `DATABASE_URL` goes through a pooler in transaction mode. Both must lead to the
     same database. Unset: `DATABASE_URL`."""
     deployment: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-    """The name of this deployment, such as `production`: letters, digits, `.`, `_` and `-`. The ledger remembers it, and
-    a process with another one, or none, does nothing with it until a person says `adopt`. Unset: the server's address
+    """The name of this deployment, such as `production`: letters, digits, `.`, `_` and `-`. The ledger remembers it; a
+    process with another one, or none, does nothing with it until a person says `adopt`. Unset: the server's address
     counts instead."""
     database_pool_size: int = Field(10, ge=2, le=200)
     """Connections for handlers. A replica uses up to six more, on the server's own address: one listens and claims,

@@ -3,8 +3,8 @@ Quarantine: a process whose ledger is a copy, or went back in time, touches nobo
 
 Looked at before anything is worked on, and every two seconds. What the ledger remembers of its place is compared with
 where this process finds it (`ledger.place`); its mark with the highest one that this process has seen, or that an
-earlier one has left in SPOOL_DIR. Whoever finds a lower mark writes that into the ledger, so that all are quarantined. Claims
-compare the mark themselves, in their own statement, so that nothing is taken between a restore and the next look.
+earlier one has left in SPOOL_DIR. Whoever finds a lower mark writes that into the ledger, so that all are quarantined.
+Claims compare the mark themselves, in their own statement, so that nothing is taken between a restore and a look.
 A fail-over to a replica may lose what was committed in its last moments; it begins another timeline of the server, and
 then marks of the last half minute do not count.
 """
@@ -70,7 +70,8 @@ class _Memory:
         """Return the mark that was seen before, where the ledger is behind it; None: it is not."""
         promoted = None not in (found.timeline, self._timeline) and found.timeline != self._timeline
         least = self.floor if promoted else self.highest
-        return self.highest if found.place is None or found.place.mark < least else None
+        now = found.place.mark if found.place else 0
+        return self.highest if now < least else None
 
     def forget(self) -> None:
         """Begin anew: what was seen of another ledger, or before a fail-over, counts no more."""
