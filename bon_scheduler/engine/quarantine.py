@@ -63,7 +63,7 @@ class _Memory:
         now = self._elapsed()
         self.highest, self._timeline = mark, timeline
         self._trail.append((now, mark))
-        while self._trail[0][0] <= now - LOST_AT_FAILOVER_SECONDS:
+        while self._trail and self._trail[0][0] <= now - LOST_AT_FAILOVER_SECONDS:
             self.floor = self._trail.popleft()[1]
 
     def before(self, found: Found) -> int | None:

@@ -1,7 +1,7 @@
 """A ledger that is restored from a backup under a running service: nothing goes out twice until a person adopts it."""
 
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tests.waiting import until
 
 ASK = "select bon_scheduler.enqueue('overdue-detection')"
 CUT = "select pg_terminate_backend(pid) from pg_stat_activity where datname = 'bon' and pid <> pg_backend_pid()"
-DROP = "drop schema public cascade; drop schema bon_scheduler cascade;"
+DROP = "drop schema public cascade; drop schema bon_scheduler cascade"
 EMPTY = """
     do $$ declare each record; begin
         for each in select oid::regclass as name from pg_class
@@ -78,26 +78,17 @@ class Backup:
             await connection.execute(ASK)
 
 
-async def restore_into_new_tables(backup: Backup, dump: bytes) -> None:
-    """Restore as `psql` does, after the schemas were dropped."""
+async def restore(backup: Backup, first: str, dump: bytes) -> None:
+    """End all connections, and restore in one transaction, beside a service that connects again at once."""
     async with connections.connect(backup.direct) as connection:
         await connection.execute(CUT)
-        await connection.execute(DROP)
-    program("psql", "-q", "-v", "ON_ERROR_STOP=1", "-d", backup.direct, given=b"create schema public;\n" + dump)
-
-
-async def restore_into_the_same_tables(backup: Backup, dump: bytes) -> None:
-    """Restore the rows alone: tables, server and database stay what they were."""
-    async with connections.connect(backup.direct) as connection:
-        await connection.execute(CUT)
-        await connection.execute(EMPTY)
-    given = b"set session_replication_role = replica;\n" + dump
-    program("psql", "-q", "-v", "ON_ERROR_STOP=1", "-d", backup.direct, given=given)
+    given = f"{first};\nset session_replication_role = replica;\n".encode() + dump
+    program("psql", "-q", "-1", "-v", "ON_ERROR_STOP=1", "-d", backup.direct, given=given)
 
 
 RESTORES = [
-    pytest.param(["-n", "public", "-n", "bon_scheduler"], restore_into_new_tables, id="new tables"),
-    pytest.param(["--data-only"], restore_into_the_same_tables, id="the same tables"),
+    pytest.param(["-n", "public", "-n", "bon_scheduler"], DROP, id="new tables"),
+    pytest.param(["--data-only"], EMPTY, id="the same tables"),
 ]
 
 
@@ -133,10 +124,8 @@ async def adopt(backup: Backup) -> None:
     assert adopted.status == 0, adopted.err
 
 
-@pytest.mark.parametrize(("what", "restore"), RESTORES)
-async def test_letters_do_not_go_out_again_until_a_person_says_so(
-    backup: Backup, what: list[str], restore: Callable[[Backup, bytes], Awaitable[None]]
-) -> None:
+@pytest.mark.parametrize(("what", "first"), RESTORES)
+async def test_letters_do_not_go_out_again_until_a_person_says_so(backup: Backup, what: list[str], first: str) -> None:
     async with service.serving(settings(backup.url, **backup.environ)) as serving:
         await until(lambda: is_ready(serving))
         await backup.marked()
@@ -144,7 +133,7 @@ async def test_letters_do_not_go_out_again_until_a_person_says_so(
         await backup.ask()
         await backup.sent(1)
         await backup.marked()
-        await restore(backup, dump)
+        await restore(backup, first, dump)
         reason = await require_no_second_letter(backup, serving)
         assert "restored from a dump" in reason or "went back in time" in reason
         await adopt(backup)
