@@ -22,6 +22,8 @@ from tests.waiting import until
 TICKS = "select count(*) from bon_scheduler.runs where origin = 'schedule' and job = 'session-cleanup'"
 STATES = "select state::text from bon_scheduler.runs where job = 'overdue-detection'"
 MARKED = "select count(*) from public.invoices where is_overdue"
+SILENT_WORKER = "insert into bon_scheduler.workers (id, host, pid, version) values (gen_random_uuid(), 'there', 1, '0')"
+IS_SILENT_WORKER_ALIVE = "select last_word is not null from bon_scheduler.workers where host = 'there'"
 ASK = "select bon_scheduler.enqueue('overdue-detection')"
 EACH_SECOND = {"SCHEDULE_SESSION_CLEANUP": "* * * * * *"}
 NO_TICKS = {
@@ -96,6 +98,7 @@ async def test_a_copy_touches_nobody_shows_everything_and_goes_on_once_adopted(
     url = original.url(database="copy")
     async with connections.connect(url) as connection:
         await connection.execute(ASK)
+        await connection.execute(SILENT_WORKER)
         async with quarantined(url, **mail(sink), **EACH_SECOND) as (serving, reason):
             assert "lives in another database" in reason
             told = await run_command("run-once", "overdue-detection", DATABASE_URL=url, **mail(sink))
@@ -108,6 +111,7 @@ async def test_a_copy_touches_nobody_shows_everything_and_goes_on_once_adopted(
             assert "another database" in found["what"]
             assert "adopt" in found["remedy"]
             assert await connection.fetchval(TICKS) == 0
+            assert await connection.fetchval(IS_SILENT_WORKER_ALIVE)  # it is the original's, and lives there
             assert {row["state"] for row in await connection.fetch(STATES)} == {"queued", "succeeded"}  # the dry run
             assert await connection.fetchval(MARKED) == 0
             assert sink.messages == []
@@ -166,8 +170,12 @@ async def test_a_server_that_moves_is_known_by_the_deployment_and_a_copy_is_not(
     with server(tmp_path / "moved", of=moved):
         url = moved.url(database="bon")
         for other in ({}, {"DEPLOYMENT": "development"}):
-            async with quarantined(url, **other) as (_, reason):
+            async with quarantined(url, **other) as (_, reason), connections.connect(url) as connection:
                 assert 'is of DEPLOYMENT "production"' in reason
+                await connection.execute(ASK)
+                refused = await run_command("run-once", "session-cleanup", DATABASE_URL=url, **other)
+                assert (refused.status, 'is of DEPLOYMENT "production"' in refused.err) == (1, True)
+                assert {row["state"] for row in await connection.fetch(STATES)} == {"queued"}
         await live(url, **production)
 
 

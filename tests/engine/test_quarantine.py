@@ -104,12 +104,29 @@ async def test_nothing_is_claimed_from_a_ledger_that_is_behind_even_before_anybo
         wanted = ledger.NewRun(a_test, {}, datetime.now(UTC), "a test", None)
         return (await claim_new(connection, wanted, by=Claimant(worker.id, worker.host, None, seen))).verdict
 
+    async def taken(seen: int) -> int:
+        wanted = [ledger.Wanted("a-test", 5, 0, None, sends_mail=False)]
+        demand = ledger.Demand(
+            worker=worker.id,
+            host=worker.host,
+            room=5,
+            reserve=0,
+            wanted=wanted,
+            letters_apart=None,
+            look_at_clock=True,
+            oldest_first=False,
+            seen=seen,
+        )
+        return len((await ledger.claim(connection, demand)).taken)
+
     assert await verdict(quarantine.seen) == "claimed"
+    await connection.execute("select bon_scheduler.enqueue('a-test')")
     await connection.execute(SET_BACK, 1)
-    assert await verdict(quarantine.seen) == "waits"
+    assert (await verdict(quarantine.seen), await taken(quarantine.seen)) == ("waits", 0)
     await connection.execute("update bon_scheduler.place set mark = mark + 5, ledger = 1")
-    assert await verdict(quarantine.seen) == "waits"
-    assert await connection.fetchval("select count(*) from bon_scheduler.runs where state <> 'running'") == 0
+    assert (await verdict(quarantine.seen), await taken(quarantine.seen)) == ("waits", 0)
+    await connection.execute("update bon_scheduler.place set ledger = tableoid")
+    assert await taken(quarantine.seen) == 1
 
 
 async def test_a_damaged_file_in_the_spool_is_no_reason(

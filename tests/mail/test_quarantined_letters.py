@@ -7,6 +7,8 @@ from bon_scheduler.engine import Quarantine, QuarantinedError
 from tests.conftest import Connection, MakeSettings
 from tests.mailworld import World
 
+pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS:UserWarning")
+
 
 async def test_no_letter_leaves_until_the_ledger_is_adopted(
     world: World, pool: Pool, connection: Connection, make_settings: MakeSettings
