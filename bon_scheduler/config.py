@@ -111,6 +111,10 @@ class Settings(BaseSettings):
     database_listen_url: SecretStr | None = None
     """The server's own address, where `DATABASE_URL` goes through a pooler in transaction mode. Both must lead to the
     same database. Unset: `DATABASE_URL`."""
+    deployment: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """The name of this deployment, such as `production`: letters, digits, `.`, `_` and `-`. The ledger remembers it; a
+    process with another one, or none, does nothing with it until a person says `adopt`. Unset: the server's address
+    counts instead."""
     database_pool_size: int = Field(10, ge=2, le=200)
     """Connections for handlers. A replica uses up to ten more, on the server's own address: one listens and claims,
     one is the heartbeat, four are for the ledger, ticks and probes, four for what mail servers and the authority have

@@ -19,7 +19,16 @@ from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool, Pools, require_endpoints, require_schema
 from bon_scheduler.declared import JOBS, schedules_of
-from bon_scheduler.engine import Deadman, DryRunner, Engine, Heartbeat, Reconciler, Runner, RunnerParts
+from bon_scheduler.engine import (
+    Deadman,
+    DryRunner,
+    Engine,
+    Heartbeat,
+    Quarantine,
+    Reconciler,
+    Runner,
+    RunnerParts,
+)
 from bon_scheduler.jobs import AnyJob, Connection, Cron
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Worker, register_worker, retire_worker
 from bon_scheduler.log import describe_error
@@ -60,6 +69,7 @@ class Machinery:
     schedules: Mapping[str, Cron]
     worker: Worker
     heartbeat: Heartbeat
+    quarantine: Quarantine
     reconciler: Reconciler
     runner: Runner
     metrics: Metrics
@@ -107,6 +117,7 @@ async def machinery(
     """
     Run a worker for the duration of the context; one that `serves` also makes its jobs known.
 
+    Raises QuarantinedError where the ledger is a copy; one that `serves` waits instead until a person adopts it.
     `clock` is what handlers, letters and tokens go by; None: what the machine's and the database's are believed to say.
     """
     clock = clock or Clocks(SystemClock())
@@ -125,34 +136,46 @@ async def machinery(
             await ledger.register_jobs(connection, jobs, scheduled=schedules, anew=serves)
             if serves:
                 await _report_unusable(connection)
+        quarantine = await stack.enter_async_context(Quarantine(settings, control, serves=serves).watching())
         await stack.enter_async_context(_registered(control, worker))
-        beating = Heartbeat(url=settings.listen_url, worker=worker).running()
-        heartbeat = await stack.enter_async_context(beating)
+        heartbeat = await stack.enter_async_context(Heartbeat(url=settings.listen_url, worker=worker).running())
         answer_pool = database.open_control_pool(settings, ANSWER_CONNECTIONS, worker=worker.id)
         pools = Pools(pool, await stack.enter_async_context(answer_pool))
-        outside = await stack.enter_async_context(_outside(settings, pools, metrics, clock, stopping))
-        mailer, rotator = outside.mailer, outside.rotator
+        calling = _outside(settings, pools, metrics, clock, quarantine, stopping)
+        outside = await stack.enter_async_context(calling)
+        deadman = Deadman.watching(settings.deadman_urls, silent=lambda: quarantine.reason is not None)
         runner = Runner(
             RunnerParts(
                 pool=pool,
                 control=control,
                 worker=worker,
                 resources=outside.by_type,
-                gate=mailer.gate if settings.smtp_host is not None else None,
+                gate=outside.mailer.gate if settings.smtp_host is not None else None,
                 schedules=schedules,
                 zone=settings.bon_timezone,
                 clock=clock,
                 metrics=metrics,
-                deadman=await stack.enter_async_context(Deadman.watching(settings.deadman_urls)),
+                deadman=await stack.enter_async_context(deadman),
+                quarantine=quarantine,
                 farewell=SERVICE_FAREWELL if serves else PERSON_FAREWELL,
             )
         )
         reconciler = await stack.enter_async_context(Reconciler(pool=control, runner=runner, worker=worker).running())
-        by_name = {job.name: job for job in jobs}
         yield Machinery(
-            *(pool, control, by_name, schedules, worker, heartbeat, reconciler, runner, metrics),
-            mailer=mailer,
-            rotator=rotator,
+            *(
+                pool,
+                control,
+                {job.name: job for job in jobs},
+                schedules,
+                worker,
+                heartbeat,
+                quarantine,
+                reconciler,
+                runner,
+                metrics,
+            ),
+            mailer=outside.mailer,
+            rotator=outside.rotator,
             stopping=stopping,
         )
 
@@ -168,19 +191,21 @@ class _Outside:
 
 @asynccontextmanager
 async def _outside(
-    settings: Settings, pools: Pools, metrics: Metrics, clock: Clock, stopping: asyncio.Event
+    settings: Settings, pools: Pools, metrics: Metrics, clock: Clock, quarantine: Quarantine, stopping: asyncio.Event
 ) -> AsyncIterator[_Outside]:
     async with (
         Mailer(settings, pools, observe=metrics.letter_tried, clock=clock) as mailer,
         Shaam(settings) as shaam,
         AsyncExitStack() as stack,
     ):
+        mailer.require_permission = quarantine.require
         by_type: dict[type, object] = {Settings: settings, Shaam: shaam, Mailer: mailer}
         rotator = None
         if settings.shaam_mode is not ShaamMode.MOCK:
             rotator = by_type[Rotator] = Rotator(
                 settings=settings, pools=pools, shaam=shaam, metrics=metrics, clock=clock, stopping=stopping
             )
+            rotator.unsaved.waits = lambda: quarantine.reason is not None
             await stack.enter_async_context(rotator.running())
         yield _Outside(mailer, rotator, by_type)
 
@@ -254,6 +279,7 @@ async def serving(
             engine=engine,
             triggers=triggers,
             heartbeat=parts.heartbeat,
+            quarantine=parts.quarantine,
             reconciler=parts.reconciler,
             metrics=parts.metrics,
             worker=parts.worker,
@@ -261,7 +287,7 @@ async def serving(
         async with (
             health.answering(probes, settings) as port,
             engine.running(drain=drain, answered=parts.mailer.answered),
-            triggers.running(),
+            triggers.running(allowed=parts.quarantine.allows),
         ):
             log.info("service.started", port=port, version=parts.worker.version, jobs=sorted(parts.jobs))
             yield Serving(parts, engine, port)

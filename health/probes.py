@@ -17,7 +17,7 @@ import structlog
 
 from bon_scheduler import ledger, mail, schedule, shaam
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool, SchemaBehindError, require_schema
-from bon_scheduler.engine import Engine, Heartbeat, Reconciler
+from bon_scheduler.engine import Engine, Heartbeat, Quarantine, Reconciler
 from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger import Worker
 from bon_scheduler.log import describe_error
@@ -67,6 +67,7 @@ class Probes:
     engine: Engine
     triggers: Triggers
     heartbeat: Heartbeat
+    quarantine: Quarantine
     reconciler: Reconciler
     metrics: Metrics
     worker: Worker
@@ -97,6 +98,7 @@ class Probes:
         checks = {
             "database": await self.check_database(),
             "worker": _up(self.engine.connected),
+            "place": _up(self.quarantine.reason is None) | {"reason": self.quarantine.reason},
             "draining": {"status": "down" if self.engine.draining else "up"},
             "schedules": _up(not self.triggers.unusable and not self.triggers.stuck)
             | {"unusable": dict(self.triggers.unusable), "stuck": dict(self.triggers.stuck)},
@@ -106,6 +108,7 @@ class Probes:
         return self._answer(checks)
 
     async def _refresh_metrics(self) -> None:
+        self.metrics.check_status.labels("place").set(self.quarantine.reason is None)
         size, idle = self.pool.get_size(), self.pool.get_idle_size()
         self.metrics.pool_connections.labels("idle").set(idle)
         self.metrics.pool_connections.labels("used").set(size - idle)

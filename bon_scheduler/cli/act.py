@@ -1,4 +1,4 @@
-"""Commands that change something: migrate, pause and resume jobs and businesses, retry, cancel, resend."""
+"""Commands that change something: migrate, adopt, pause and resume jobs and businesses, retry, cancel, resend."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from bon_scheduler.engine import pass_seconds
 from bon_scheduler.ledger import Action, Changed
 from bon_scheduler.report import Report
 
-__all__ = ["cancel", "migrate", "pause", "release", "resend", "resume", "retry"]
+__all__ = ["adopt", "cancel", "migrate", "pause", "release", "resend", "resume", "retry"]
 
 BECOMES = {Action.RETRY: "queued", Action.CANCEL: "cancelled", Action.RELEASE: "queued"}
 
@@ -32,6 +32,21 @@ async def migrate(settings: Settings, report: Report) -> int:
         report.document({"applied": applied})
     else:
         report.say(f"Applied: {', '.join(applied)}." if applied else "Schema bon_scheduler is up to date.")
+    return DONE
+
+
+async def adopt(settings: Settings, report: Report, *, reason: str) -> int:
+    """Have the ledger live where these settings lead, so that whoever serves there goes on."""
+    why = read_reason(reason)
+    caller = ledger.Caller.of(settings)
+    async with reading(settings) as connection:
+        what = await ledger.adopt(connection, caller, by=person(), reason=why)
+        place = (await ledger.find_place(connection)).place
+    if report.as_json:
+        report.document({"adopted": True, "was": what, "place": str(place)})
+    else:
+        report.say(f"{what}.")
+        report.say(f"It lives here from now on ({place}). Whoever serves here goes on within seconds.")
     return DONE
 
 

@@ -319,6 +319,14 @@ def release(reason: Reason, run_ids: RunIds = None, as_json: AsJson = False) -> 
 
 
 @app.command()
+def adopt(reason: Reason, as_json: AsJson = False) -> None:
+    """End the quarantine of a copy or a restored ledger. It is worked with here from now on."""
+    from bon_scheduler.cli import act
+
+    _run(as_json, lambda settings, report: act.adopt(settings, report, reason=reason))
+
+
+@app.command()
 def check(as_json: AsJson = False) -> None:
     """Report whether this deployment is sound, with remedies."""
     from bon_scheduler.cli import check as checking

@@ -19,6 +19,7 @@ from bon_scheduler.cli.checks.own import (
     check_functions,
     check_letters,
     check_own_tables,
+    check_place,
     check_schedules,
     check_schema,
 )
@@ -92,6 +93,7 @@ async def _check_database(settings: Settings, clock: Clock) -> list[Finding]:
             *schema,
             *[each for each in await look("our tables", check_own_tables) if ours or each.level is not Level.OK],
             *(await look("functions", check_functions) if ours else ()),
+            *(await look("place", lambda on: check_place(on, settings)) if ours else ()),
             *(await look("schedules", check_schedules) if ours else ()),
             *(await look("deliveries", check_letters) if ours else ()),
         ]

@@ -9,7 +9,7 @@ from bon_scheduler.database import (
     PoolerError,
     SchemaBehindError,
 )
-from bon_scheduler.engine import AlreadyRunningError
+from bon_scheduler.engine import AlreadyRunningError, QuarantinedError
 from bon_scheduler.environment import SettingsError
 from bon_scheduler.ledger import RefusedError, RefusedRequestError
 from bon_scheduler.mail import NotUncertainError
@@ -28,6 +28,7 @@ EXIT_STATUS: dict[type[Exception], int] = {
     health.CannotListenError: 2,
     AlreadyRunningError: 4,
     ClockError: 1,
+    QuarantinedError: 1,
     DatabaseUnavailableError: 1,
     SchemaBehindError: 1,
     MigrationBlockedError: 1,

@@ -6,8 +6,8 @@ INTERRUPTED = 130
 """The exit status after Ctrl-C."""
 EXIT_STATUSES = {
     0: "Done.",
-    1: "A run ended `partial` or `dead`, the database is unreachable or its schema not as expected, a check failed, or "
-    "the audit found a gap or an unresolved miss.",
+    1: "A run ended `partial` or `dead`, the database is unreachable or its schema not as expected, the ledger is "
+    "quarantined, a check failed, or the audit found a gap or an unresolved miss.",
     2: "Wrong usage or settings, or nothing can listen on `HEALTH_PORT`. Nothing was changed.",
     4: "The job is already running elsewhere.",
     INTERRUPTED: "Interrupted.",

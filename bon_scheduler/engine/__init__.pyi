@@ -12,6 +12,13 @@ from .dry_run import (
 from .heartbeat import (
     Heartbeat as Heartbeat,
 )
+from .parts import (
+    RunnerParts as RunnerParts,
+)
+from .quarantine import (
+    Quarantine as Quarantine,
+    QuarantinedError as QuarantinedError,
+)
 from .reconcile import (
     Reconciler as Reconciler,
     pass_seconds as pass_seconds,
@@ -24,5 +31,4 @@ from .run_once import (
 )
 from .runner import (
     Runner as Runner,
-    RunnerParts as RunnerParts,
 )

@@ -162,7 +162,7 @@ class Engine:
     async def _claim(self, connection: "asyncpg.Connection[asyncpg.Record]") -> float:
         """Claim what there is room for and begin it; return the seconds after which to look again unless woken."""
         room = self._room
-        if room <= 0:
+        if room <= 0 or self._runner.quarantined is not None:
             return POLL_SECONDS  # a handler that ends wakes us
         now = asyncio.get_running_loop().time()
         look_at_clock = now >= self._look_at_clock_at
@@ -206,6 +206,7 @@ class Engine:
                 letters_apart=self._runner.letters_apart,
                 look_at_clock=look_at_clock,
                 oldest_first=next(self._numbers) % OLDEST_FIRST_EVERY == 0,
+                seen=self._runner.seen,
             ),
         )
 

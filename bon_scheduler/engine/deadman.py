@@ -8,7 +8,7 @@ background, and never an effect on the run. A URL is a secret: it is not logged.
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import aiohttp
@@ -26,17 +26,22 @@ FAREWELL_SECONDS = 2.0
 class Deadman:
     """Pings by job name; a job without a URL is not watched."""
 
-    def __init__(self, urls: Mapping[str, SecretStr], session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, urls: Mapping[str, SecretStr], session: aiohttp.ClientSession, silent: Callable[[], bool]
+    ) -> None:
         self._urls = urls
         self._session = session
+        self._silent = silent
         self._pings: set[asyncio.Task[None]] = set()
 
     @classmethod
     @asynccontextmanager
-    async def watching(cls, urls: Mapping[str, SecretStr]) -> "AsyncIterator[Deadman]":
-        """Ping for the duration of the context; at its end wait a moment for pings under way."""
+    async def watching(
+        cls, urls: Mapping[str, SecretStr], *, silent: Callable[[], bool] = lambda: False
+    ) -> "AsyncIterator[Deadman]":
+        """Ping for the duration of the context, unless `silent`; at its end wait a moment for pings under way."""
         async with aiohttp.ClientSession(timeout=TIMEOUT) as session:
-            deadman = cls(urls, session)
+            deadman = cls(urls, session, silent)
             yield deadman
             if deadman._pings:
                 await asyncio.wait(set(deadman._pings), timeout=FAREWELL_SECONDS)
@@ -53,7 +58,7 @@ class Deadman:
             self._ping(job, "/fail")
 
     def _ping(self, job: str, path: str) -> None:
-        if job not in self._urls:
+        if job not in self._urls or self._silent():
             return
         url = self._urls[job].get_secret_value().rstrip("/") + path
         task = asyncio.create_task(self._send(job, url))

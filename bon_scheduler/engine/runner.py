@@ -8,27 +8,25 @@ the attempt goes on without it. A handler's exception never leaves this module; 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 from uuid import UUID
-from zoneinfo import ZoneInfo
 
 import structlog
 from pydantic import ValidationError
 from structlog.contextvars import bound_contextvars
 
 from bon_scheduler import ledger
-from bon_scheduler.clock import Clock
-from bon_scheduler.database import TRANSIENT_ERRORS, Pool
+from bon_scheduler.database import TRANSIENT_ERRORS
 from bon_scheduler.engine.attempt import Attempt, Leave, returned, to_its_end
 from bon_scheduler.engine.context import AttemptContext
-from bon_scheduler.engine.deadman import Deadman
 from bon_scheduler.engine.outcome import Outcome, invoke, judge
+from bon_scheduler.engine.parts import RunnerParts
 from bon_scheduler.engine.recorder import Recorder
-from bon_scheduler.jobs import AnyJob, Connection, Counts, Cron, LostRunError, Payload, Retry, explain_payload
+from bon_scheduler.jobs import AnyJob, Connection, Counts, LostRunError, Payload, Retry, explain_payload
 from bon_scheduler.ledger import (
     CALL_TIMEOUT_SECONDS,
     Claim,
@@ -39,14 +37,11 @@ from bon_scheduler.ledger import (
     Released,
     RunRef,
     UnreadableRunError,
-    Worker,
 )
 from bon_scheduler.log import describe_error, where_now
-from bon_scheduler.mail import MailGate
-from bon_scheduler.metrics import Metrics
 from bon_scheduler.schedule import next_fire_time
 
-__all__ = ["Runner", "RunnerParts"]
+__all__ = ["Runner"]
 
 log = structlog.get_logger()
 TOLERANCE = timedelta(days=1)
@@ -54,28 +49,6 @@ TOLERANCE = timedelta(days=1)
 UNTIL_NEWER_TAKES_IT = timedelta(seconds=5)
 DEADLINE_GRACE_SECONDS = 5.0
 """How long a handler may take to end once it is cancelled: to roll back, or to save what cannot be undone."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerParts:
-    """What a runner needs of its process."""
-
-    pool: Pool
-    """For handlers."""
-    control: Pool
-    """For the ledger."""
-    worker: Worker
-    resources: Mapping[type, object]
-    """What handlers get, by type."""
-    gate: MailGate | None
-    """None while letters are only logged."""
-    schedules: Mapping[str, Cron]
-    zone: ZoneInfo
-    clock: Clock
-    metrics: Metrics
-    deadman: Deadman
-    farewell: timedelta
-    """How long a handler may take to end when this process is stopping."""
 
 
 class Runner:
@@ -99,6 +72,16 @@ class Runner:
     def letters_apart(self) -> timedelta | None:
         """The time between two letters of all replicas; None while letters are only logged."""
         return self._parts.gate.apart if self._parts.gate else None
+
+    @property
+    def quarantined(self) -> str | None:
+        """Why nothing may be taken from this ledger; None: it may."""
+        return self._parts.quarantine.reason
+
+    @property
+    def seen(self) -> int:
+        """The highest mark of the ledger that this process knows."""
+        return self._parts.quarantine.seen
 
     @property
     def under_way(self) -> frozenset[RunRef]:
@@ -149,7 +132,8 @@ class Runner:
         return await self._claim_certain(ledger.claim_new(connection, wanted, by=self._claimant()))
 
     def _claimant(self) -> Claimant:
-        return Claimant(self.worker.id, self.worker.host, self.letters_apart)
+        self._parts.quarantine.refuse()
+        return Claimant(self.worker.id, self.worker.host, self.letters_apart, self.seen)
 
     async def _claim_certain(self, asking: Awaitable[Foreground]) -> Foreground:
         async with self.claiming:

@@ -95,6 +95,19 @@ from .pauses import (
     resume_business as resume_business,
     resume_job as resume_job,
 )
+from .place import (
+    Caller as Caller,
+    Found as Found,
+    Place as Place,
+    REMEDY as REMEDY,
+    Whereabouts as Whereabouts,
+    adopt as adopt,
+    fault as fault,
+    find_place as find_place,
+    mark_place as mark_place,
+    remember_place as remember_place,
+    report_behind as report_behind,
+)
 from .retention import (
     Horizon as Horizon,
     PRUNERS as PRUNERS,

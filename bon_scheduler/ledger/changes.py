@@ -153,7 +153,7 @@ _STATEMENTS = {Action.RETRY: RETRY, Action.CANCEL: CANCEL, Action.RELEASE: RELEA
 
 
 class RefusedError(Exception):
-    """Some of the runs cannot be changed, so none was; the message names each, why, and the remedy."""
+    """What was asked for cannot be changed, so nothing was; the message says what, why, and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)

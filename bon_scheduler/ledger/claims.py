@@ -38,24 +38,25 @@ __all__ = [
 
 # $1 worker, $2 host, $3 room: int, $4 reserve: int, $5 jobs: text[], $6 rooms: int[], $7 active: int[],
 # $8 totals: int[], $9 whether their runs begin with a letter: boolean[], $10 time between letters: interval or null,
-# $11 whether to look for runs whose instant has come: boolean, $12 whether the oldest go first: boolean. The session's
-# own LISTEN is looked at with the clock: null when it was not looked at. Indexes: runs_ready, runs_oldest, runs_timed,
-# runs_exclusive, runs_pkey.
+# $11 whether to look for runs whose instant has come: boolean, $12 whether the oldest go first: boolean, $13 the mark
+# that was seen: bigint. The session's own LISTEN is looked at with the clock: null when it was not looked at.
+# Indexes: runs_ready, runs_oldest, runs_timed, runs_exclusive, runs_pkey.
 CLAIM = """
     select extract(epoch from c.wait)::float8 as wait, c.run_id, c.attempt, c.job, c.fire_time::text as fire_time,
            c.asked_for::text as asked_for, c.payload::text as payload, c.origin, c.given_back, c.retried_after,
            c.released, c.slot, c.trial, c.after_failures,
            case when $11 then exists (select from pg_listening_channels()) end as listens
-      from bon_scheduler.claim($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) c
+      from bon_scheduler.claim($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) c
 """
-# $1 run, $2 worker, $3 host, $4 whether it begins with a letter: boolean, $5 time between letters: interval or null.
+# $1 run, $2 worker, $3 host, $4 whether it begins with a letter: boolean, $5 time between letters: interval or null,
+# $6 the mark that was seen: bigint.
 CLAIM_ONE = """
     select c.verdict, extract(epoch from c.wait)::float8 as wait, (c.run).id as run_id, (c.run).attempt, (c.run).job,
            (c.run).fire_time::text as fire_time,
            coalesce((c.run).asked_for, (c.run).enqueued_at)::text as asked_for,
            (c.run).payload::text as payload, (c.run).origin, (c.run).given_back, (c.run).retried_after,
            (c.run).released, c.slot, c.trial, c.after_failures, c.holder_host, c.holder_since, c.holder_silent
-      from bon_scheduler.claim_one($1, $2, $3, $4, $5) c
+      from bon_scheduler.claim_one($1, $2, $3, $4, $5, $6) c
 """
 # $1 job, $2 payload: jsonb, $3 fire time, $4 asked by, $5 why it may pass the brake or null, then as CLAIM_ONE from $2.
 CLAIM_NEW = """
@@ -64,7 +65,7 @@ CLAIM_NEW = """
            coalesce((c.run).asked_for, (c.run).enqueued_at)::text as asked_for,
            (c.run).payload::text as payload, (c.run).origin, (c.run).given_back, (c.run).retried_after,
            (c.run).released, c.slot, c.trial, c.after_failures, c.holder_host, c.holder_since, c.holder_silent
-      from bon_scheduler.claim_new($1, $2, $3, $4, $5, $6, $7, $8, $9) c
+      from bon_scheduler.claim_new($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) c
 """
 
 
@@ -200,6 +201,8 @@ class Demand:
     letters_apart: timedelta | None
     look_at_clock: bool
     oldest_first: bool
+    seen: int = 0
+    """The highest mark of the ledger that is known: nothing is taken from one that is behind it."""
 
 
 async def claim(connection: Connection, demand: Demand) -> Claims:
@@ -218,6 +221,7 @@ async def claim(connection: Connection, demand: Demand) -> Claims:
         demand.letters_apart,
         demand.look_at_clock,
         demand.oldest_first,
+        demand.seen,
     )
     taken = [_claim(row, demand.worker) for row in rows if row["run_id"] is not None]
     return Claims(taken, rows[0]["wait"], rows[0]["listens"] is not False)
@@ -231,6 +235,8 @@ class Claimant:
     host: str
     letters_apart: timedelta | None
     """The time between two letters of all replicas; None while letters are only logged."""
+    seen: int = 0
+    """As in a Demand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +266,7 @@ async def _claim_certain(
     connection: Connection, statement: str, what: tuple[object, ...], sends_mail: bool, by: Claimant
 ) -> Foreground:
     row = await connection.fetchrow(
-        statement, *what, by.worker, by.host, sends_mail, by.letters_apart, timeout=CALL_TIMEOUT_SECONDS
+        statement, *what, by.worker, by.host, sends_mail, by.letters_apart, by.seen, timeout=CALL_TIMEOUT_SECONDS
     )
     if row is None:
         raise LookupError("a claim always returns one row")

@@ -23,7 +23,7 @@ Nothing logged or raised here holds an address, a name, a subject or an amount.
 import asyncio
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from datetime import date, timedelta
 from types import TracebackType
@@ -131,6 +131,10 @@ class LetterDeferredError(RetryLaterError):
     """The server does not take this letter just now (4yz); nothing was sent."""
 
 
+async def _granted() -> None:
+    return
+
+
 class Mailer:
     """
     Delivers letters; one for the whole service, safe to use from many runs at once.
@@ -157,6 +161,8 @@ class Mailer:
         self._key: bytes | None = None
         self._clock = clock or SystemClock()
         self._observe = observe
+        self.require_permission: Callable[[], Awaitable[None]] = _granted
+        """Raises NotNowError while no letter may leave."""
         # The loop keeps only weak references to tasks; these must end whoever is cancelled.
         self._sending: dict[asyncio.Task[Delivery], Sending] = {}
         self._ends_at: float | None = None
@@ -234,6 +240,7 @@ class Mailer:
         slot = await self.gate.pass_through(run_id, wait=sending.wait) if written else None
         answer = NOTHING
         try:
+            await self.require_permission()
             claim = await self._claim(sending)
             if isinstance(claim, Delivery):
                 return claim

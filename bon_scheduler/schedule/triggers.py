@@ -9,7 +9,7 @@ what is due, and account for it one statement a tick.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from zoneinfo import ZoneInfo
@@ -32,12 +32,17 @@ __all__ = ["Triggers"]
 log = structlog.get_logger()
 PASS_SECONDS = 15.0
 AFTER_FAILURE_SECONDS = 1.0
+NOT_ALLOWED_SECONDS = 2.0
 LOOK_AT_CLOCKS_SECONDS = 1.0
 NOTICED_STEP_SECONDS = 1.0
 WAITING_SECONDS = 0.5
 """How soon to look again at a tick that waits for the one before it."""
 MOST_TICKS_A_PASS = 500
 """Of one job, so that a long absence does not keep the other jobs waiting."""
+
+
+async def _always() -> bool:
+    return True
 
 
 class Triggers:
@@ -80,16 +85,16 @@ class Triggers:
         return self._loop is not None and not self._loop.done()
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator["Triggers"]:
-        """Account for due fire times for the duration of the context."""
-        self._loop = asyncio.create_task(self._wake_and_account(), name="triggers")
+    async def running(self, *, allowed: Callable[[], Awaitable[bool]] = _always) -> AsyncIterator["Triggers"]:
+        """Account for due fire times for the duration of the context, while that is `allowed`."""
+        self._loop = asyncio.create_task(self._wake_and_account(allowed), name="triggers")
         try:
             yield self
         finally:
             self._loop.cancel()
             await asyncio.wait([self._loop])
 
-    async def _wake_and_account(self) -> None:
+    async def _wake_and_account(self, allowed: Callable[[], Awaitable[bool]]) -> None:
         rang = asyncio.Event()
 
         async def ring() -> None:
@@ -102,7 +107,7 @@ class Triggers:
                 for alarm in alarms:
                     alarm.start()  # anchors anew: aiocron samples the clocks once and never again
                 try:
-                    seconds = await self.make_pass()
+                    seconds = await self.make_pass() if await allowed() else NOT_ALLOWED_SECONDS
                 except Exception as error:  # noqa: BLE001 - whatever failed, the ticks stay owed: look again
                     log.warning("triggers.failed", error=describe_error(error))
                     seconds = AFTER_FAILURE_SECONDS

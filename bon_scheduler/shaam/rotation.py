@@ -237,6 +237,8 @@ class Rotator:
         """Return why nobody may be called now; one business at a time may while the brake on consent holds."""
         if self.braked and limiter is self._scheduled:
             return "the brake on consent holds"
+        if self.unsaved.waits():
+            return "the ledger is quarantined"
         if self.stopping.is_set():
             return "this process is stopping"
         if self.unsaved.unsafe:

@@ -48,6 +48,8 @@ class UnsavedTokens:
         self._in_memory: dict[Credential, Rotated] = {}
         self._refused: dict[Credential, Rotated] = {}
         self._one_at_a_time = asyncio.Lock()
+        self.waits: Callable[[], bool] = lambda: False
+        """Whether the ledger is quarantined: then the spool is left alone and nobody is called."""
 
     @property
     def unsafe(self) -> bool:
@@ -113,7 +115,7 @@ class UnsavedTokens:
     async def recover(self) -> None:
         """Apply all that is kept; then whoever asks may try the tokens again whose answers are not here."""
         await self.offer()
-        if self._spool is not None and not self._spool.blind:
+        if self._spool is not None and not self._spool.blind and not self.waits():
             here = [rotated.fingerprint for rotated in self._refused.values()]
             async with self._pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
                 await refreshes.release_abandoned(connection, self._spool.id, here)
@@ -127,7 +129,7 @@ class UnsavedTokens:
                     del self._in_memory[credential]
                 else:
                     refused.add(credential)
-            if self._spool is not None:
+            if self._spool is not None and not self.waits():
                 refused |= await self._empty(self._spool)
             self._refused = {credential: self._refused[credential] for credential in refused}
 

@@ -6,8 +6,10 @@ from datetime import timedelta
 
 import pytest
 from aiohttp import web
+from pydantic import SecretStr
 
 from bon_scheduler import Counts, JobContext, NoPayload, Retry, job, service
+from bon_scheduler.engine import Deadman
 from bon_scheduler.environment import SettingsError
 from bon_scheduler.jobs import AnyJob
 from tests.conftest import Connection, MakeSettings, RunJob
@@ -107,3 +109,14 @@ def test_an_address_that_is_none_is_refused_without_being_shown(make_settings: M
         make_settings(DEADMAN_URL_SESSION_CLEANUP="a-secret-uuid", DEADMAN_URL_NO_SUCH_JOB="http://x")
     assert "a-secret-uuid" not in str(caught.value)
     assert "DEADMAN_URL_NO_SUCH_JOB: no such job" in str(caught.value)
+
+
+async def test_nobody_is_told_while_it_is_to_be_silent(watcher: Watcher) -> None:
+    silent = True
+    urls = {"session-cleanup": SecretStr(watcher.url)}
+    async with Deadman.watching(urls, silent=lambda: silent) as deadman:
+        deadman.started("session-cleanup")
+        deadman.ended("session-cleanup", "dead")
+        silent = False
+        deadman.ended("session-cleanup", "succeeded")
+    assert watcher.heard == ["/a-secret-uuid"]

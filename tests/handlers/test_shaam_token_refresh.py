@@ -465,6 +465,14 @@ async def handle(ctx: AttemptContext) -> Counts:
     return await shaam_token_refresh.handler(ctx, RefreshTokens())
 
 
+async def test_nobody_is_called_while_the_ledger_is_quarantined(ctx: AttemptContext, bon: Bon, gate: Gate) -> None:
+    await bon.business("a")
+    gate.proceed.set()
+    ctx.get(Rotator).unsaved.waits = lambda: True
+    await handle(ctx)
+    assert bon.simulator.requests == 0
+
+
 async def test_the_outcomes_and_the_end_of_the_run_commit_together(ctx: AttemptContext, bon: Bon, gate: Gate) -> None:
     """Were the run's end left to the runner, a worker that died in between would leave it open."""
     business = await bon.business("a")

@@ -1,12 +1,20 @@
 """Schema `bon_scheduler`: its version, whether the role may use it, and what its tables say that needs a person."""
 
-from bon_scheduler import mail, schedule
+from bon_scheduler import ledger, mail, schedule
 from bon_scheduler.cli.checks.bon import refused
 from bon_scheduler.cli.checks.findings import Finding, Level, ok
+from bon_scheduler.config import Settings
 from bon_scheduler.database import SchemaBehindError, own_functions, own_refusals, require_schema
 from bon_scheduler.jobs import Connection
 
-__all__ = ["check_functions", "check_letters", "check_own_tables", "check_schedules", "check_schema"]
+__all__ = [
+    "check_functions",
+    "check_letters",
+    "check_own_tables",
+    "check_place",
+    "check_schedules",
+    "check_schema",
+]
 
 MOST_NAMED = 3
 
@@ -52,6 +60,18 @@ def _again(*names: str) -> str:
     listed = ", ".join(f"'{name}'" for name in names)
     statement = f"delete from bon_scheduler.functions where name in ({listed});"  # noqa: S608 - told, not executed
     return f"Run: python -m bon_scheduler migrate. Where that changes nothing, before it: {statement}"
+
+
+async def check_place(connection: Connection, settings: Settings) -> list[Finding]:
+    """Compare where the ledger lives with where these settings lead."""
+    found = await ledger.find_place(connection)
+    if found.place is None:
+        return [ok("place", "nothing is remembered yet; the first `serve` does")]
+    if (what := ledger.fault(found, ledger.Caller.of(settings))) is not None:
+        return [Finding("place", Level.FAILURE, what, ledger.REMEDY)]
+    unnamed = "; without DEPLOYMENT a physical copy at the same address looks the same"
+    named = "" if found.place.deployment else unnamed
+    return [ok("place", f"the ledger lives here since {found.place.since:%Y-%m-%d} ({found.place}){named}")]
 
 
 async def check_schedules(connection: Connection) -> list[Finding]:

@@ -67,6 +67,21 @@ create index runs_turns on runs (job, business, turn) where business is not null
 create unique index runs_exclusive on runs (concurrency_key) where state = 'running' and concurrency_key is not null;
 create index runs_held on runs (worker, job) where state = 'running';
 
+create table place (
+    only_one   boolean primary key default true check (only_one),
+    id         uuid not null default gen_random_uuid(),
+    deployment text,
+    addresses  text[] not null,
+    server     text,
+    version    integer not null,
+    database   oid not null,
+    ledger     oid not null,
+    started    timestamptz not null,
+    mark       bigint not null,
+    behind     bigint,
+    since      timestamptz not null default now()
+);
+
 create table mail_key (
     the_one boolean primary key default true check (the_one),
     key     bytea not null check (length(key) = 64)

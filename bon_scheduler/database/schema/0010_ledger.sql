@@ -222,6 +222,32 @@ comment on table pruning is
     'One row: ticks until then may have been pruned, so an audit begins after it. Only ever moves forwards.';
 insert into pruning (ticks_until) values ('-infinity');
 
+create table place (
+    only_one   boolean primary key default true check (only_one),
+    id         uuid not null default gen_random_uuid(),
+    deployment text,
+    addresses  text[] not null,
+    server     text,
+    version    integer not null,
+    database   oid not null,
+    ledger     oid not null,
+    started    timestamptz not null,
+    mark       bigint not null,
+    behind     bigint,
+    since      timestamptz not null default now()
+);
+comment on table place is
+    'One row, from the first `serve` on: where this ledger lives. Elsewhere nothing is done until a person says `adopt`. '
+    'A table that replaces this one must carry its new object identifier over into `ledger`.';
+comment on column place.id is 'Of the ledger and of all its copies.';
+comment on column place.deployment is 'DEPLOYMENT of those who work on it; null: they have none, and addresses count.';
+comment on column place.addresses is 'Host and port by which it was reached, as configured.';
+comment on column place.server is 'See function whereabouts, also of the next four; null: the server does not tell.';
+comment on column place.started is 'When the server began to run, as it was last seen: whoever meets it knows that it is the same.';
+comment on column place.mark is 'Grows while anybody serves. Whoever has seen a higher one knows that this ledger went back in time.';
+comment on column place.behind is 'The highest mark that somebody had seen when this ledger was found to have gone back; null: it has not.';
+comment on column place.since is 'When it was remembered or adopted.';
+
 create table mail_key (
     the_one boolean primary key default true check (the_one),
     key     bytea not null check (length(key) = 64)

@@ -6,7 +6,7 @@
 -- replicas (null: any number); `mailing`, whether each of its runs begins with a letter, which waits for the mail gate
 -- (`letters_apart`; null: letters are not sent).
 -- `look_at_clock`: whether to look for runs whose instant has come. `oldest_first`: the oldest run of each job goes
--- first, so that one of a low priority moves.
+-- first, so that one of a low priority moves. `seen`: see `is_same_ledger`; of another nothing is taken.
 --
 -- Order: within a job by priority, then turn, then age; among jobs, who runs least here first.
 -- Claims exclude each other, so that what must not run together, totals and the gate are judged once and at once. None
@@ -25,7 +25,8 @@ create or replace function claim(
     mailing       boolean[],
     letters_apart interval,
     look_at_clock boolean,
-    oldest_first  boolean
+    oldest_first  boolean,
+    seen          bigint
 )
 returns table (
     wait interval, run_id uuid, attempt integer, job text, fire_time timestamptz, asked_for timestamptz,
@@ -53,6 +54,10 @@ declare
     mailed     uuid[];
 begin
     lock table one_claim in share row exclusive mode;
+    if not is_same_ledger(seen) then
+        return next;    -- one row, of nulls
+        return;
+    end if;
     -- Nothing for a worker that is taken for dead and has not spoken since: it would be released again at once, as if it
     -- were lost, and an attempt be used up. `for share`: nobody declares it dead before this commits.
     perform from workers w where w.id = by_worker and w.last_word is not null for share;

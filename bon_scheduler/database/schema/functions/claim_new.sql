@@ -11,6 +11,7 @@ create or replace function claim_new(
     by_host       text,
     mailing       boolean,
     letters_apart interval,
+    seen          bigint,
     out verdict text, out wait interval, out run runs,
     out slot interval, out trial boolean, out after_failures boolean,
     out holder_host text, out holder_since timestamptz, out holder_silent boolean
@@ -25,7 +26,7 @@ begin
     if released_for is not null then
         update runs r set released = true where r.id = new_id;
     end if;
-    select * into answer from claim_one(new_id, by_worker, by_host, mailing, letters_apart);
+    select * into answer from claim_one(new_id, by_worker, by_host, mailing, letters_apart, seen);
     verdict := answer.verdict;
     wait := answer.wait;
     run := answer.run;

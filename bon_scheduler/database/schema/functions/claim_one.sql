@@ -1,7 +1,7 @@
 -- Takes one certain run for a worker, as `claim` would: for a run that works in the foreground, and those it causes.
 --
 -- verdict: claimed · ended (nothing to do) · held (a worker has it) · busy (another run of its key runs) · waits (its
--- instant has not come, or no letter may go yet: ask again after `wait`). `holder_silent`: whether the one who has
+-- instant has not come, no letter may go yet, or this is not the ledger that was `seen`: ask again after `wait`). `holder_silent`: whether the one who has
 -- it looks silent by the database's clock, which proves nothing.
 create or replace function claim_one(
     run_id        uuid,
@@ -9,6 +9,7 @@ create or replace function claim_one(
     by_host       text,
     mailing       boolean,
     letters_apart interval,
+    seen          bigint,
     out verdict text, out wait interval, out run runs,
     out slot interval, out trial boolean, out after_failures boolean,
     out holder_host text, out holder_since timestamptz, out holder_silent boolean
@@ -25,6 +26,11 @@ declare
     allowed record;
 begin
     lock table one_claim in share row exclusive mode;
+    if not is_same_ledger(seen) then
+        verdict := 'waits';
+        wait := '1 second';
+        return;
+    end if;
     perform make_ready();
     select * into run from runs r where r.id = claim_one.run_id for no key update skip locked;
     if not found then
