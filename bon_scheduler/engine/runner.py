@@ -255,6 +255,7 @@ class Runner:
             zone=self._parts.zone,
             pool=self._parts.pool,
             resources=self._parts.resources,
+            schedules=self._parts.schedules,
         )
 
     async def _call(self, job: AnyJob, claim: Claim, ctx: AttemptContext, retry: Retry, leave: Leave) -> Outcome:

@@ -94,6 +94,12 @@ from .pauses import (
     resume_business as resume_business,
     resume_job as resume_job,
 )
+from .rehearsals import (
+    compare_with_rehearsal as compare_with_rehearsal,
+    keep_rehearsal as keep_rehearsal,
+    rehearsals_of as rehearsals_of,
+    would_hold as would_hold,
+)
 from .retention import (
     Horizon as Horizon,
     PRUNERS as PRUNERS,

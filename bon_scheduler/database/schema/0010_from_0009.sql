@@ -48,6 +48,28 @@ create table changed_rows (
 );
 create index changed_rows_businesses on changed_rows using gin (businesses);
 
+create table rehearsals (
+    run_id        uuid not null references runs (id) on delete cascade,
+    job           text not null references jobs (name),
+    fire_time     timestamptz not null,
+    candidates    bigint not null,
+    of_all        bigint not null,
+    usual         bigint,
+    would_hold    text,
+    rehearsed_at  timestamptz not null default clock_timestamp(),
+    compared_with uuid,
+    found         bigint,
+    primary key (run_id, job)
+);
+comment on table rehearsals is 'What a rehearsal says of a job''s next run, and what there was to do then.';
+comment on column rehearsals.run_id is 'Of the rehearsal.';
+comment on column rehearsals.fire_time is 'The instant that was rehearsed.';
+comment on column rehearsals.usual is 'The median of the last runs; null without any.';
+comment on column rehearsals.would_hold is 'Why the brake would trip; null: it would not.';
+comment on column rehearsals.compared_with is 'The first run after that fire time; null: none has come.';
+comment on column rehearsals.found is 'The candidates of that run.';
+create index rehearsals_newest on rehearsals (job, rehearsed_at desc);
+
 drop index runs_unfinished, runs_held, runs_ticks_of_job;
 create index runs_ready on runs (job, priority desc, turn, enqueued_at, id)
     where ready and state in ('queued', 'retrying');
