@@ -21,6 +21,7 @@ from .attempts import (
 )
 from .brakes import (
     Usual as Usual,
+    end_held as end_held,
     hold as hold,
     record_rows as record_rows,
     rows_of_business as rows_of_business,

@@ -354,6 +354,7 @@ create table consent_brake (
     unlimited      boolean not null default false,
     braked_at      timestamptz,
     reason         text,
+    held           uuid,
     allowed        boolean not null default false,
     released_at    timestamptz,
     released_by    text,
@@ -368,5 +369,6 @@ comment on column consent_brake.due is 'How many businesses that run had to refr
 comment on column consent_brake.flagged is 'Of those that are spent.';
 comment on column consent_brake.unlimited is 'A person released the brake for this run.';
 comment on column consent_brake.braked_at is 'Null while owners are asked.';
+comment on column consent_brake.held is 'The run that is, or was last, held for it.';
 comment on column consent_brake.allowed is 'A person released the brake for the run that comes next.';
 insert into consent_brake default values;
