@@ -14,7 +14,7 @@ from bon_scheduler.schedule import Clocks
 __all__ = ["rehearse", "runs_of", "show_comparison"]
 
 JOB = "rehearsal"
-PUBLIC = ("job", "fire_time", "candidates", "of_all", "usual", "would_hold")
+PUBLIC = ("job", "fire_time", "candidates", "of", "usual", "verdict", "reason")
 
 
 async def rehearse(settings: Settings, report: Report) -> int:
@@ -29,7 +29,7 @@ async def rehearse(settings: Settings, report: Report) -> int:
         )
         async with parts.pool.acquire() as connection:
             rows = await ledger.rehearsals_of(connection, result.run["run_id"])
-    held = any(row["would_hold"] for row in rows)
+    held = any(row["reason"] for row in rows)
     if report.as_json:
         report.document(
             {
@@ -52,17 +52,17 @@ def _tell(report: Report, rows: Sequence[ledger.Row], result: engine.RunReport) 
                 row["job"],
                 f"{row['fire_time'].astimezone(report.zone):%m-%d %H:%M}",
                 f"{row['candidates']:,}",
-                f"{row['of_all']:,}",
+                f"{row['of']:,}",
                 _number(row["usual"]),
-                "would be held" if row["would_hold"] else "goes",
+                row["verdict"],
             )
             for row in rows
         ],
         empty="Nothing was rehearsed: no job of the night has a schedule, or each is paused.",
     )
     for row in rows:
-        if row["would_hold"]:
-            report.say(f"{row['job']} would be held: {row['would_hold']}")
+        if row["reason"]:
+            report.say(f"{row['job']} would be held: {row['reason']}")
     counts = result.run["counts"]
     if counts.get("paused"):
         report.say(f"Left out, because a person has paused them: {counts['paused']}. See: python -m bon_scheduler jobs")
@@ -88,7 +88,7 @@ def show_comparison(report: Report, rows: Sequence[ledger.Row], short: Mapping[A
                 f"{row['candidates']:,}",
                 short.get(row["compared_with"], row["compared_with"]) if row["compared_with"] else "to come",
                 _number(row["found"]),
-                "would be held" if row["would_hold"] else "goes",
+                row["verdict"],
             )
             for row in rows
         ],

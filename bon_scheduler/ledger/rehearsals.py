@@ -43,8 +43,9 @@ COMPARE = """
 """
 # $1 run: of the rehearsal, or one that was rehearsed. Index: none for the second; there are few rows.
 OF_RUN = """
-    select run_id as rehearsal, job, fire_time, candidates, of_all, usual, would_hold, rehearsed_at,
-           compared_with, found
+    select run_id as rehearsal, job, fire_time, candidates, of_all as "of", usual,
+           case when would_hold is null then 'goes' else 'would be held' end as verdict, would_hold as reason,
+           rehearsed_at, compared_with, found
       from bon_scheduler.rehearsals
      where run_id = $1 or compared_with = $1
      order by fire_time, job

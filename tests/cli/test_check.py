@@ -58,7 +58,7 @@ async def test_who_needs_a_privilege_is_told_by_the_command_with_status_1(connec
         assert checked.status == 1
         out = checked.out.replace('\\"', '"')
         assert f"role {role.name} may not select invoices (due_date)" in out
-        assert "needed by overdue-detection, overdue-digest, send-overdue-digest" in out
+        assert "needed by overdue-detection, overdue-digest, rehearsal, send-overdue-digest" in out
         assert f"grant select (due_date) on public.invoices to {role.name};" in out
     await connection.execute(f"grant select (due_date) on public.invoices to {role.name}")
     assert (await run_command("check", DATABASE_URL=role.url)).status == 0

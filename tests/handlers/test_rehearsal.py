@@ -72,7 +72,7 @@ async def test_it_counts_what_the_nights_runs_do(run_job: RunJob, connection: Co
     rehearsed = await run_job(rehearsal, fire_time=EVENING)
     assert rehearsed.run["state"] == "succeeded"
     found = await said(connection, rehearsed)
-    assert {job: (row["candidates"], row["of_all"]) for job, row in found.items()} == {
+    assert {job: (row["candidates"], row["of"]) for job, row in found.items()} == {
         draft_cleanup.name: (2, 5),
         session_cleanup.name: (2, 4),
         overdue_detection.name: (2, 4),
@@ -157,7 +157,7 @@ async def test_it_warns_now_where_the_brake_would_trip_and_the_run_is_held_for_t
     await drafts(connection, 6, 1)
     rehearsed = await run_job(rehearsal, fire_time=EVENING, BRAKE_MIN_ROWS="4")
     assert (rehearsed.run["state"], rehearsed.run["counts"]["would_hold"]) == ("succeeded", 1)
-    reason = (await said(connection, rehearsed))[draft_cleanup.name]["would_hold"]
+    reason = (await said(connection, rehearsed))[draft_cleanup.name]["reason"]
     assert "first run: 6 of 7 drafts are older than 30 days" in reason
     assert "run-once draft-cleanup --release-brake" in reason
     (warned,) = [e for e in map(json.loads, logged().splitlines()) if e["event"] == "rehearsal.would_hold"]
@@ -177,7 +177,7 @@ async def test_what_is_usual_is_that_of_each_job(run_job: RunJob, connection: Co
     await drafts(connection, 11, 40)
     found = await said(connection, await run_job(rehearsal, fire_time=EVENING, BRAKE_MIN_ROWS="4"))
     assert {job: row["usual"] for job, row in found.items()} == dict(zip(NIGHT, (1, 90, None, None), strict=True))
-    assert "the median of the last run is 1" in found["draft-cleanup"]["would_hold"]
+    assert "the median of the last run is 1" in found["draft-cleanup"]["reason"]
 
 
 @pytest.mark.parametrize(("more", "level"), [(0, "info"), (100, "info"), (101, "warning")])
@@ -253,9 +253,9 @@ async def test_the_command_says_it_in_a_table_of_80_columns_with_status_3(
     assert [line.split()[0] for line in table[1:]] == [*NIGHT]
     assert "draft-cleanup would be held: first run: 6 of 7 drafts" in told.out
     document = (await run_command("rehearse", "--json", **environ)).document
-    (held,) = [each for each in document["jobs"] if each["would_hold"]]
+    (held,) = [each for each in document["jobs"] if each["verdict"] == "would be held"]
     assert (document["would_hold"], document["state"]) == (True, "succeeded")
-    assert (held["job"], held["candidates"], held["of_all"], held["usual"]) == ("draft-cleanup", 6, 7, None)
+    assert (held["job"], held["candidates"], held["of"], held["usual"]) == ("draft-cleanup", 6, 7, None)
     calm = await run_command("rehearse", DATABASE_URL=database_url)
     assert (calm.status, "would be held" in calm.out) == (0, False)
 
