@@ -216,7 +216,7 @@ async def test_a_run_is_compared_only_with_the_rehearsal_of_its_night(
 async def test_a_dry_run_is_no_nights_run(connection: Connection, run_job: RunJob, database_url: str) -> None:
     await run_job(rehearsal, fire_time=EVENING)
     dry = await run_command("run-once", "session-cleanup", "--dry-run", "--json", DATABASE_URL=database_url)
-    assert (dry.status, dry.document["state"]) == (0, "succeeded")
+    assert (dry.status, dry.document["state"], "rehearsal.compared" in dry.err) == (0, "succeeded", False)
     assert await connection.fetchval("select count(*) from bon_scheduler.rehearsals where found is not null") == 0
 
 
