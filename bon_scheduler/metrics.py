@@ -47,6 +47,8 @@ class Metrics:
         text = "How long the run that waits longest has been due"
         self.queue_oldest_age = gauge("bon_queue_oldest_age_seconds", text, one_job)
         self.brake_held = gauge("bon_brake_held", "Runs that the brake holds until a person decides", one_job)
+        text = "1 where the last rehearsal says that the brake would hold the job's next run"
+        self.rehearsal_would_hold = gauge("bon_rehearsal_would_hold", text, one_job)
         self.rescued = counter("bon_runs_rescued", "Runs released because their worker was declared dead", one_job)
         self.fenced = counter("bon_fenced_commits", "Commits refused to an attempt without its run", one_job)
 

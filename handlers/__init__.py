@@ -6,6 +6,7 @@ from handlers.ledger_pruning import ledger_pruning
 from handlers.notify_reauth import notify_reauth
 from handlers.overdue_detection import overdue_detection
 from handlers.overdue_digest import overdue_digest
+from handlers.rehearsal import rehearsal
 from handlers.send_overdue_digest import send_overdue_digest
 from handlers.session_cleanup import session_cleanup
 from handlers.shaam_refresh_batch import shaam_refresh_batch
@@ -23,4 +24,5 @@ JOBS: tuple[AnyJob, ...] = (
     shaam_refresh_batch,
     notify_reauth,
     ledger_pruning,
+    rehearsal,
 )

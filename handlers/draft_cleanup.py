@@ -12,7 +12,7 @@ that committed before the lock, and the lock keeps new ones out.
 
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from uuid import UUID
 
 import structlog
@@ -52,7 +52,16 @@ LEFT_STALE = """
        and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
-# No parameters. Index: invoices_draft_cleanup_idx. Read only where the brake may trip.
+# $1 untouched since: timestamptz, $2 the instant that a rehearsal takes for now: timestamptz; null: the database's own.
+# Index: invoices_draft_cleanup_idx.
+COUNT_STALE = """
+    select count(*)
+      from public.invoices
+     where status = 'draft'
+       and updated_at < least($1, coalesce($2, now()) - interval '30 days')
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+"""
+# No parameters. Index: invoices_draft_cleanup_idx. Read only where the brake may trip, and in a rehearsal.
 COUNT_DRAFTS = "select count(*) from public.invoices where status = 'draft'"
 # $1 untouched since: timestamptz. How many paused businesses were left as they are.
 # Index: the one on invoices (business_id, status).
@@ -97,9 +106,9 @@ async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
     """Delete drafts untouched for 30 days, with their items."""
     since = ctx.fire_time - UNTOUCHED
     async with ctx.connection() as connection:
-        candidates = await connection.fetchval(LEFT_STALE, [], since)
-        missing = await missing_indexes(connection) if candidates else {}
-        await brake(ctx, _to_delete(candidates), on=connection)
+        candidates = await stale_drafts(connection, ctx.fire_time)
+        missing = await missing_indexes(connection) if candidates.number else {}
+        await brake(ctx, candidates, on=connection)
     if missing:
         # BEFORE the first is deleted, otherwise a run that is too slow to end would never say why.
         log.warning("drafts.unindexed", missing=list(missing), remedy=list(missing.values()))
@@ -124,9 +133,14 @@ async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
         return await ctx.finish(counts, on=tx, undone=swept.undone)
 
 
-def _to_delete(number: int) -> Candidates:
+async def stale_drafts(connection: Connection, fire_time: datetime, *, now: datetime | None = None) -> Candidates:
+    """Count the drafts that a run of this fire time would look at; `now`: as if it were then."""
     return Candidates(
-        number=number, count="deleted", kind="drafts", which="are older than 30 days", of_all=COUNT_DRAFTS
+        number=await connection.fetchval(COUNT_STALE, fire_time - UNTOUCHED, now),
+        count="deleted",
+        kind="drafts",
+        which="are older than 30 days",
+        of_all=COUNT_DRAFTS,
     )
 
 

@@ -9,7 +9,7 @@ overdue: a run that dies in between is tried again, marks the rest, and asks for
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from typing import Literal
 from uuid import UUID
 
@@ -53,7 +53,18 @@ LEFT_OVERDUE = """
        and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
-# No parameters. No index: it reads the invoices through. Read only where the brake may trip.
+# $1 as_of: date, $2 the instant that a rehearsal takes for now: timestamptz; null: the database's own.
+# Index: invoices_overdue_candidates_idx.
+COUNT_OVERDUE = """
+    select count(*)
+      from public.invoices
+     where status in ('finalized', 'sent', 'partially_paid')
+       and due_date is not null
+       and due_date < least($1, (coalesce($2, now()) at time zone 'UTC')::date + 1)
+       and not is_overdue
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+"""
+# No parameters. No index: it reads the invoices through. Read only where the brake may trip, and in a rehearsal.
 COUNT_UNMARKED = """
     select count(*)
       from public.invoices
@@ -175,7 +186,7 @@ async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Count
         ),
     )
     async with ctx.connection() as connection:
-        await brake(ctx, await _to_mark(connection, as_of), on=connection)
+        await brake(ctx, await unmarked_overdue(connection, as_of), on=connection)
     swept = Swept()
     for each in sweeps:
         swept.add(await sweep(ctx, each, within=IN_TIME / len(sweeps)))
@@ -190,9 +201,10 @@ async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Count
         return await ctx.finish(counts, on=tx, undone=swept.undone)
 
 
-async def _to_mark(connection: Connection, as_of: date) -> Candidates:
+async def unmarked_overdue(connection: Connection, as_of: date, *, now: datetime | None = None) -> Candidates:
+    """Count the invoices that a run of this day would mark; `now`: as if it were then."""
     return Candidates(
-        number=await connection.fetchval(LEFT_OVERDUE, [], as_of),
+        number=await connection.fetchval(COUNT_OVERDUE, as_of, now),
         count="marked",
         kind="open invoices without the mark",
         which="are overdue",

@@ -10,12 +10,12 @@ day asks again; the delivery ledger then finds nothing left to send.
 
 from datetime import date
 
-from bon_scheduler.jobs import Counts, JobContext, NeverRetryError, Payload, job
+from bon_scheduler.jobs import Connection, Counts, JobContext, NeverRetryError, Payload, job
 from handlers.brake import Candidates, brake
 from handlers.digest import refuse_day_to_come
 from handlers.send_overdue_digest import SendOverdueDigest, send_overdue_digest
 
-__all__ = ["OverdueDigest", "overdue_digest"]
+__all__ = ["OverdueDigest", "letters_owed", "overdue_digest"]
 
 AT_A_TIME = 1000
 AFTER_EVERYTHING_ELSE = -10
@@ -72,7 +72,7 @@ FIND_OWED = """
 """
 
 
-# No parameters. One row an owner. Read only where the brake may trip.
+# No parameters. One row an owner. Read only where the brake may trip, and in a rehearsal.
 COUNT_OWNERS = """
     select count(*)
       from public.user_businesses m
@@ -121,6 +121,14 @@ async def overdue_digest(ctx: JobContext, payload: OverdueDigest) -> Counts:
         # In this transaction, which has committed nothing yet.
         await brake(ctx, _to_send(counts["deliveries"]), on=tx)
         return await ctx.finish(counts, on=tx)
+
+
+async def letters_owed(connection: Connection, as_of: date) -> Candidates:
+    """Count the letters that the digest of this day would send. In the caller's transaction."""
+    letters, found = 0, await connection.cursor(FIND_OWED, as_of)
+    while rows := await found.fetch(AT_A_TIME):
+        letters += sum(row["addresses"] for row in rows if not row["paused"])
+    return _to_send(letters)
 
 
 def _to_send(letters: int) -> Candidates:

@@ -7,7 +7,7 @@ and the next attempt goes on from there.
 
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from asyncpg import Record
 
@@ -38,7 +38,14 @@ LEFT_EXPIRED = """
      where expires_at < least($2, now())
        and id <> all ($1)
 """
-# No parameters. Read only where the brake may trip.
+# $1 fire time: timestamptz, $2 the instant that a rehearsal takes for now: timestamptz; null: the database's own.
+# Index: session_expires_idx.
+COUNT_EXPIRED = """
+    select count(*)
+      from public.sessions
+     where expires_at < least($1, coalesce($2, now()))
+"""
+# No parameters. Read only where the brake may trip, and in a rehearsal.
 COUNT_SESSIONS = "select count(*) from public.sessions"
 # $1 sessions: uuid[], locked by this transaction. Index: sessions_pkey.
 DELETE = "delete from public.sessions where id = any ($1)"
@@ -61,15 +68,16 @@ async def session_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
         begin="-infinity",
     )
     async with ctx.connection() as connection:
-        number = await connection.fetchval(LEFT_EXPIRED, [], ctx.fire_time)
-        await brake(ctx, _to_delete(number), on=connection)
+        await brake(ctx, await expired_sessions(connection, ctx.fire_time), on=connection)
     swept = await sweep(ctx, expired, within=IN_TIME)
     async with ctx.transaction() as tx:
         counts = {"deleted": swept.counts["deleted"]} | swept.shortfall()
         return await ctx.finish(counts, on=tx, undone=swept.undone)
 
 
-def _to_delete(number: int) -> Candidates:
+async def expired_sessions(connection: Connection, fire_time: datetime, *, now: datetime | None = None) -> Candidates:
+    """Count the sessions that a run of this fire time would delete; `now`: as if it were then."""
+    number = await connection.fetchval(COUNT_EXPIRED, fire_time, now)
     return Candidates(number=number, count="deleted", kind="sessions", which="have expired", of_all=COUNT_SESSIONS)
 
 

@@ -24,6 +24,7 @@ from bon_scheduler.jobs import (
     BusinessOutcome,
     Connection,
     Counts,
+    HeldError,
     JobContext,
     NeverRetryError,
     NotNowError,
@@ -102,6 +103,9 @@ class RefreshBatch(Payload):
 )
 async def shaam_refresh_batch(ctx: JobContext, payload: RefreshBatch) -> Counts:
     """Refresh the SHAAM tokens of one batch of the businesses that are due."""
+    if ctx.released:
+        async with ctx.transaction() as tx:
+            await shaam.release_consent_brake(tx, ctx.run_id)
     async with ctx.connection() as connection:
         due = await read_due(connection, payload.horizon, payload.businesses)
     return await end_run(ctx, await rotate(ctx, due))
@@ -167,12 +171,12 @@ def teller(ctx: JobContext) -> "shaam.Tell":
     return tell
 
 
-async def end_run(ctx: JobContext, results: Sequence[Result], *, paused: int = 0) -> Counts:
+async def end_run(ctx: JobContext, results: Sequence[Result], *, paused: int = 0, on_demand: bool = False) -> Counts:
     """
     Record what became of each business, and end the run; businesses that are paused are counted, if any are.
 
-    Raises NeverRetryError where the application is at fault, and NotNowError where this process stops, after recording
-    what was done all the same.
+    Raises NeverRetryError where the application is at fault, NotNowError where this process stops, and HeldError where
+    the brake on consent holds and no run is held for it; `on_demand` none is. What was done is recorded all the same.
     """
     if ctx.get(shaam.Rotator).stopping.is_set() and not all(result.called for result in results):
         await _record(ctx, (result for result in results if result.called))
@@ -188,9 +192,28 @@ async def end_run(ctx: JobContext, results: Sequence[Result], *, paused: int = 0
             f"{len(results)}, left {len(results) - len(called)} for later, flagged nobody for it. "
             "Check SHAAM_CLIENT_ID, SHAAM_CLIENT_SECRET, SHAAM_TOKEN_URL and where this machine calls from."
         )
+    counts |= with_paused(paused)
+    if not on_demand:
+        await _hold_if_first(ctx, results, counts)
     async with ctx.transaction() as tx:
         await ctx.record(_outcomes(results), on=tx)
-        return await ctx.finish(counts | with_paused(paused), on=tx)
+        return await ctx.finish(counts, on=tx)
+
+
+async def _hold_if_first(ctx: JobContext, results: Sequence[Result], counts: Counts) -> None:
+    """Record what was done and raise HeldError, where the brake on consent holds and this is the run to tell of it."""
+    async with ctx.connection() as connection:
+        reason = await shaam.hold_run(connection, ctx.run_id)
+    if reason is None:
+        return
+    await _record(ctx, results)
+    raise HeldError(
+        f"{reason} This run refreshed {counts['refreshed']} businesses, which stands; the tokens and flags of all "
+        "others are as they were. Mend the cause: each later run asks one business, and once that is refreshed all go "
+        "on by themselves. If the owners did withdraw their consent, release it, and they are asked: "
+        f"python -m bon_scheduler release {ctx.run_id} --reason …",
+        figures=counts,
+    )
 
 
 async def _record(ctx: JobContext, results: Iterable[Result]) -> None:

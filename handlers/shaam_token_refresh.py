@@ -86,9 +86,11 @@ async def shaam_token_refresh(ctx: JobContext, payload: RefreshTokens) -> Counts
     # Once for all batches: each business that meets a token which nobody has seen would ask for it otherwise.
     await ctx.get(shaam.Rotator).census.take()
     async with ctx.transaction() as tx:
-        brake = await shaam.begin_run(tx, ctx.run_id, due=len(due), tell=teller(ctx))
+        brake = await shaam.begin_run(tx, ctx.run_id, due=len(due), tell=teller(ctx), released=ctx.released)
         if brake.since is not None:
             due = await shaam.choose_one(tx, due)
+    async with ctx.connection() as connection:
+        await shaam.close_held_run(connection)
     if len(due) > MOST_FOR_ONE_RUN:
         return await _share_out(ctx, due, horizon, paused)
     results = await rotate(ctx, due, braked=brake.since is not None)
@@ -96,6 +98,8 @@ async def shaam_token_refresh(ctx: JobContext, payload: RefreshTokens) -> Counts
         if brake.since is not None and any(result.count == "refreshed" for result in results):
             await shaam.release_after_success(tx)
         flagged = await shaam.end_run(tx, tell=teller(ctx))
+    async with ctx.connection() as connection:
+        await shaam.close_held_run(connection)
     return await end_run(ctx, [_as_flagged(result, flagged) for result in results], paused=paused)
 
 
@@ -144,7 +148,7 @@ async def _refresh_one(ctx: JobContext, business_id: UUID) -> Counts:
         result = await rotator.rotate(credential, teller(ctx), on_demand=True)
         if result.held:
             result = await rotator.join(business_id, since=ctx.fire_time) or result
-    return await end_run(ctx, [result])
+    return await end_run(ctx, [result], on_demand=True)
 
 
 async def _read_credential(connection: Connection, business_id: UUID) -> Credential:

@@ -117,6 +117,7 @@ class Probes:
                 for name, refresh in (
                     ("queue", self._refresh_queue),
                     ("ticks", self._refresh_ticks),
+                    ("rehearsals", self._refresh_rehearsals),
                     ("mail", self._refresh_mail),
                     ("shaam", self._refresh_shaam),
                 ):
@@ -145,6 +146,10 @@ class Probes:
     async def _refresh_ticks(self, connection: Connection) -> None:
         for job, ticks in (await schedule.unaccounted(connection)).items():
             self.metrics.ticks_unaccounted.labels(job).set(ticks)
+
+    async def _refresh_rehearsals(self, connection: Connection) -> None:
+        for job, would_hold in (await ledger.would_hold(connection)).items():
+            self.metrics.rehearsal_would_hold.labels(job).set(would_hold)
 
     async def _refresh_mail(self, connection: Connection) -> None:
         self.metrics.email_unknown.set(await mail.count_unknown(connection))

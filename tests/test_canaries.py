@@ -67,6 +67,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("audit",),
     ("timeline",),
     ("check",),
+    ("rehearse",),
     ("run-once", "overdue-detection", "--dry-run"),
     ("run-once", "shaam-token-refresh", "--dry-run"),
     ("run-once", "session-cleanup"),

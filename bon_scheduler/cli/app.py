@@ -123,6 +123,14 @@ def run_once(
 
 
 @app.command()
+def rehearse(as_json: AsJson = False) -> None:
+    """Count what tonight's jobs would touch, and warn where the brake would hold them. Changes no row of BON's."""
+    from bon_scheduler.cli import rehearse as rehearsing
+
+    _run(as_json, rehearsing.rehearse)
+
+
+@app.command()
 def jobs(as_json: AsJson = False) -> None:
     """List the jobs: when they run, how it went, what waits."""
     from bon_scheduler.cli import look

@@ -16,6 +16,7 @@ from bon_scheduler.cli.checks.bon import check_columns, check_hidden_rows, check
 from bon_scheduler.cli.checks.findings import Finding, Level, ok, split_failure
 from bon_scheduler.cli.checks.outside import check_mail, check_shaam, check_spool
 from bon_scheduler.cli.checks.own import (
+    check_consent,
     check_functions,
     check_letters,
     check_own_tables,
@@ -96,6 +97,7 @@ async def _check_database(settings: Settings, clock: Clock) -> list[Finding]:
             *(await look("place", lambda on: check_place(on, settings)) if ours else ()),
             *(await look("schedules", check_schedules) if ours else ()),
             *(await look("deliveries", check_letters) if ours else ()),
+            *(await look("consent", check_consent) if ours else ()),
         ]
 
 

@@ -10,6 +10,7 @@ from uuid import UUID
 import orjson
 
 from bon_scheduler import declared, ledger, mail
+from bon_scheduler.cli import rehearse as rehearsing
 from bon_scheduler.cli.ids import Kind, find_ids, shorten
 from bon_scheduler.cli.parsing import (
     DONE,
@@ -183,9 +184,11 @@ async def show(settings: Settings, report: Report, clock: Clock, *, run: str) ->
             "caused": await ledger.caused_by(connection, run_id),
             "actions": await ledger.actions_on(connection, run_id),
             "deliveries": await mail.deliveries_of(connection, run_id),
+            "rehearsals": await ledger.rehearsals_of(connection, run_id),
         }
+        named = [row["run_id"] for row in lists["caused"]] + rehearsing.runs_of(lists["rehearsals"])
         short = {
-            **await shorten(connection, Kind.RUN, [row["run_id"] for row in lists["caused"]]),
+            **await shorten(connection, Kind.RUN, named),
             **await shorten(connection, Kind.DELIVERY, [row["delivery_id"] for row in lists["deliveries"]]),
         }
     if report.as_json:
@@ -193,6 +196,7 @@ async def show(settings: Settings, report: Report, clock: Clock, *, run: str) ->
         return DONE
     _show_facts(report, found, clock.now())
     _show_lists(report, lists, short)
+    rehearsing.show_comparison(report, lists["rehearsals"], short)
     return DONE
 
 

@@ -28,7 +28,10 @@ from .exact_json import (
     write_json as write_json,
 )
 from .indexes import (
+    Advice as Advice,
+    costs_of_marking as costs_of_marking,
     missing_indexes as missing_indexes,
+    unindexed_searches as unindexed_searches,
 )
 from .migrations import (
     SchemaBehindError as SchemaBehindError,

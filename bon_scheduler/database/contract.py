@@ -111,6 +111,12 @@ class Privilege(NamedTuple):
 
 PEOPLE = {"user_businesses": Uses(("user_id", "business_id", "role")), "users": Uses(("id", "email"))}
 CREDIT_NOTES = ("business_id", "status", "document_type", "credited_invoice_id", "currency", "due_date")
+DIGEST = {
+    "invoices": Uses(("id", *CREDIT_NOTES, "total_incl_vat_minor_units")),
+    "invoice_payments": Uses(("invoice_id", "amount_minor_units")),
+    "businesses": Uses(("id", "email", "is_active", "deleted_at")),
+    **PEOPLE,
+}
 TOKENS = {
     "businesses": Uses(("id", "is_active", "deleted_at")),
     "business_shaam_credentials": Uses(
@@ -131,11 +137,11 @@ USES: Mapping[str, Mapping[str, Uses]] = {
             ("id", "business_id", "due_date", "is_overdue", "status"), changes=("is_overdue", "updated_at")
         ),
     },
-    "overdue-digest": {
-        "invoices": Uses(("id", *CREDIT_NOTES, "total_incl_vat_minor_units")),
-        "invoice_payments": Uses(("invoice_id", "amount_minor_units")),
-        "businesses": Uses(("id", "email", "is_active", "deleted_at")),
-        **PEOPLE,
+    "overdue-digest": DIGEST,
+    "rehearsal": {
+        **DIGEST,
+        "invoices": Uses(("id", *CREDIT_NOTES, "total_incl_vat_minor_units", "is_overdue", "updated_at")),
+        "sessions": Uses(("expires_at",)),
     },
     "send-overdue-digest": {
         "invoices": Uses(

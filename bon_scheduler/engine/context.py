@@ -11,8 +11,20 @@ from zoneinfo import ZoneInfo
 
 from bon_scheduler import ledger
 from bon_scheduler.database import Pool
-from bon_scheduler.jobs import BusinessOutcome, ChangedRow, Connection, Counts, Job, LostRunError, P, Usual
+from bon_scheduler.jobs import (
+    BusinessOutcome,
+    ChangedRow,
+    Connection,
+    Counts,
+    Cron,
+    Job,
+    LostRunError,
+    P,
+    Rehearsed,
+    Usual,
+)
 from bon_scheduler.ledger import Finished, Origin, Request, RunRef
+from bon_scheduler.schedule import next_fire_time
 
 __all__ = ["AttemptContext"]
 
@@ -34,6 +46,7 @@ class AttemptContext:
     zone: ZoneInfo
     pool: Pool
     resources: Mapping[type, object]
+    schedules: Mapping[str, Cron] = field(default_factory=dict)
     ended: str | None = None
     _open: set[Connection] = field(default_factory=set)
     _finished: dict[Connection, Finished] = field(default_factory=dict)
@@ -136,9 +149,22 @@ class AttemptContext:
         """Record outcomes per business."""
         await ledger.record_outcomes(on, self.run_id, outcomes)
 
-    async def usual(self, count: str, *, on: Connection) -> Usual:
-        """Return what the count of that name was in the job's last runs."""
-        return await ledger.usual(on, self.job_name, count)
+    async def usual(self, count: str, *, on: Connection, job: str | None = None) -> Usual:
+        """Return what the count of that name was in the last runs of `job`, or of this one."""
+        return await ledger.usual(on, job or self.job_name, count)
+
+    def fires_next(self, job: str) -> datetime | None:
+        """Return when that job's schedule fires next; None without a schedule."""
+        cron = self.schedules.get(job)
+        return next_fire_time(cron.expression, self.zone, self.now) if cron else None
+
+    async def keep_rehearsal(self, rehearsed: Sequence[Rehearsed], *, on: Connection) -> None:
+        """Keep what this run says of runs to come."""
+        await ledger.keep_rehearsal(on, self.run_id, rehearsed)
+
+    async def compare_with_rehearsal(self, candidates: int, *, on: Connection) -> int | None:
+        """Keep what there is to do beside the last rehearsal's number; return that."""
+        return await ledger.compare_with_rehearsal(on, self.job_name, self.run_id, candidates)
 
     async def keep_rows(
         self, change: Literal["deleted", "marked", "cleared"], rows: Sequence[ChangedRow], *, on: Connection

@@ -206,6 +206,7 @@ class DryRunner:
             replay=True,
             zone=zone,
             pool=self.pool,
+            schedules=self.schedules,
             resources={
                 Settings: mocking,
                 Mailer: DryMailer(self.settings, self.pool, self.clock, self.out, self.kept),

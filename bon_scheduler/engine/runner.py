@@ -231,6 +231,7 @@ class Runner:
             zone=self._parts.zone,
             pool=self._parts.pool,
             resources=self._parts.resources,
+            schedules=self._parts.schedules,
         )
 
     async def _call(self, attempt: Attempt) -> Outcome:

@@ -27,3 +27,6 @@ from .errors import (
     NotNowError as NotNowError,
     RetryLaterError as RetryLaterError,
 )
+from .rehearsed import (
+    Rehearsed as Rehearsed,
+)

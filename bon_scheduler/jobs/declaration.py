@@ -14,6 +14,8 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bon_scheduler.jobs.rehearsed import Rehearsed
+
 __all__ = [
     "AnyJob",
     "BusinessOutcome",
@@ -247,8 +249,20 @@ class JobContext(Protocol):
         """Record outcomes per business. Counts add up when a run reports a business twice."""
         ...
 
-    async def usual(self, count: str, *, on: Connection) -> Usual:
-        """Return what the count of that name was in the job's last runs."""
+    async def usual(self, count: str, *, on: Connection, job: str | None = None) -> Usual:
+        """Return what the count of that name was in the last runs of `job`, or of this one."""
+        ...
+
+    def fires_next(self, job: str) -> datetime | None:
+        """Return when that job's schedule fires next after `now` (UTC, aware); None without a schedule."""
+        ...
+
+    async def keep_rehearsal(self, rehearsed: Sequence[Rehearsed], *, on: Connection) -> None:
+        """Keep what this run says of runs to come."""
+        ...
+
+    async def compare_with_rehearsal(self, candidates: int, *, on: Connection) -> int | None:
+        """Keep what there is to do beside the last rehearsal's number; return that, None without a rehearsal."""
         ...
 
     async def keep_rows(

@@ -35,8 +35,8 @@ class NotNowError(Exception):
 
 class HeldError(Exception):
     """
-    Raised by a handler that has changed nothing yet and finds that it would change abnormally much: the run is
-    `held` until a person releases it. The message says why, and what an operator needs to decide.
+    Raised by a handler that finds that it would change abnormally much: the run is `held` until a person releases it.
+    The message says why, what was done so far, if anything, and what an operator needs to decide.
     """
 
     def __init__(self, message: str, *, figures: Mapping[str, int]) -> None:

@@ -21,6 +21,7 @@ from .attempts import (
 )
 from .brakes import (
     Usual as Usual,
+    end_held as end_held,
     hold as hold,
     record_rows as record_rows,
     rows_of_business as rows_of_business,
@@ -107,6 +108,12 @@ from .place import (
     mark_place as mark_place,
     remember_place as remember_place,
     report_behind as report_behind,
+)
+from .rehearsals import (
+    compare_with_rehearsal as compare_with_rehearsal,
+    keep_rehearsal as keep_rehearsal,
+    rehearsals_of as rehearsals_of,
+    would_hold as would_hold,
 )
 from .retention import (
     Horizon as Horizon,

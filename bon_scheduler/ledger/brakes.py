@@ -13,7 +13,7 @@ from bon_scheduler.jobs import ChangedRow, Connection, Counts, LostRunError, Usu
 from bon_scheduler.ledger.attempts import RunRef
 from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
 
-__all__ = ["Usual", "hold", "record_rows", "rows_of_business", "rows_of_run", "usual"]
+__all__ = ["Usual", "end_held", "hold", "record_rows", "rows_of_business", "rows_of_run", "usual"]
 
 LOOKED_AT = 14
 """Runs that say what is usual."""
@@ -48,6 +48,13 @@ HOLD = """
          where a.run_id = h.id and a.attempt = h.attempt
     )
     select id from held
+"""
+# $1 run, $2 why it goes on no more. Index: runs_pkey.
+END_HELD = """
+    update bon_scheduler.runs
+       set state = 'partial', error = $2, reason = null, finished_at = clock_timestamp()
+     where id = $1 and state = 'held'
+    returning true
 """
 # $1 run, $2 change, $3 ids: uuid[], $4 businesses: uuid[], $5 items: int[] or null, $6 updated: timestamptz[] or null.
 RECORD_ROWS = """
@@ -89,6 +96,11 @@ async def hold(connection: Connection, ref: RunRef, *, reason: str, figures: Cou
     if found is None:
         raise LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
     return "held"
+
+
+async def end_held(connection: Connection, run_id: UUID, why: str) -> bool:
+    """End a run that is held, because there is nothing left for a person to decide; False where it is not held."""
+    return bool(await connection.fetchval(END_HELD, run_id, why, timeout=CALL_TIMEOUT_SECONDS))
 
 
 async def record_rows(connection: Connection, run_id: UUID, change: str, rows: Sequence[ChangedRow]) -> None:

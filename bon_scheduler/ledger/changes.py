@@ -135,7 +135,7 @@ _REFUSALS = {
         "running": f"is running; wait for its end, or stop it first with: {COMMAND} cancel {{run_id}} --reason …",
         "retrying": "is retrying, it runs again by itself at {run_at}; leave it out",
         "succeeded": f"has succeeded, there is nothing to mend; do it anew with: {COMMAND} run-once {{job}}",
-        "held": "is held by the brake, it has changed nothing and waits for a person; "
+        "held": "is held by the brake and waits for a person; "
         f"have it go on with: {COMMAND} release {{run_id}} --reason …",
     },
     Action.CANCEL: {

@@ -11,8 +11,10 @@ from .consent import (
     ConsentBrake as ConsentBrake,
     begin_run as begin_run,
     choose_one as choose_one,
+    close_held_run as close_held_run,
     consent_brake as consent_brake,
     end_run as end_run,
+    hold_run as hold_run,
     release_after_success as release_after_success,
     release_consent_brake as release_consent_brake,
 )

@@ -7,8 +7,9 @@ another's. So an answer is recorded first, and flagging is a second step. Ten ar
 batches and replicas, and on demand. The rest wait (`spent`) until the run can be judged: it is braked once more than
 ten, and more than a fifth of those that are due, or at its end of those of which the authority judged, are spent.
 
-Braked, nobody else is flagged or called; each scheduled run asks one business, until one is refreshed or a person
-releases the brake. Then those that wait are asked again. The row of the brake is locked BEFORE BON's and ours.
+Braked, nobody else is flagged or called, and the first run that ends then is held. Each later one asks one business,
+until one is refreshed or a person releases the held run. Then those that wait are asked again. The row of the brake is
+locked BEFORE BON's and ours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from uuid import UUID
 
 import structlog
 
+from bon_scheduler import ledger
 from bon_scheduler.jobs import Connection
 from bon_scheduler.shaam import refreshes
 from bon_scheduler.shaam.refreshes import CALL_TIMEOUT_SECONDS, End, Exchange, State
@@ -30,8 +32,10 @@ __all__ = [
     "ask",
     "begin_run",
     "choose_one",
+    "close_held_run",
     "consent_brake",
     "end_run",
+    "hold_run",
     "release_after_success",
     "release_consent_brake",
 ]
@@ -43,23 +47,23 @@ SHARE = 5
 """More than one in so many is no owner's fault."""
 A_REFRESH = "a refresh that succeeded"
 
-READ = "select run, since, due, flagged, spent, unlimited, braked_at, reason from bon_scheduler.consent_brake"
+READ = "select braked_at, reason, held, released_by from bon_scheduler.consent_brake"
 LOCK = """
     select run, since, due, flagged, spent, unlimited, braked_at, reason, since < clock_timestamp() - interval '1 hour'
            as is_old
       from bon_scheduler.consent_brake
        for update
 """
-# $1 run: uuid, or null: on demand only, $2 how many are due: int. Another attempt at the same run goes on with its
-# figures.
+# $1 run: uuid, or null: on demand only, $2 how many are due: int, $3 whether a person has let this run flag whomever
+# the authority refuses: boolean. Another attempt at the same run goes on with its figures.
 BEGIN = """
     update bon_scheduler.consent_brake
        set due = case when run = $1 then greatest(due, $2) else $2 end,
            flagged = case when run = $1 then flagged else 0 end,
            spent = case when run = $1 then spent else 0 end,
            since = case when run = $1 then since else clock_timestamp() end,
-           unlimited = case when run = $1 then unlimited else allowed and $1 is not null end,
-           allowed = allowed and ($1 is null or run is not distinct from $1),
+           unlimited = $3 or $1 is not null and (allowed or run = $1 and unlimited),
+           allowed = allowed and $1 is null,
            run = $1::uuid
 """
 # $1 how many more were flagged: int, $2 how many more are spent: int.
@@ -73,14 +77,25 @@ COUNT_JUDGED = """
 """
 # $1 reason.
 BRAKE = "update bon_scheduler.consent_brake set braked_at = clock_timestamp(), reason = $1 where braked_at is null"
-# $1 by whom, $2 reason, $3 whether the next run may flag whomever the authority refuses: boolean. Those that wait count
-# no more: they are asked again.
+# $1 by whom, $2 reason, $3 whether this run and the next may flag whomever the authority refuses: boolean. Those that
+# wait count no more: they are asked again.
 RELEASE = """
     update bon_scheduler.consent_brake
        set braked_at = null, reason = null, released_at = clock_timestamp(), released_by = $1, release_reason = $2,
-           allowed = $3, spent = flagged
+           allowed = $3, unlimited = unlimited or $3, spent = flagged
      where braked_at is not null
     returning 1
+"""
+# $1 run. One run is held for a brake, unless a person cancels that, or its process dies before it is. Index: runs_pkey.
+HOLD = """
+    update bon_scheduler.consent_brake
+       set held = $1
+     where braked_at is not null
+       and (held is null or held = $1
+            or not exists (select from bon_scheduler.runs r
+                            where r.id = consent_brake.held
+                              and r.state in ('queued', 'running', 'retrying', 'held')))
+    returning reason
 """
 # $1 businesses: uuid[], or null for all. They are asked again.
 ASK_AGAIN = """
@@ -127,6 +142,8 @@ class ConsentBrake:
 
     since: datetime | None
     reason: str | None
+    held: UUID | None = None
+    """The run that a person may release; None: none has ended since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +158,7 @@ class Asked:
 async def consent_brake(connection: Connection) -> ConsentBrake:
     """Read whether owners are asked."""
     row = await connection.fetchrow(READ, timeout=CALL_TIMEOUT_SECONDS)
-    return ConsentBrake(row["braked_at"], row["reason"]) if row else ConsentBrake(None, None)
+    return ConsentBrake(row["braked_at"], row["reason"], row["held"]) if row else ConsentBrake(None, None)
 
 
 async def ask(connection: Connection, exchange: Exchange, reason: str, tell: Tell) -> Asked:
@@ -149,7 +166,7 @@ async def ask(connection: Connection, exchange: Exchange, reason: str, tell: Tel
     credential = exchange.credential
     row = await _lock(connection)
     if row["is_old"]:
-        await connection.execute(BEGIN, None, 0)
+        await connection.execute(BEGIN, None, 0, False)
         row = await _lock(connection)
     braked = row["braked_at"] is not None
     if row["unlimited"] or (not braked and row["flagged"] < FEW):
@@ -167,16 +184,25 @@ async def ask(connection: Connection, exchange: Exchange, reason: str, tell: Tel
         await refreshes.note(connection, credential.business_id, state, reason)
     spent = row["spent"] + counted[1]
     if not braked and row["run"] is not None and not row["unlimited"] and _are_many(spent, row["due"]):
-        await _brake(connection, spent, f"{row['due']} that are due")
+        await _brake(connection, spent, row["flagged"], f"{row['due']} that are due")
         braked = True
     return Asked(state, braked)
 
 
-async def begin_run(connection: Connection, run_id: UUID, *, due: int, tell: Tell) -> ConsentBrake:
-    """Judge what an earlier run has left, and count anew; in the caller's transaction."""
-    if (await _lock(connection))["run"] != run_id:
+async def begin_run(
+    connection: Connection, run_id: UUID, *, due: int, tell: Tell, released: bool = False
+) -> ConsentBrake:
+    """
+    Judge what an earlier run has left, and count anew; in the caller's transaction.
+
+    A run that a person has `released` releases the brake, and flags whomever the authority refuses.
+    """
+    row = await _lock(connection)
+    if released:
+        await release_consent_brake(connection, run_id)
+    if row["run"] != run_id:
         await end_run(connection, tell=tell)
-    await connection.execute(BEGIN, run_id, due)
+    await connection.execute(BEGIN, run_id, due, released)
     return await consent_brake(connection)
 
 
@@ -187,7 +213,7 @@ async def end_run(connection: Connection, *, tell: Tell) -> set[UUID]:
         return set()
     judged = int(await connection.fetchval(COUNT_JUDGED, row["since"]))
     if not row["unlimited"] and _are_many(row["spent"], judged):
-        await _brake(connection, row["spent"], f"{judged} of which the authority judged")
+        await _brake(connection, row["spent"], row["flagged"], f"{judged} of which the authority judged")
         return set()
     flagged = [found["business_id"] for found in await connection.fetch(FLAG_WAITING, timeout=CALL_TIMEOUT_SECONDS)]
     for business_id in flagged:
@@ -206,12 +232,31 @@ async def choose_one(connection: Connection, due: Sequence[UUID]) -> list[UUID]:
     return [chosen]
 
 
-async def release_consent_brake(connection: Connection, *, by: str, reason: str) -> bool:
-    """
-    Release the brake for a person: the next scheduled run asks all again, and flags whomever the authority refuses.
+async def hold_run(connection: Connection, run_id: UUID) -> str | None:
+    """Return why this run is to be held: the brake holds, and no other run is held for it. None: it is not to be."""
+    reason: str | None = await connection.fetchval(HOLD, run_id, timeout=CALL_TIMEOUT_SECONDS)
+    return reason
 
-    False where it does not hold. In the caller's transaction.
+
+async def close_held_run(connection: Connection) -> None:
+    """End the run that was held for a brake that holds no more."""
+    row = await connection.fetchrow(READ, timeout=CALL_TIMEOUT_SECONDS)
+    if row is None or row["braked_at"] is not None or row["held"] is None:
+        return
+    why = f"Held by the brake on consent until that was released by {row['released_by']}."
+    if await ledger.end_held(connection, row["held"], why):
+        log.info("consent.run_closed", held=str(row["held"]), why=why)
+
+
+async def release_consent_brake(connection: Connection, run_id: UUID) -> bool:
     """
+    Release the brake because a person has released this run, which asks again those that wait.
+
+    It, and the next scheduled run, flag whomever the authority refuses. False where the brake does not hold. In the
+    caller's transaction.
+    """
+    releases = [action for action in await ledger.actions_on(connection, run_id) if action["action"] == "release"]
+    by, reason = (releases[-1]["by"], releases[-1]["reason"]) if releases else ("a person", f"run {run_id}")
     return await _release(connection, by, reason, allowed=True)
 
 
@@ -235,10 +280,11 @@ async def _release(connection: Connection, by: str, reason: str, *, allowed: boo
     return True
 
 
-async def _brake(connection: Connection, spent: int, of: str) -> None:
+async def _brake(connection: Connection, spent: int, flagged: int, of: str) -> None:
     reason = (
         f"The authority calls {spent} grants spent, of {of}: no owner's fault. It looks like a database restored "
-        "from a backup, another program that rotates these tokens, or the client or key of another environment."
+        "from a backup, another program that rotates these tokens, or the client or key of another environment. "
+        f"{flagged} owners were asked to consent again before that was seen, and nobody is since."
     )
     await connection.execute(BRAKE, reason)
     log.error("consent.braked", spent=spent, reason=reason)

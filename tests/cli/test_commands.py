@@ -194,17 +194,6 @@ async def test_a_missing_column_of_bons_is_named_by_check(database_url: str, con
     assert (checked.status, failures) == (1, ["column invoices.is_overdue is missing"])
 
 
-async def test_check_recommends_the_indexes_that_bon_lacks(database_url: str, connection: Connection) -> None:
-    checked = await run_command("check", "--json", DATABASE_URL=database_url)
-    remedies = [f["remedy"] for f in checked.document["findings"] if f["name"] == "indexes"]
-    assert checked.status == 0
-    assert len(remedies) == 2
-    for remedy in remedies:
-        await connection.execute(remedy.removeprefix("Have BON run: "))
-    again = await run_command("check", "--json", DATABASE_URL=database_url)
-    assert [f["level"] for f in again.document["findings"] if f["name"] == "indexes"] == ["ok"]
-
-
 async def test_check_says_what_a_missing_spool_risks_and_what_waits_in_one(database_url: str, tmp_path: Path) -> None:
     environ = {"DATABASE_URL": database_url, **tax.environ("http://127.0.0.1:9/token")}
 

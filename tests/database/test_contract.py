@@ -21,6 +21,16 @@ USERS = {
     "handlers.draft_cleanup": ("draft-cleanup",),
     "handlers.session_cleanup": ("session-cleanup",),
     "handlers.notify_reauth": ("notify-reauth",),
+    **{
+        f"handlers.{module}.{name}": (job, "rehearsal")
+        for module, job, names in (
+            ("overdue_detection", "overdue-detection", ("COUNT_OVERDUE", "COUNT_UNMARKED")),
+            ("overdue_digest", "overdue-digest", ("FIND_OWED", "COUNT_OWNERS")),
+            ("draft_cleanup", "draft-cleanup", ("COUNT_STALE", "COUNT_DRAFTS")),
+            ("session_cleanup", "session-cleanup", ("COUNT_EXPIRED", "COUNT_SESSIONS")),
+        )
+        for name in names
+    },
     "handlers.digest.statement": ("send-overdue-digest",),
     "handlers.digest.statement.READ_RECIPIENTS": ("send-overdue-digest", "notify-reauth"),
     "handlers.shaam_token_refresh": ("shaam-token-refresh",),

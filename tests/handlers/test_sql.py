@@ -15,9 +15,9 @@ import bon_scheduler
 import handlers
 import health
 from bon_scheduler.ledger.history import ACTIONS_ON
-from handlers.draft_cleanup import LEFT_STALE, PICK_STALE
-from handlers.overdue_detection import LEFT_OVERDUE, PICK_OVERDUE, PICK_SETTLED
-from handlers.session_cleanup import LEFT_EXPIRED, PICK_EXPIRED
+from handlers.draft_cleanup import COUNT_STALE, LEFT_STALE, PICK_STALE
+from handlers.overdue_detection import COUNT_OVERDUE, LEFT_OVERDUE, PICK_OVERDUE, PICK_SETTLED
+from handlers.session_cleanup import COUNT_EXPIRED, LEFT_EXPIRED, PICK_EXPIRED
 from tests.conftest import Connection
 
 STATEMENT = re.compile(r"\b(select|update|insert|delete)\b", re.IGNORECASE)
@@ -91,6 +91,9 @@ def test_the_search_for_parameters_finds_them_however_they_are_written(condition
         (LEFT_STALE, "('{}', '2026-11-23')", "invoices_draft_cleanup_idx"),
         (PICK_EXPIRED, "('1970-01-01', gen_random_uuid(), '{}', 500, '2026-11-23')", "session_expires_idx"),
         (LEFT_EXPIRED, "('{}', '2026-11-23')", "session_expires_idx"),
+        (COUNT_OVERDUE, "('2026-11-23', null)", "invoices_overdue_candidates_idx"),
+        (COUNT_STALE, "('2026-11-23', '2026-11-23')", "invoices_draft_cleanup_idx"),
+        (COUNT_EXPIRED, "('2026-11-23', null)", "session_expires_idx"),
         (ACTIONS_ON, "('00000000-0000-0000-0000-000000000000')", "operator_actions_target"),
     ],
     ids=[
@@ -101,6 +104,9 @@ def test_the_search_for_parameters_finds_them_however_they_are_written(condition
         "LEFT_STALE",
         "PICK_EXPIRED",
         "LEFT_EXPIRED",
+        "COUNT_OVERDUE",
+        "COUNT_STALE",
+        "COUNT_EXPIRED",
         "ACTIONS_ON",
     ],
 )

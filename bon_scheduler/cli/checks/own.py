@@ -1,6 +1,6 @@
 """Schema `bon_scheduler`: its version, whether the role may use it, and what its tables say that needs a person."""
 
-from bon_scheduler import ledger, mail, schedule
+from bon_scheduler import ledger, mail, schedule, shaam
 from bon_scheduler.cli.checks.bon import refused
 from bon_scheduler.cli.checks.findings import Finding, Level, ok
 from bon_scheduler.config import Settings
@@ -8,6 +8,7 @@ from bon_scheduler.database import SchemaBehindError, own_functions, own_refusal
 from bon_scheduler.jobs import Connection
 
 __all__ = [
+    "check_consent",
     "check_functions",
     "check_letters",
     "check_own_tables",
@@ -86,6 +87,23 @@ async def check_schedules(connection: Connection) -> list[Finding]:
         )
         for job, why in histories.unusable.items()
     ] or [ok("schedules", "those in force can be read")]
+
+
+async def check_consent(connection: Connection) -> list[Finding]:
+    """Look whether owners are asked to consent again, as they are unless too many grants are spent."""
+    brake = await shaam.consent_brake(connection)
+    if brake.since is None:
+        return [ok("consent", "owners whose grants are spent are asked")]
+    command = f"release {brake.held}" if brake.held else "run-once shaam-token-refresh --release-brake"
+    return [
+        Finding(
+            "consent",
+            Level.FAILURE,
+            f"the brake holds since {brake.since:%Y-%m-%d %H:%M:%S} UTC: {brake.reason}",
+            "Mend the cause: each run asks one business, and once that is refreshed all go on by themselves. If the "
+            f"owners did withdraw their consent: python -m bon_scheduler {command} --reason …",
+        )
+    ]
 
 
 async def check_letters(connection: Connection) -> list[Finding]:

@@ -202,6 +202,28 @@ comment on column changed_rows.items is 'How many items went with each deleted d
 comment on column changed_rows.updated is 'When each deleted draft was last touched.';
 create index changed_rows_businesses on changed_rows using gin (businesses);
 
+create table rehearsals (
+    run_id        uuid not null references runs (id) on delete cascade,
+    job           text not null references jobs (name),
+    fire_time     timestamptz not null,
+    candidates    bigint not null,
+    of_all        bigint not null,
+    usual         bigint,
+    would_hold    text,
+    rehearsed_at  timestamptz not null default clock_timestamp(),
+    compared_with uuid,
+    found         bigint,
+    primary key (run_id, job)
+);
+comment on table rehearsals is 'What a rehearsal says of a job''s next run, and what there was to do then.';
+comment on column rehearsals.run_id is 'Of the rehearsal.';
+comment on column rehearsals.fire_time is 'The instant that was rehearsed.';
+comment on column rehearsals.usual is 'The median of the last runs; null without any.';
+comment on column rehearsals.would_hold is 'Why the brake would trip; null: it would not.';
+comment on column rehearsals.compared_with is 'The first run after that fire time; null: none has come.';
+comment on column rehearsals.found is 'The candidates of that run.';
+create index rehearsals_newest on rehearsals (job, rehearsed_at desc);
+
 create table operator_actions (
     id     bigint generated always as identity primary key,
     at     timestamptz not null default now(),
@@ -360,6 +382,7 @@ create table consent_brake (
     unlimited      boolean not null default false,
     braked_at      timestamptz,
     reason         text,
+    held           uuid,
     allowed        boolean not null default false,
     released_at    timestamptz,
     released_by    text,
@@ -374,5 +397,6 @@ comment on column consent_brake.due is 'How many businesses that run had to refr
 comment on column consent_brake.flagged is 'Of those that are spent.';
 comment on column consent_brake.unlimited is 'A person released the brake for this run.';
 comment on column consent_brake.braked_at is 'Null while owners are asked.';
+comment on column consent_brake.held is 'The run that is, or was last, held for it.';
 comment on column consent_brake.allowed is 'A person released the brake for the run that comes next.';
 insert into consent_brake default values;

@@ -1,0 +1,100 @@
+"""What tonight's jobs would touch: the command `rehearse`, and a rehearsal beside the runs that came after it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from bon_scheduler import engine, ledger, service
+from bon_scheduler.cli.parsing import BADLY, DONE, HELD, find_job, person, reading
+from bon_scheduler.clock import SystemClock
+from bon_scheduler.config import Settings
+from bon_scheduler.report import Column, Report
+from bon_scheduler.schedule import Clocks
+
+__all__ = ["rehearse", "runs_of", "show_comparison"]
+
+JOB = "rehearsal"
+PUBLIC = ("job", "fire_time", "candidates", "of", "usual", "verdict", "reason")
+
+
+async def rehearse(settings: Settings, report: Report) -> int:
+    """Run the job `rehearsal` now, and report what it found."""
+    job, clocks = find_job(JOB), Clocks(SystemClock())
+    async with reading(settings) as connection:
+        await clocks.require_agreement(connection)
+    order = engine.Order(job=job, payload=job.payload(), fire_time=clocks.now(), asked_by=person())
+    async with service.machinery(settings, clock=clocks) as parts:
+        result = await engine.run_once(
+            parts.pool, parts.runner, parts.jobs, order, concurrency=settings.worker_concurrency
+        )
+        async with parts.pool.acquire() as connection:
+            rows = await ledger.rehearsals_of(connection, result.run["run_id"])
+    held = any(row["reason"] for row in rows)
+    if report.as_json:
+        report.document(
+            {
+                **{name: result.run[name] for name in ("run_id", "state", "counts")},
+                "error": result.why,
+                "would_hold": held,
+                "jobs": [{name: row[name] for name in PUBLIC} for row in rows],
+            }
+        )
+    else:
+        _tell(report, rows, result)
+    return HELD if held else DONE if result.went_well else BADLY
+
+
+def _tell(report: Report, rows: Sequence[ledger.Row], result: engine.RunReport) -> None:
+    report.table(
+        ["job", "at", "candidates", "of", "usual", "verdict"],
+        [
+            (
+                row["job"],
+                f"{row['fire_time'].astimezone(report.zone):%m-%d %H:%M}",
+                f"{row['candidates']:,}",
+                f"{row['of']:,}",
+                _number(row["usual"]),
+                row["verdict"],
+            )
+            for row in rows
+        ],
+        empty="Nothing was rehearsed: no job of the night has a schedule, or each is paused.",
+    )
+    for row in rows:
+        if row["reason"]:
+            report.say(f"{row['job']} would be held: {row['reason']}")
+    counts = result.run["counts"]
+    if counts.get("paused"):
+        report.say(f"Left out, because a person has paused them: {counts['paused']}. See: python -m bon_scheduler jobs")
+    if not result.went_well:
+        report.say(f"Not all could be counted: {result.why or 'see the log, and: python -m bon_scheduler check'}")
+
+
+def runs_of(rows: Sequence[ledger.Row]) -> list[UUID]:
+    """Return the runs that rehearsals name."""
+    return [run for row in rows for run in (row["rehearsal"], row["compared_with"]) if run is not None]
+
+
+def show_comparison(report: Report, rows: Sequence[ledger.Row], short: Mapping[Any, str]) -> None:
+    """Show, of a run, what its rehearsal said; of a rehearsal, what there was to do when its runs came."""
+    if not rows:
+        return
+    report.table(
+        ["job", "rehearsal", "rehearsed", "run", "found", Column("verdict", importance=1)],
+        [
+            (
+                row["job"],
+                short.get(row["rehearsal"], row["rehearsal"]),
+                f"{row['candidates']:,}",
+                short.get(row["compared_with"], row["compared_with"]) if row["compared_with"] else "to come",
+                _number(row["found"]),
+                row["verdict"],
+            )
+            for row in rows
+        ],
+        title="\nRehearsed",
+    )
+
+
+def _number(value: int | None) -> str:
+    return "—" if value is None else f"{value:,}"
