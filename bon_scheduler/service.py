@@ -17,7 +17,7 @@ import health
 from bon_scheduler import database, ledger
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings, ShaamMode
-from bon_scheduler.database import TRANSIENT_ERRORS, Pool, require_endpoints, require_schema
+from bon_scheduler.database import TRANSIENT_ERRORS, Outage, Pool, require_endpoints, require_schema
 from bon_scheduler.declared import JOBS, schedules_of
 from bon_scheduler.engine import Deadman, DryRunner, Engine, Heartbeat, Reconciler, Runner, RunnerParts
 from bon_scheduler.jobs import AnyJob, Cron
@@ -114,7 +114,7 @@ async def machinery(
         await stack.enter_async_context(_registered(control, worker))
         beating = Heartbeat(url=settings.listen_url, worker=worker).running()
         heartbeat = await stack.enter_async_context(beating)
-        resources = await stack.enter_async_context(_resources(settings, pool, metrics, clock, stopping))
+        resources = await stack.enter_async_context(_resources(settings, pool, metrics, clock, stopping, worker.outage))
         mailer = resources[Mailer]
         runner = Runner(
             RunnerParts(
@@ -174,7 +174,7 @@ async def _registered(pool: Pool, worker: Worker) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _resources(
-    settings: Settings, pool: Pool, metrics: Metrics, clock: Clock, stopping: asyncio.Event
+    settings: Settings, pool: Pool, metrics: Metrics, clock: Clock, stopping: asyncio.Event, outage: Outage
 ) -> AsyncIterator[Mapping[type, object]]:
     """Build what handlers get by type."""
     async with AsyncExitStack() as stack:
@@ -190,7 +190,7 @@ async def _resources(
                 clock=clock,
                 stopping=stopping,
             )
-            resources[Rotator] = await stack.enter_async_context(rotator.running())
+            resources[Rotator] = await stack.enter_async_context(rotator.running(outage))
         yield resources
 
 

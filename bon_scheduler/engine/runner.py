@@ -99,7 +99,7 @@ class Runner:
         self.claiming = asyncio.Lock()
         self.worker = parts.worker
         self._parts = parts
-        self._recorder = Recorder(parts.control)
+        self._recorder = Recorder(parts.control, parts.worker.outage)
         self._under_way: dict[RunRef, asyncio.Future[None]] = {}
         self._unrecorded: set[RunRef] = set()
         self._abandoned: set[asyncio.Task[Counts]] = set()
