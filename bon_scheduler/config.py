@@ -25,7 +25,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from bon_scheduler.addresses import fault_of_host, fault_of_web_address, read_database_address, read_mailbox
 from bon_scheduler.files import fault_of_shared_directory
 
-__all__ = ["LOOPBACK_HOSTS", "ClientAuth", "LogFormat", "LogLevel", "Settings", "ShaamMode", "SmtpTls"]
+__all__ = ["LOOPBACK_HOSTS", "ClientAuth", "EmailMode", "LogFormat", "LogLevel", "Settings", "ShaamMode", "SmtpTls"]
 
 SHAAM_HOST = "https://ita-api.taxes.gov.il"
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -40,6 +40,13 @@ class SmtpTls(StrEnum):
     STARTTLS = "starttls"
     IMPLICIT = "implicit"
     NONE = "none"
+
+
+class EmailMode(StrEnum):
+    """What becomes of letters; `log` sends none."""
+
+    SMTP = "smtp"
+    LOG = "log"
 
 
 class ShaamMode(StrEnum):
@@ -146,8 +153,11 @@ class Settings(BaseSettings):
     """BON's web address, for the link to the invoice list."""
     unsubscribe_url: str | None = None
     """`List-Unsubscribe` of letters, in ASCII, as it is to stand there."""
+    email_mode: EmailMode | None = None
+    """`smtp` needs `SMTP_HOST`; `log` sends nothing, counts letters as `logged` and takes no `SMTP_HOST`. Unset: `smtp`
+    where `SMTP_HOST` is set; else letters are logged, which is warned of, and a run that logs one ends `partial`."""
     smtp_host: str | None = None
-    """The mail server. Unset: digests are logged and counted as `logged`, not sent."""
+    """The mail server."""
     smtp_port: int = Field(587, ge=1, le=65535)
     """Its port."""
     smtp_username: str | None = None
@@ -163,7 +173,8 @@ class Settings(BaseSettings):
     """The largest share of all rows of a kind that is normal; so is up to ten times the median of the last 14 runs."""
 
     shaam_mode: ShaamMode = ShaamMode.MOCK
-    """Which of the authority's systems is called. `mock` calls nobody and changes nothing."""
+    """Which of the authority's systems is called. `mock` calls nobody and changes nothing; where nothing says `mock`,
+    that is warned of, and a run that it stops ends `partial`."""
     shaam_encryption_key: SecretStr | None = None
     """The key with which BON encrypts tokens, 64 hexadecimal characters, random: zeros, sequences and examples are
     refused."""

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bon_scheduler.addresses import fault_of_web_address
-from bon_scheduler.config import LOOPBACK_HOSTS, Settings, ShaamMode, SmtpTls
+from bon_scheduler.config import LOOPBACK_HOSTS, EmailMode, Settings, ShaamMode, SmtpTls
 
 __all__ = ["SECRETS", "SettingsError", "load_settings"]
 
@@ -83,6 +83,10 @@ def _check_together(values: Mapping[str, str], faults: _Faults) -> None:
         for name in ("shaam_encryption_key", "shaam_client_id", "shaam_client_secret"):
             if name not in values:
                 faults.add(name.upper(), f"is not set; SHAAM_MODE={mode} needs it")
+    if values.get("email_mode") == EmailMode.SMTP and "smtp_host" not in values:
+        faults.add("SMTP_HOST", "is not set; EMAIL_MODE=smtp needs it")
+    if values.get("email_mode") == EmailMode.LOG and "smtp_host" in values:
+        faults.add("EMAIL_MODE", "log sends nothing, and SMTP_HOST is set; keep one of the two")
     if ("smtp_username" in values) != ("smtp_password" in values):
         missing = "SMTP_PASSWORD" if "smtp_username" in values else "SMTP_USERNAME"
         faults.add(missing, "is not set; SMTP_USERNAME and SMTP_PASSWORD go together")

@@ -157,7 +157,7 @@ def _shorten_traceback(_: WrappedLogger, __: str, event: EventDict) -> EventDict
     raised = event.pop("exc_info", None)
     error = raised[1] if isinstance(raised, tuple) else raised
     if isinstance(error, BaseException):
-        event |= {"error": describe_error(error), "where": where(error)[-FRAMES_OF_LIBRARIES:]}
+        event["error"], event["where"] = describe_error(error), where(error)[-FRAMES_OF_LIBRARIES:]
     return event
 
 

@@ -27,6 +27,7 @@ from bon_scheduler.mail import Mailer
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.schedule import Clocks, Triggers
 from bon_scheduler.shaam import Rotator, Shaam
+from bon_scheduler.stood_aside import report_stood_aside
 
 __all__ = [
     "Machinery",
@@ -97,7 +98,8 @@ async def machinery(
     """
     clock = clock or Clocks(SystemClock())
     lease = timedelta(seconds=settings.lease_seconds)
-    schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker(serves=serves, lease=lease)
+    schedules, worker = schedules_of(settings, jobs), Worker(serves=serves, lease=lease)
+    metrics = Metrics([job.name for job in jobs], version=worker.version)
     stopping = asyncio.Event()
     await require_endpoints(settings)
     async with AsyncExitStack() as stack:
@@ -109,6 +111,10 @@ async def machinery(
             if isinstance(clock, Clocks):
                 await clock.read(connection)
             await ledger.register_jobs(connection, jobs, scheduled=schedules, anew=serves)
+            if serves:
+                await report_stood_aside(connection, settings)
+                for name, succeeded_at in (await ledger.last_successes(connection)).items():
+                    metrics.succeeded(name, succeeded_at)
         if serves:
             await _report_unusable(pool)
         await stack.enter_async_context(_registered(control, worker))
@@ -231,6 +237,7 @@ async def serving(
             reconciler=parts.reconciler,
             metrics=parts.metrics,
             worker=parts.worker,
+            sends_mail=settings.smtp_host is not None,
         )
         async with (
             health.answering(probes, settings) as port,

@@ -104,5 +104,5 @@ class Outage:
             before.unlogged += 1
             return
         times = 1 if before is None else before.unlogged + 1
-        log.warning(f"{part}.failed", error=error, times=times)
+        log.warning("part.failed", part=part, error=error, times=times)
         self._faults[part] = _Fault(error, now)

@@ -89,8 +89,6 @@ class Recorder:
             try:
                 async with self._pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
                     result = await write(connection)
-                self._outage.answered("recorder")
-                return result
             except TRANSIENT_ERRORS as error:
                 if self._pool.is_closing():
                     raise
@@ -98,5 +96,8 @@ class Recorder:
             except Exception:
                 self._outage.answered("recorder")  # with a refusal
                 raise
+            else:
+                self._outage.answered("recorder")
+                return result
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
             wait = min(wait * 2, LONGEST_WAIT_SECONDS)

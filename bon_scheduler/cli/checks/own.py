@@ -5,8 +5,16 @@ from bon_scheduler.cli.checks.bon import refused
 from bon_scheduler.cli.checks.findings import Finding, Level, ok
 from bon_scheduler.database import SchemaBehindError, own_functions, own_refusals, require_schema
 from bon_scheduler.jobs import Connection
+from bon_scheduler.stood_aside import find_stood_aside
 
-__all__ = ["check_functions", "check_letters", "check_own_tables", "check_schedules", "check_schema"]
+__all__ = [
+    "check_functions",
+    "check_letters",
+    "check_own_tables",
+    "check_schedules",
+    "check_schema",
+    "check_stood_aside",
+]
 
 MOST_NAMED = 3
 
@@ -66,6 +74,12 @@ async def check_schedules(connection: Connection) -> list[Finding]:
         )
         for job, why in histories.unusable.items()
     ] or [ok("schedules", "those in force can be read")]
+
+
+async def check_stood_aside(connection: Connection) -> list[Finding]:
+    """Name what waits for a person: pauses, held runs, the brake on consent."""
+    found = await find_stood_aside(connection)
+    return [Finding(each.name, Level.WARNING, each.what, each.remedy) for each in found]
 
 
 async def check_letters(connection: Connection) -> list[Finding]:
