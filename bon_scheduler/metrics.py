@@ -16,7 +16,7 @@ from prometheus_client.samples import Sample
 
 from bon_scheduler.jobs import Counts
 
-__all__ = ["Metrics"]
+__all__ = ["Metrics", "OldNames"]
 
 RUN_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 180, 600)
 LATENESS_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 5, 15, 60, 300, 3600)
@@ -139,7 +139,11 @@ class Metrics:
         )
         OldNames(renamed, registry=self.registry)
         self._begin_at_zero(jobs)
-        build = gauge("bon_build_info", "Which version this is, and of which Python", ["version", "python"])
+        self._name_build(version)
+
+    def _name_build(self, version: str) -> None:
+        text, labels = "Which version this is, and of which Python", ["version", "python"]
+        build = Gauge("bon_build_info", text, labels, registry=self.registry)
         build.labels(version, platform.python_version()).set(1)
 
     def _begin_at_zero(self, jobs: Iterable[str]) -> None:

@@ -19,7 +19,16 @@ from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.database import TRANSIENT_ERRORS, Outage, Pool, require_endpoints, require_schema
 from bon_scheduler.declared import JOBS, schedules_of
-from bon_scheduler.engine import Deadman, DryRunner, Engine, Heartbeat, Reconciler, Runner, RunnerParts
+from bon_scheduler.engine import (
+    Deadman,
+    DryRunner,
+    Engine,
+    Heartbeat,
+    Reconciler,
+    Runner,
+    RunnerParts,
+    report_stood_aside,
+)
 from bon_scheduler.jobs import AnyJob, Cron
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Worker, register_worker, retire_worker
 from bon_scheduler.log import describe_error
@@ -27,7 +36,6 @@ from bon_scheduler.mail import Mailer
 from bon_scheduler.metrics import Metrics
 from bon_scheduler.schedule import Clocks, Triggers
 from bon_scheduler.shaam import Rotator, Shaam
-from bon_scheduler.stood_aside import report_stood_aside
 
 __all__ = [
     "Machinery",

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 from bon_scheduler import shaam
-from bon_scheduler.config import Settings, ShaamMode
+from bon_scheduler.config import Settings, ShaamMode, shaam_off
 from bon_scheduler.jobs import (
     CatchUp,
     Connection,
@@ -28,7 +28,6 @@ from bon_scheduler.jobs import (
     RetryLaterError,
     job,
 )
-from bon_scheduler.modes import shaam_off
 from bon_scheduler.shaam import Credential, Result, find_standing
 from handlers.shaam_refresh_batch import (
     COUNTS,

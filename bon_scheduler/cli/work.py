@@ -28,10 +28,9 @@ from bon_scheduler.cli.parsing import (
 from bon_scheduler.cli.signals import end_now, stopping_on_signals, unless
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.clock import Clock
-from bon_scheduler.config import Settings
+from bon_scheduler.config import Settings, switched_off
 from bon_scheduler.jobs import AnyJob
 from bon_scheduler.ledger import Origin, Request
-from bon_scheduler.modes import switched_off
 from bon_scheduler.report import Column, Report, add_counts, format_counts
 from bon_scheduler.schedule import Clocks
 

@@ -26,3 +26,8 @@ from .runner import (
     Runner as Runner,
     RunnerParts as RunnerParts,
 )
+from .stood_aside import (
+    StoodAside as StoodAside,
+    find_stood_aside as find_stood_aside,
+    report_stood_aside as report_stood_aside,
+)

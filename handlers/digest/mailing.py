@@ -12,10 +12,9 @@ from uuid import UUID
 import structlog
 
 from bon_scheduler import mail
-from bon_scheduler.config import Settings
+from bon_scheduler.config import Settings, mail_off
 from bon_scheduler.jobs import BusinessOutcome, Counts, JobContext, NeverRetryError, RetryLaterError
 from bon_scheduler.mail import Delivery, Letter
-from bon_scheduler.modes import mail_off
 from handlers.digest.statement import MOST_OWNERS, count_owners
 
 __all__ = ["LETTER_COUNTS", "count_left_out", "deliver_each", "refuse_day_to_come", "told", "why_not_sent"]

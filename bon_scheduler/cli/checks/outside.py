@@ -5,10 +5,9 @@ import ssl
 from urllib.parse import urlsplit
 
 from bon_scheduler.cli.checks.findings import Finding, Level, ok
-from bon_scheduler.config import Settings, ShaamMode
+from bon_scheduler.config import Settings, ShaamMode, SwitchedOff, mail_off, shaam_off, switched_off
 from bon_scheduler.log import describe_error
 from bon_scheduler.mail import NotConnectedError, try_login
-from bon_scheduler.modes import SwitchedOff, mail_off, shaam_off, switched_off
 from bon_scheduler.shaam import count_files
 
 __all__ = ["check_mail", "check_schedules_off", "check_shaam", "check_spool"]

@@ -4,8 +4,8 @@ from bon_scheduler import mail, schedule
 from bon_scheduler.cli.checks.bon import refused
 from bon_scheduler.cli.checks.findings import Finding, Level, ok
 from bon_scheduler.database import SchemaBehindError, own_functions, own_refusals, require_schema
+from bon_scheduler.engine import find_stood_aside
 from bon_scheduler.jobs import Connection
-from bon_scheduler.stood_aside import find_stood_aside
 
 __all__ = [
     "check_functions",

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import structlog
 
 from bon_scheduler import ledger, shaam
-from bon_scheduler.config import Settings
+from bon_scheduler.config import Settings, switched_off
 from bon_scheduler.jobs import Connection
-from bon_scheduler.modes import switched_off
 
 __all__ = ["StoodAside", "find_stood_aside", "report_stood_aside"]
 
