@@ -132,14 +132,17 @@ class Metrics:
         self.shaam_failing = known("bon_shaam_failing", "Active businesses whose last refresh failed")
         text = "1 while owners are not asked to consent again: too many grants are spent for it to be their doing"
         self.consent_braked = known("bon_consent_braked", text)
+        self._keep_old_names()
+        self._begin_at_zero(jobs)
+        self._name_build(version)
+
+    def _keep_old_names(self) -> None:
         renamed = (
             *(self._email_sent, self._email_duration, self.email_unknown, self.pool_connections),
             *(self.check_status, self.check_duration, self.loop_lag, self._shaam_requests, self._shaam_duration),
             *(self.shaam_min_ttl, self.shaam_needs_reauth, self.shaam_failing),
         )
         OldNames(renamed, registry=self.registry)
-        self._begin_at_zero(jobs)
-        self._name_build(version)
 
     def _name_build(self, version: str) -> None:
         text, labels = "Which version this is, and of which Python", ["version", "python"]
