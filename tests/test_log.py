@@ -130,14 +130,15 @@ def test_cutting_out_secrets_takes_what_a_text_is_long() -> None:
 
 
 def test_a_librarys_traceback_is_its_error_and_where_it_was_raised(
-    logged: Callable[[], str],
+    logged: Callable[[], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    del logged  # which puts the loggers back
     configure_logging(LogLevel.INFO, LogFormat.JSON)
     try:
         json.loads("{" * 500)
     except ValueError as error:
         logging.getLogger("a.library").exception("could not read", exc_info=error)
-    (line,) = map(json.loads, logged().splitlines())
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
     assert "exception" not in line
     assert line["error"].startswith("JSONDecodeError: Expecting property name")
     assert 1 <= len(line["where"]) <= 3
