@@ -6,6 +6,7 @@ Names are `interface.md`'s. The docstrings below the settings are the reference 
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,20 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from bon_scheduler.addresses import fault_of_host, fault_of_web_address, read_database_address, read_mailbox
 from bon_scheduler.files import fault_of_shared_directory
 
-__all__ = ["LOOPBACK_HOSTS", "ClientAuth", "LogFormat", "LogLevel", "Settings", "ShaamMode", "SmtpTls"]
+__all__ = [
+    "LOOPBACK_HOSTS",
+    "ClientAuth",
+    "EmailMode",
+    "LogFormat",
+    "LogLevel",
+    "Settings",
+    "ShaamMode",
+    "SmtpTls",
+    "SwitchedOff",
+    "mail_off",
+    "shaam_off",
+    "switched_off",
+]
 
 SHAAM_HOST = "https://ita-api.taxes.gov.il"
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -40,6 +54,13 @@ class SmtpTls(StrEnum):
     STARTTLS = "starttls"
     IMPLICIT = "implicit"
     NONE = "none"
+
+
+class EmailMode(StrEnum):
+    """What becomes of letters; `log` sends none."""
+
+    SMTP = "smtp"
+    LOG = "log"
 
 
 class ShaamMode(StrEnum):
@@ -151,8 +172,11 @@ class Settings(BaseSettings):
     """BON's web address, for the link to the invoice list."""
     unsubscribe_url: str | None = None
     """`List-Unsubscribe` of letters, in ASCII, as it is to stand there."""
+    email_mode: EmailMode | None = None
+    """`smtp` needs `SMTP_HOST`; `log` sends nothing, counts letters as `logged` and takes no `SMTP_HOST`. Unset: `smtp`
+    where `SMTP_HOST` is set; else letters are logged, which is warned of, and a run that logs one ends `partial`."""
     smtp_host: str | None = None
-    """The mail server. Unset: digests are logged and counted as `logged`, not sent."""
+    """The mail server."""
     smtp_port: int = Field(587, ge=1, le=65535)
     """Its port."""
     smtp_username: str | None = None
@@ -168,7 +192,8 @@ class Settings(BaseSettings):
     """The largest share of all rows of a kind that is normal; so is up to ten times the median of the last 14 runs."""
 
     shaam_mode: ShaamMode = ShaamMode.MOCK
-    """Which of the authority's systems is called. `mock` calls nobody and changes nothing."""
+    """Which of the authority's systems is called. `mock` calls nobody and changes nothing; where nothing says `mock`,
+    that is warned of, and a run that it stops ends `partial`."""
     shaam_encryption_key: SecretStr | None = None
     """The key with which BON encrypts tokens, 64 hexadecimal characters, random: zeros, sequences and examples are
     refused."""
@@ -299,3 +324,57 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read only what `load_settings` passes: it names every fault, also of `NAME_FILE`."""
         return (init_settings,)
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchedOff:
+    """Something that the service does not do, by its settings."""
+
+    name: str
+    what: str
+    """What is so, and by which setting."""
+    remedy: str
+    chosen: bool
+    """Whether the settings say so in so many words."""
+
+    @property
+    def fault(self) -> str | None:
+        """Why a run that it keeps from its work has not done it; None where that was chosen."""
+        return None if self.chosen else f"{self.what}. {self.remedy}"
+
+
+def mail_off(settings: Settings) -> SwitchedOff | None:
+    """Return that letters are not sent, if so."""
+    if settings.smtp_host is not None:
+        return None
+    chosen = settings.email_mode is not None
+    return SwitchedOff(
+        "mail",
+        f"letters are logged, not sent: {'EMAIL_MODE is log' if chosen else 'SMTP_HOST is not set'}",
+        "Set SMTP_HOST, or EMAIL_MODE=log if none is to be sent.",
+        chosen,
+    )
+
+
+def shaam_off(settings: Settings) -> SwitchedOff | None:
+    """Return that the tax authority is not called, if so."""
+    if settings.shaam_mode is not ShaamMode.MOCK:
+        return None
+    chosen = "shaam_mode" in settings.model_fields_set
+    return SwitchedOff(
+        "shaam",
+        f"no token is refreshed: SHAAM_MODE is {'mock' if chosen else 'not set, and mock by default'}",
+        "Set SHAAM_MODE=production (or sandbox), or SHAAM_MODE=mock if the authority is not to be called.",
+        chosen,
+    )
+
+
+def switched_off(settings: Settings) -> list[SwitchedOff]:
+    """Return everything that the settings have switched off."""
+    found = [off for off in (mail_off(settings), shaam_off(settings)) if off is not None]
+    for job, expression in settings.schedules.items():
+        if not expression:
+            variable = f"SCHEDULE_{job.replace('-', '_').upper()}"
+            remedy = f"Leave {variable} out if it is to run by itself."
+            found.append(SwitchedOff(f"schedule {job}", f"{job} has no schedule: {variable} is empty", remedy, True))
+    return found

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bon_scheduler.addresses import fault_of_web_address
-from bon_scheduler.config import LOOPBACK_HOSTS, Settings, ShaamMode, SmtpTls
+from bon_scheduler.config import LOOPBACK_HOSTS, EmailMode, Settings, ShaamMode, SmtpTls
 
 __all__ = ["SECRETS", "SettingsError", "load_settings"]
 
@@ -91,6 +91,10 @@ def _check_together(values: Mapping[str, str], faults: _Faults) -> None:
                 f"is {timeout:g} and SHUTDOWN_SECONDS {shutdown:g}, so that a process which stops would not have the "
                 "time to save a token that it has sent; keep it below SHUTDOWN_SECONDS",
             )
+    if values.get("email_mode") == EmailMode.SMTP and "smtp_host" not in values:
+        faults.add("SMTP_HOST", "is not set; EMAIL_MODE=smtp needs it")
+    if values.get("email_mode") == EmailMode.LOG and "smtp_host" in values:
+        faults.add("EMAIL_MODE", "log sends nothing, and SMTP_HOST is set; keep one of the two")
     if ("smtp_username" in values) != ("smtp_password" in values):
         missing = "SMTP_PASSWORD" if "smtp_username" in values else "SMTP_USERNAME"
         faults.add(missing, "is not set; SMTP_USERNAME and SMTP_PASSWORD go together")

@@ -55,6 +55,7 @@ _IN_BASE64 = frozenset("abcdefghijklmnopqrstuvwxyz0123456789+/=_-")
 """In lower case."""
 _SHORTEST_PART = 6
 """Of a base64 text inside a longer one, in characters: a shorter one stands in words by chance."""
+FRAMES_OF_LIBRARIES = 3
 _OF_SEVERAL_LINES = frozenset({"exception", "stack"})
 _LEVELS = {
     LogLevel.DEBUG: logging.DEBUG,
@@ -151,6 +152,15 @@ def _redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
+def _shorten_traceback(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Put the error and its innermost frames in place of a library's traceback, which takes kilobytes."""
+    raised = event.pop("exc_info", None)
+    error = raised[1] if isinstance(raised, tuple) else raised
+    if isinstance(error, BaseException):
+        event["error"], event["where"] = describe_error(error), where(error)[-FRAMES_OF_LIBRARIES:]
+    return event
+
+
 def _to_json(event: Any, **_: Any) -> str:  # noqa: ANN401 - structlog's serializer protocol
     try:
         line = orjson.dumps(event, default=str).decode()
@@ -197,9 +207,10 @@ def configure_logging(level: LogLevel, style: LogFormat) -> None:
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stderr)
+    foreign = shared if level is LogLevel.DEBUG else [_shorten_traceback, *shared]
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
+            foreign_pre_chain=foreign,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
         )
     )
@@ -209,6 +220,8 @@ def configure_logging(level: LogLevel, style: LogFormat) -> None:
     # Libraries that log every request or every retry of their own: the ledger says it once.
     for name in ("aiohttp.access", "aiosmtplib", "asyncio", "mail.log"):
         logging.getLogger(name).setLevel(max(logging.WARNING, _LEVELS[level]))
+    # It warns of each connection that it cannot make while the database is away, which `Outage` reports.
+    logging.getLogger("asyncpg").setLevel(logging.DEBUG if level is LogLevel.DEBUG else logging.ERROR)
 
 
 def describe_error(error: BaseException) -> str:

@@ -17,7 +17,7 @@ import health
 from bon_scheduler import database, ledger
 from bon_scheduler.clock import Clock, SystemClock
 from bon_scheduler.config import Settings, ShaamMode
-from bon_scheduler.database import TRANSIENT_ERRORS, Pool, Pools, require_endpoints, require_schema
+from bon_scheduler.database import TRANSIENT_ERRORS, Outage, Pool, Pools, require_endpoints, require_schema
 from bon_scheduler.declared import JOBS, schedules_of
 from bon_scheduler.engine import (
     Deadman,
@@ -28,6 +28,7 @@ from bon_scheduler.engine import (
     Reconciler,
     Runner,
     RunnerParts,
+    report_stood_aside,
 )
 from bon_scheduler.jobs import AnyJob, Connection, Cron
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, Worker, register_worker, retire_worker
@@ -122,31 +123,25 @@ async def machinery(
     """
     clock = clock or Clocks(SystemClock())
     lease = timedelta(seconds=settings.lease_seconds)
-    schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker(serves=serves, lease=lease)
-    stopping = asyncio.Event()
+    schedules, worker = schedules_of(settings, jobs), Worker(serves=serves, lease=lease)
+    metrics = Metrics([job.name for job in jobs], version=worker.version)
     await require_endpoints(settings)
     async with AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(database.open_pool(settings, worker=worker.id))
-        control_pool = database.open_control_pool(settings, CONTROL_CONNECTIONS, worker=worker.id)
-        control = await stack.enter_async_context(control_pool)
+        pools, control = await stack.enter_async_context(_connected(settings, worker))
         async with control.acquire() as connection:
             await require_schema(connection)
             if isinstance(clock, Clocks):
                 await clock.read(connection)
             await ledger.register_jobs(connection, jobs, scheduled=schedules, anew=serves)
             if serves:
-                await _report_unusable(connection)
+                await _introduce(connection, settings, metrics)
         quarantine = await stack.enter_async_context(Quarantine(settings, control, serves=serves).watching())
         await stack.enter_async_context(_registered(control, worker))
         heartbeat = await stack.enter_async_context(Heartbeat(url=settings.listen_url, worker=worker).running())
-        answer_pool = database.open_control_pool(settings, ANSWER_CONNECTIONS, worker=worker.id)
-        pools = Pools(pool, await stack.enter_async_context(answer_pool))
-        calling = _outside(settings, pools, metrics, clock, quarantine, stopping)
-        outside = await stack.enter_async_context(calling)
-        deadman = Deadman.watching(settings.deadman_urls, silent=lambda: quarantine.reason is not None)
+        outside = await stack.enter_async_context(_outside(settings, pools, metrics, clock, quarantine, worker.outage))
         runner = Runner(
             RunnerParts(
-                pool=pool,
+                pool=pools.work,
                 control=control,
                 worker=worker,
                 resources=outside.by_type,
@@ -155,29 +150,15 @@ async def machinery(
                 zone=settings.bon_timezone,
                 clock=clock,
                 metrics=metrics,
-                deadman=await stack.enter_async_context(deadman),
+                deadman=outside.deadman,
                 quarantine=quarantine,
                 farewell=SERVICE_FAREWELL if serves else PERSON_FAREWELL,
             )
         )
         reconciler = await stack.enter_async_context(Reconciler(pool=control, runner=runner, worker=worker).running())
-        yield Machinery(
-            *(
-                pool,
-                control,
-                {job.name: job for job in jobs},
-                schedules,
-                worker,
-                heartbeat,
-                quarantine,
-                reconciler,
-                runner,
-                metrics,
-            ),
-            mailer=outside.mailer,
-            rotator=outside.rotator,
-            stopping=stopping,
-        )
+        told = (pools.work, control, {job.name: job for job in jobs}, schedules, worker)
+        made = (heartbeat, quarantine, reconciler, runner, metrics)
+        yield Machinery(*told, *made, mailer=outside.mailer, rotator=outside.rotator, stopping=outside.stopping)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,16 +167,20 @@ class _Outside:
 
     mailer: Mailer
     rotator: Rotator | None
+    deadman: Deadman
     by_type: Mapping[type, object]
+    stopping: asyncio.Event
 
 
 @asynccontextmanager
 async def _outside(
-    settings: Settings, pools: Pools, metrics: Metrics, clock: Clock, quarantine: Quarantine, stopping: asyncio.Event
+    settings: Settings, pools: Pools, metrics: Metrics, clock: Clock, quarantine: Quarantine, outage: Outage
 ) -> AsyncIterator[_Outside]:
+    stopping = asyncio.Event()
     async with (
         Mailer(settings, pools, observe=metrics.letter_tried, clock=clock) as mailer,
         Shaam(settings) as shaam,
+        Deadman.watching(settings.deadman_urls, silent=lambda: quarantine.reason is not None) as deadman,
         AsyncExitStack() as stack,
     ):
         mailer.require_permission = quarantine.require
@@ -206,8 +191,27 @@ async def _outside(
                 settings=settings, pools=pools, shaam=shaam, metrics=metrics, clock=clock, stopping=stopping
             )
             rotator.unsaved.waits = lambda: quarantine.reason is not None
-            await stack.enter_async_context(rotator.running())
-        yield _Outside(mailer, rotator, by_type)
+            await stack.enter_async_context(rotator.running(outage))
+        yield _Outside(mailer, rotator, deadman, by_type, stopping)
+
+
+@asynccontextmanager
+async def _connected(settings: Settings, worker: Worker) -> AsyncIterator[tuple[Pools, Pool]]:
+    """Open handlers' and answers' pools, and the one of the ledger, ticks and probes."""
+    async with (
+        database.open_pool(settings, worker=worker.id) as pool,
+        database.open_control_pool(settings, ANSWER_CONNECTIONS, worker=worker.id) as answers,
+        database.open_control_pool(settings, CONTROL_CONNECTIONS, worker=worker.id) as control,
+    ):
+        yield Pools(pool, answers), control
+
+
+async def _introduce(connection: Connection, settings: Settings, metrics: Metrics) -> None:
+    """Log what keeps this service from its work, and take from the ledger when each job last succeeded."""
+    await _report_unusable(connection)
+    await report_stood_aside(connection, settings)
+    for name, succeeded_at in (await ledger.last_successes(connection)).items():
+        metrics.succeeded(name, succeeded_at)
 
 
 async def _report_unusable(connection: Connection) -> None:
@@ -283,6 +287,7 @@ async def serving(
             reconciler=parts.reconciler,
             metrics=parts.metrics,
             worker=parts.worker,
+            sends_mail=settings.smtp_host is not None,
         )
         async with (
             health.answering(probes, settings) as port,

@@ -15,7 +15,15 @@ from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Counts, JobContext, Payload, Retry, job
 from bon_scheduler.mail import Letter
 from handlers import digest
-from handlers.digest import LETTER_COUNTS, count_left_out, deliver_each, is_paused, read_recipients, told
+from handlers.digest import (
+    LETTER_COUNTS,
+    count_left_out,
+    deliver_each,
+    is_paused,
+    read_recipients,
+    told,
+    why_not_sent,
+)
 
 __all__ = ["REAUTH_KIND", "NotifyReauth", "notify_reauth"]
 
@@ -68,7 +76,7 @@ async def notify_reauth(ctx: JobContext, payload: NotifyReauth) -> Counts:
         counts["no_recipient"] = 1
     async with ctx.transaction() as tx:
         await ctx.record(told(payload.business_id, counts), on=tx)
-        return await ctx.finish(counts, on=tx)
+        return await ctx.finish(counts, on=tx, undone=why_not_sent(ctx, counts) or False)
 
 
 def _write_letters(ctx: JobContext, payload: NotifyReauth, business_name: str, recipients: list[str]) -> list[Letter]:

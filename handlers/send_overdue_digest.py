@@ -27,6 +27,7 @@ from handlers.digest import (
     read_statement,
     refuse_day_to_come,
     told,
+    why_not_sent,
 )
 
 __all__ = ["SendOverdueDigest", "send_overdue_digest"]
@@ -74,7 +75,7 @@ async def send_overdue_digest(ctx: JobContext, payload: SendOverdueDigest) -> Co
         counts = nothing | {"no_recipient": 1}
     async with ctx.transaction() as tx:
         await ctx.record(told(payload.business_id, counts), on=tx)
-        return await ctx.finish(counts, on=tx)
+        return await ctx.finish(counts, on=tx, undone=why_not_sent(ctx, counts) or False)
 
 
 async def _deliver(ctx: JobContext, as_of: date, letters: list[Letter]) -> dict[str, int]:

@@ -13,10 +13,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-import structlog
-
 from bon_scheduler import shaam
-from bon_scheduler.config import Settings, ShaamMode
+from bon_scheduler.config import Settings, ShaamMode, shaam_off
 from bon_scheduler.jobs import (
     CatchUp,
     Connection,
@@ -44,8 +42,6 @@ from handlers.shaam_refresh_batch import (
 )
 
 __all__ = ["RefreshTokens", "shaam_token_refresh"]
-
-log = structlog.get_logger()
 
 # $1 business. Index: unique (business_id).
 READ_CREDENTIAL = """
@@ -116,9 +112,12 @@ def _horizon(ctx: JobContext) -> datetime:
 
 
 async def _mock(ctx: JobContext, due: int, paused: int = 0) -> Counts:
-    log.info("shaam.mocked", due=due)
+    counts = {"due": due, **dict.fromkeys(COUNTS, 0), **with_paused(paused)}
+    if not ctx.dry_run:
+        counts["mocked"] = due
+    off = shaam_off(ctx.get(Settings))
     async with ctx.transaction() as tx:
-        return await ctx.finish({"due": due, **dict.fromkeys(COUNTS, 0), **with_paused(paused)}, on=tx)
+        return await ctx.finish(counts, on=tx, undone=(off and off.fault) or False)
 
 
 async def _share_out(ctx: JobContext, due: list[UUID], horizon: datetime, paused: int) -> Counts:

@@ -6,7 +6,6 @@ whether the queue would bring a run here and whether this process is draining.
 """
 
 import asyncio
-import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
@@ -71,6 +70,8 @@ class Probes:
     reconciler: Reconciler
     metrics: Metrics
     worker: Worker
+    sends_mail: bool
+    """Whether there is a mail server to be up."""
     started: float = field(default_factory=time.monotonic)
     failing: dict[str, str] = field(default_factory=dict)
     """Which metrics could not be brought up to date at the last scrape, and why."""
@@ -104,7 +105,7 @@ class Probes:
             | {"unusable": dict(self.triggers.unusable), "stuck": dict(self.triggers.stuck)},
         }
         for name, check in checks.items():
-            self.metrics.check_status.labels(name).set(check["status"] == "up")
+            self.metrics.show_status(name, check["status"] == "up")
         return self._answer(checks)
 
     async def _refresh_metrics(self) -> None:
@@ -112,18 +113,25 @@ class Probes:
         size, idle = self.pool.get_size(), self.pool.get_idle_size()
         self.metrics.pool_connections.labels("idle").set(idle)
         self.metrics.pool_connections.labels("used").set(size - idle)
+        await self.ready()  # whose statuses are metrics as well
+        asked: dict[str, Callable[[Connection], Awaitable[None]]] = {
+            "queue": self._refresh_queue,
+            "ticks": self._refresh_ticks,
+            "rehearsals": self._refresh_rehearsals,
+            "mail": self._refresh_mail,
+            "shaam": self._refresh_shaam,
+        }
         try:
             async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self._control() as connection:
-                for name, refresh in (
-                    ("queue", self._refresh_queue),
-                    ("ticks", self._refresh_ticks),
-                    ("rehearsals", self._refresh_rehearsals),
-                    ("mail", self._refresh_mail),
-                    ("shaam", self._refresh_shaam),
-                ):
-                    await self._alone(name, refresh, connection)
+                while asked:
+                    name = next(iter(asked))
+                    await self._alone(name, asked[name], connection)
+                    del asked[name]
         except TRANSIENT_ERRORS:
-            return
+            # What is not known is absent: a figure of before the outage would be believed.
+            for name in asked:
+                self.metrics.forget(name)
+                self.metrics.show_status(f"metrics-{name}", None)
 
     async def _alone(self, name: str, refresh: Callable[[Connection], Awaitable[None]], connection: Connection) -> None:
         """Refresh some metrics. What is wrong with them hides no other, the alert on it least of all."""
@@ -135,9 +143,10 @@ class Probes:
             if self.failing.get(name) != (why := describe_error(error)):
                 log.error("metrics.failed", metrics=name, error=why)  # noqa: TRY400
             self.failing[name] = why
+            self.metrics.forget(name)
         else:
             self.failing.pop(name, None)
-        self.metrics.check_status.labels(f"metrics-{name}").set(name not in self.failing)
+        self.metrics.show_status(f"metrics-{name}", name not in self.failing)
 
     async def _refresh_queue(self, connection: Connection) -> None:
         queue = await ledger.read_queue(connection)
@@ -153,13 +162,12 @@ class Probes:
 
     async def _refresh_mail(self, connection: Connection) -> None:
         self.metrics.email_unknown.set(await mail.count_unknown(connection))
-        self.metrics.check_status.labels("mail").set((await mail.gate_state(connection)).closed_since is None)
+        if self.sends_mail:
+            self.metrics.show_status("mail", (await mail.gate_state(connection)).closed_since is None)
 
     async def _refresh_shaam(self, connection: Connection) -> None:
         summary = await shaam.summarise(connection)
-        # Without any token there is none that expires: NaN, which no alert's comparison holds for.
-        ttl = summary.min_ttl_seconds
-        self.metrics.shaam_min_ttl.set(math.nan if ttl is None else ttl)
+        self.metrics.shaam_min_ttl.set(summary.min_ttl_seconds)  # None, so absent, without any token
         self.metrics.shaam_needs_reauth.set(summary.needs_reauth)
         self.metrics.shaam_failing.set(summary.failing)
         self.metrics.consent_braked.set((await shaam.consent_brake(connection)).since is not None)

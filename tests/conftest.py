@@ -179,7 +179,9 @@ def make_settings(database_url: str) -> MakeSettings:
     """Settings for the test's database; keyword arguments are environment variables."""
 
     def make(**environ: str) -> Settings:
-        values = {"DATABASE_URL": database_url, "HEALTH_PORT": "0", "HEALTH_HOST": "127.0.0.1", **environ}
+        chosen = {"SHAAM_MODE": "mock", **({} if "SMTP_HOST" in environ else {"EMAIL_MODE": "log"})}
+        address = {"DATABASE_URL": database_url, "HEALTH_PORT": "0", "HEALTH_HOST": "127.0.0.1"}
+        values = {**address, **chosen, **environ}
         return declared.read_settings(values)
 
     return make

@@ -33,7 +33,8 @@ class Finished:
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    return {**keep, **QUIET, **environ}
+    chosen = {"SHAAM_MODE": "mock", **({} if "SMTP_HOST" in environ else {"EMAIL_MODE": "log"})}
+    return {**keep, **QUIET, **chosen, **environ}
 
 
 async def run_command(*arguments: str, **environ: str) -> Finished:

@@ -127,3 +127,19 @@ def test_cutting_out_secrets_takes_what_a_text_is_long() -> None:
     for text in ("y" * 29_999 + "z" + "y" * 29_999, "s3cret" * 10_000, "s3cret " * 10_000, "\u05d0" * 65_000):
         withhold(text, ["s3cret", "y" * 30_000, "client"])
     assert time.process_time() - before < 2
+
+
+def test_a_librarys_traceback_is_its_error_and_where_it_was_raised(
+    logged: Callable[[], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    del logged  # which puts the loggers back
+    configure_logging(LogLevel.INFO, LogFormat.JSON)
+    try:
+        json.loads("{" * 500)
+    except ValueError as error:
+        logging.getLogger("a.library").exception("could not read", exc_info=error)
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert "exception" not in line
+    assert line["error"].startswith("JSONDecodeError: Expecting property name")
+    assert 1 <= len(line["where"]) <= 3
+    assert len(json.dumps(line)) < 1000

@@ -14,7 +14,7 @@ import asyncpg
 from bon_scheduler import database
 from bon_scheduler.cli.checks.bon import check_columns, check_hidden_rows, check_indexes, check_privileges
 from bon_scheduler.cli.checks.findings import Finding, Level, ok, split_failure
-from bon_scheduler.cli.checks.outside import check_mail, check_shaam, check_spool
+from bon_scheduler.cli.checks.outside import check_mail, check_schedules_off, check_shaam, check_spool
 from bon_scheduler.cli.checks.own import (
     check_consent,
     check_functions,
@@ -23,6 +23,7 @@ from bon_scheduler.cli.checks.own import (
     check_place,
     check_schedules,
     check_schema,
+    check_stood_aside,
 )
 from bon_scheduler.cli.checks.server import (
     check_clock,
@@ -56,7 +57,8 @@ async def check_deployment(settings: Settings, clock: Clock) -> list[Finding]:
         findings += await _check_database(settings, clock)
     except DatabaseUnavailableError as error:
         findings.append(split_failure("database", error))
-    return [*findings, *check_spool(settings), *await check_shaam(settings), *await check_mail(settings)]
+    outside = [*check_spool(settings), *await check_shaam(settings), *await check_mail(settings)]
+    return [*findings, *check_schedules_off(settings), *outside]
 
 
 async def _check_database(settings: Settings, clock: Clock) -> list[Finding]:
@@ -98,6 +100,7 @@ async def _check_database(settings: Settings, clock: Clock) -> list[Finding]:
             *(await look("schedules", check_schedules) if ours else ()),
             *(await look("deliveries", check_letters) if ours else ()),
             *(await look("consent", check_consent) if ours else ()),
+            *(await look("paused", check_stood_aside) if ours else ()),
         ]
 
 

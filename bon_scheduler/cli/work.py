@@ -28,7 +28,7 @@ from bon_scheduler.cli.parsing import (
 from bon_scheduler.cli.signals import LEAVING_SECONDS, end_now, stopping_on_signals, unless
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.clock import Clock
-from bon_scheduler.config import Settings
+from bon_scheduler.config import Settings, switched_off
 from bon_scheduler.jobs import AnyJob
 from bon_scheduler.ledger import Origin, Request
 from bon_scheduler.report import Column, Report, add_counts, format_counts
@@ -114,7 +114,7 @@ async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOn
     if report.as_json:
         report.document(result.as_json())
     else:
-        _show_result(report, result)
+        _show_result(report, result, settings)
         if out is not None:
             report.say(_tell_letters(letters, out, result))
     return HELD if result.held else DONE if result.went_well else BADLY
@@ -137,7 +137,7 @@ def _tell_letters(letters: int, out: Path, result: engine.RunReport) -> str:
     return f"No letter was written to {out}: none would be sent{f' ({format_counts(whys)})' if whys else ''}."
 
 
-def _show_result(report: Report, result: engine.RunReport) -> None:
+def _show_result(report: Report, result: engine.RunReport, settings: Settings) -> None:
     alike: dict[tuple[str, str, str], list[Mapping[str, int]]] = {}
     for run in [{**result.run, "error": result.why}, *result.caused]:
         why = "" if run["state"] == "held" else run["error"] or ""
@@ -152,6 +152,11 @@ def _show_result(report: Report, result: engine.RunReport) -> None:
     if result.run["dry_run"]:
         report.say("A dry run: everything was rolled back, nobody was called, nothing was sent.")
     report.say(f"run {result.run['run_id']}; more with: python -m bon_scheduler show {result.run['run_id']}")
+    counts = add_counts(run["counts"] for run in [result.run, *result.caused])
+    kept_from_it = {"mail": counts.get("logged", 0) > 0, "shaam": "mocked" in counts}
+    for off in switched_off(settings):
+        if kept_from_it.get(off.name):
+            report.say(f"Not done: {off.fault or f'{off.what}.'}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

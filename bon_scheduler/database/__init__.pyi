@@ -38,6 +38,7 @@ from .migrations import (
     migration_sql as migration_sql,
     require_schema as require_schema,
 )
+from .outage import Outage as Outage
 from .patience import MigrationBlockedError as MigrationBlockedError
 from .room import (
     Room as Room,

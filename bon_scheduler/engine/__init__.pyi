@@ -32,3 +32,8 @@ from .run_once import (
 from .runner import (
     Runner as Runner,
 )
+from .stood_aside import (
+    StoodAside as StoodAside,
+    find_stood_aside as find_stood_aside,
+    report_stood_aside as report_stood_aside,
+)

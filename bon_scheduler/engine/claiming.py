@@ -137,7 +137,7 @@ class Engine:
                 await self._work()
             except Exception as error:  # noqa: BLE001 - whatever ended the connection, a new one is made
                 wait = min(0.1 * 2**failures, LONGEST_RECONNECT_WAIT_SECONDS) * random.uniform(0.5, 1.0)  # noqa: S311
-                log.warning("engine.reconnecting", error=describe_error(error), wait_seconds=round(wait, 2))
+                self._runner.worker.outage.failed("engine", error)
                 failures = 0 if self._connection is not None else min(failures + 1, 10)
                 self._connection = None
                 await _within(wait, self._stopping)
@@ -155,6 +155,7 @@ class Engine:
                     raise ConnectionError("the engine's connection was lost")
                 wait = await self._claim(connection)
                 self._connection = connection
+                self._runner.worker.outage.answered("engine")
                 await _within(wait, self._awake)
                 if self._backlog and self._room < self._concurrency / 2:
                     await asyncio.sleep(GATHER_SECONDS)

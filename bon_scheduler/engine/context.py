@@ -48,6 +48,8 @@ class AttemptContext:
     resources: Mapping[type, object]
     schedules: Mapping[str, Cron] = field(default_factory=dict)
     ended: str | None = None
+    why_undone: str | None = None
+    """Why the run has not done what it is for, if the handler said so."""
     _open: set[Connection] = field(default_factory=set)
     _finished: dict[Connection, Finished] = field(default_factory=dict)
     _severed: bool = False
@@ -176,7 +178,8 @@ class AttemptContext:
         """Add to what this run has done; return the counts of all its attempts."""
         return await ledger.add_progress(on, self.ref, counts)
 
-    async def finish(self, counts: Counts, *, on: Connection, undone: bool = False) -> Counts:
+    async def finish(self, counts: Counts, *, on: Connection, undone: bool | str = False) -> Counts:
         """End the run in the handler's last transaction; return the counts."""
+        self.why_undone = undone if isinstance(undone, str) else None
         self._finished[on] = await ledger.finish(on, self.ref, counts, undone=undone)
         return counts

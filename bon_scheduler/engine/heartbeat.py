@@ -20,7 +20,6 @@ import structlog
 from bon_scheduler import database
 from bon_scheduler.clock import seconds_since_boot
 from bon_scheduler.ledger import Worker, beat, register_worker
-from bon_scheduler.log import describe_error
 
 __all__ = ["Heartbeat"]
 
@@ -79,7 +78,7 @@ class Heartbeat:
             try:
                 asyncio.run(self._beat())
             except Exception as error:  # noqa: BLE001 - whatever failed, it is tried again: without it runs are lost
-                log.warning("heartbeat.failed", error=describe_error(error))
+                self._worker.outage.failed("heartbeat", error)
                 self._stopping.wait(RECONNECT_SECONDS)
 
     async def _beat(self) -> None:
@@ -98,11 +97,12 @@ class Heartbeat:
                 if not await beat(connection, self._worker.id):
                     await register_worker(connection, self._worker)
                 self._note_beat()
+                self._worker.outage.answered("heartbeat")
                 await self._wait(seconds)
 
     def _note_beat(self) -> None:
         now = seconds_since_boot()
-        if now - self._beaten > self._seconds:
+        if now - self._beaten > self._seconds and not self._worker.outage.lasts:  # which says it itself
             log.warning("heartbeat.resumed", silent_seconds=round(now - self._beaten, 1))
         self._beaten = now
 

@@ -30,7 +30,6 @@ from bon_scheduler.ledger import (
     last_beats,
     make_overtaken_ready,
 )
-from bon_scheduler.log import describe_error
 
 __all__ = ["Reconciler", "pass_seconds"]
 
@@ -87,15 +86,16 @@ class Reconciler:
             ):
                 await self._compare(connection)
         except TRANSIENT_ERRORS as error:
-            log.warning("reconcile.failed", error=describe_error(error))
+            self._worker.outage.failed("reconcile", error)
 
     async def _repeat(self) -> None:
         while True:
             wait = pass_seconds(self._worker.lease)
             try:
                 await self.make_pass()
+                self._worker.outage.answered("reconcile")
             except Exception as error:  # noqa: BLE001 - whatever failed, the next pass is made: without it runs are lost
-                log.warning("reconcile.failed", error=describe_error(error))
+                self._worker.outage.failed("reconcile", error)
                 wait = min(wait, AFTER_FAILURE_SECONDS)
             await asyncio.sleep(wait)
 

@@ -9,18 +9,14 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-import structlog
-
 from bon_scheduler import ledger
-from bon_scheduler.database import TRANSIENT_ERRORS, Pool
+from bon_scheduler.database import TRANSIENT_ERRORS, Outage, Pool
 from bon_scheduler.jobs import Connection, Counts, LostRunError
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, RunRef
-from bon_scheduler.log import describe_error
 
 __all__ = ["Recorder"]
 
 T = TypeVar("T")
-log = structlog.get_logger()
 LONGEST_WAIT_SECONDS = 2.0
 MOST_AT_ONCE = 200
 
@@ -28,8 +24,9 @@ MOST_AT_ONCE = 200
 class Recorder:
     """Writes for the attempts of one process, on `pool`."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, outage: Outage) -> None:
         self._pool = pool
+        self._outage = outage
         self._writes: dict[RunRef, asyncio.Future[Any]] = {}
         self._finished: list[tuple[RunRef, Counts, asyncio.Future[str]]] = []
         self._finishing: asyncio.Task[None] | None = None
@@ -91,10 +88,16 @@ class Recorder:
         while True:
             try:
                 async with self._pool.acquire(timeout=CALL_TIMEOUT_SECONDS) as connection:
-                    return await write(connection)
+                    result = await write(connection)
             except TRANSIENT_ERRORS as error:
                 if self._pool.is_closing():
                     raise
-                log.warning("ledger.unreachable", error=describe_error(error), retry_in_seconds=wait)
+                self._outage.failed("recorder", error)
+            except Exception:
+                self._outage.answered("recorder")  # with a refusal
+                raise
+            else:
+                self._outage.answered("recorder")
+                return result
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
             wait = min(wait * 2, LONGEST_WAIT_SECONDS)

@@ -63,7 +63,7 @@ class Runner:
         self.claiming = asyncio.Lock()
         self.worker = parts.worker
         self._parts = parts
-        self._recorder = Recorder(parts.control)
+        self._recorder = Recorder(parts.control, parts.worker.outage)
         self._under_way: dict[RunRef, asyncio.Future[None]] = {}
         self._unrecorded: set[RunRef] = set()
         self._abandoned: set[asyncio.Task[Counts]] = set()
@@ -190,7 +190,7 @@ class Runner:
             return
         error = "its worker died in every attempt"
         log.error("run.ended", job=run.job, run_id=str(run.run_id), attempt=run.attempt, outcome="dead", error=error)
-        self._parts.metrics.attempt_ended(run.job, "dead", 0.0, {}, self._parts.clock.now())
+        self._parts.metrics.attempt_ended(run.job, "dead", 0.0, {})
         self._parts.deadman.ended(run.job, "dead")
 
     async def _execute(self, job: AnyJob, claim: Claim, retry: Retry, leave: Leave, handled: Callable[[], None]) -> str:
@@ -355,19 +355,27 @@ class Runner:
 
     def _report(self, attempt: Attempt, state: str, outcome: Outcome) -> None:
         job, seconds = attempt.job, time.perf_counter() - attempt.started
+        why_undone = attempt.ctx.why_undone
         retry_in = round(outcome.wait.total_seconds(), 1) if outcome.wait else None
         if state == "given_back":
             # Not a warning for each: whoever knows what is lacking says it once.
             log.info("run.given_back", error=outcome.error, retry_in_seconds=retry_in)
             return
         fields = {"outcome": state, "duration_ms": round(seconds * 1000), "counts": dict(outcome.counts)}
-        if state in {"succeeded", "partial", "cancelled"}:
+        idle = state == "partial" and why_undone is not None
+        if idle:
+            log.warning("run.ended", **fields, error=why_undone)
+        elif state in {"succeeded", "partial", "cancelled"}:
             log.info("run.ended", **fields)
         else:
             level = log.error if state in {"dead", "held"} else log.warning
             level("run.ended", **fields, error=outcome.error, retry_in_seconds=retry_in)
-        self._parts.metrics.attempt_ended(job.name, state, seconds, outcome.counts, self._parts.clock.now())
-        self._parts.deadman.ended(job.name, state)
+        self._parts.metrics.attempt_ended(job.name, state, seconds, outcome.counts)
+        if state in {"succeeded", "partial"} and not idle:
+            self._parts.metrics.succeeded(job.name, self._parts.clock.now())
+        # One that has not done what it is for has not succeeded, and has not failed: the alarm rings when it is due.
+        if not idle:
+            self._parts.deadman.ended(job.name, state)
 
 
 def _readable_fire_time(claim: Claim) -> datetime | None:

@@ -278,10 +278,11 @@ class JobContext(Protocol):
         """
         ...
 
-    async def finish(self, counts: Counts, *, on: Connection, undone: bool = False) -> Counts:
+    async def finish(self, counts: Counts, *, on: Connection, undone: bool | str = False) -> Counts:
         """
         End the run in the handler's last transaction, so that its success and its last effect
         commit together; return the counts. A run that leaves something `undone` ends `partial`, not `succeeded`.
+        A text says why it has not done what it is for: its error, and no success by `DEADMAN_URL_…` or the metrics.
         A handler whose effects are elsewhere need not call it.
         """
         ...

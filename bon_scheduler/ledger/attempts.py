@@ -45,20 +45,20 @@ FENCE = """
        and (state = 'running' or $4 and state in ('succeeded', 'partial'))
        for share
 """
-# $1 runs: uuid[], $2 their attempts: int[], $3 worker, $4 counts: text[] of JSON, $5 whether each left something
-# undone: boolean[]. `partial` then, and when the handler reported a failed business since a person last retried the
-# run. The state is compared as text, otherwise rows might be looked for in the index of what runs, which beside a long
-# transaction holds all that ever ran. `nested`: within a savepoint, so that it may yet be undone while its transaction
-# goes on. Indexes: runs_pkey, attempts_pkey, business_outcomes_pkey.
+# $1 runs: uuid[], $2 their attempts: int[], $3 worker, $4 counts: text[] of JSON, $5 why each left something undone:
+# text[], null where none did, empty where the counts say it. `partial` then, and when the handler reported a failed
+# business since a person last retried the run. The state is compared as text, otherwise rows might be looked for in the
+# index of what runs, which beside a long transaction holds all that ever ran. `nested`: within a savepoint, so that it
+# may yet be undone while its transaction goes on. Indexes: runs_pkey, attempts_pkey, business_outcomes_pkey.
 FINISH = """
     with finished as (
         update bon_scheduler.runs r
-           set counts = m.counts::json, error = null, finished_at = clock_timestamp(),
-               state = case when m.undone or exists (select from bon_scheduler.business_outcomes o
+           set counts = m.counts::json, error = nullif(m.undone, ''), finished_at = clock_timestamp(),
+               state = case when m.undone is not null or exists (select from bon_scheduler.business_outcomes o
                                           where o.run_id = r.id and o.outcome = 'failed'
                                             and o.attempt > r.retried_after)
                             then 'partial' else 'succeeded' end::bon_scheduler.run_state
-          from unnest($1::uuid[], $2::int[], $4::text[], $5::boolean[]) as m (id, attempt, counts, undone)
+          from unnest($1::uuid[], $2::int[], $4::text[], $5::text[]) as m (id, attempt, counts, undone)
          where r.id = m.id and r.attempt = m.attempt and r.worker = $3 and r.state::text = 'running'
         returning r.id, r.attempt, r.state, r.xmin
     ), ended as (
@@ -248,9 +248,14 @@ def _lost(ref: RunRef) -> LostRunError:
     return LostRunError(f"attempt {ref.attempt} no longer owns run {ref.run_id}")
 
 
-async def finish(connection: Connection, ref: RunRef, counts: Counts, *, undone: bool = False) -> Finished:
-    """End the run as `succeeded` or `partial`; as the latter when something is left undone. Raises LostRunError."""
-    ended = await _finish(connection, ref.worker, [(ref, counts)], undone=undone)
+async def finish(connection: Connection, ref: RunRef, counts: Counts, *, undone: bool | str = False) -> Finished:
+    """
+    End the run as `succeeded` or `partial`; as the latter when something is left undone, and a text says why.
+
+    Raises LostRunError.
+    """
+    why = undone if isinstance(undone, str) else "" if undone else None
+    ended = await _finish(connection, ref.worker, [(ref, counts)], undone=why)
     if ref.run_id not in ended:
         raise _lost(ref)
     return ended[ref.run_id]
@@ -265,7 +270,7 @@ async def finish_many(connection: Connection, finished: Sequence[tuple[RunRef, C
 
 
 async def _finish(
-    connection: Connection, worker: UUID, finished: Sequence[tuple[RunRef, Counts]], *, undone: bool = False
+    connection: Connection, worker: UUID, finished: Sequence[tuple[RunRef, Counts]], *, undone: str | None = None
 ) -> dict[UUID, Finished]:
     rows = await connection.fetch(
         FINISH,

@@ -22,10 +22,12 @@ __all__ = [
     "attempts_of",
     "businesses_of",
     "caused_by",
+    "count_held",
     "descendants",
     "find_run",
     "holder_of_key",
     "job_overview",
+    "last_successes",
     "list_runs",
     "outcome_totals",
     "read_queue",
@@ -187,6 +189,28 @@ JOB_OVERVIEW = """
                 limit 1) last on true
      order by j.name
 """
+# No parameters. Of a job's newest thousand runs; one that has not done what it is for has an error. Index: runs_by_job.
+LAST_SUCCESSES = """
+    select j.name, last.finished_at
+      from bon_scheduler.jobs j
+     cross join lateral (
+               select max(recent.finished_at) as finished_at
+                 from (select r.finished_at, r.state, r.error, r.dry_run
+                         from bon_scheduler.runs r
+                        where r.job = j.name
+                        order by r.enqueued_at desc
+                        limit 1000) as recent
+                where recent.state in ('succeeded', 'partial') and recent.error is null and not recent.dry_run) as last
+     where last.finished_at is not null
+"""
+# No parameters. Index: runs_for_a_person.
+COUNT_HELD = """
+    select job, count(*) as runs
+      from bon_scheduler.runs
+     where state = 'held'
+     group by job
+     order by job
+"""
 # $1 how many runs of a kind are read at most: int. Indexes: runs_oldest, runs_timed, runs_held, runs_by_job.
 READ_QUEUE = "select job, state::text as state, runs, due_seconds from bon_scheduler.read_queue($1)"
 
@@ -253,6 +277,18 @@ async def holder_of_key(connection: Connection, job: str, dedupe_key: str) -> Ro
     """Return the run that holds a dedupe key, or None."""
     found = await _rows(connection, HOLDER_OF_KEY, job, dedupe_key)
     return found[0] if found else None
+
+
+async def last_successes(connection: Connection) -> dict[str, datetime]:
+    """Return when each job last did what it is for (UTC, aware), on whichever replica."""
+    rows = await connection.fetch(LAST_SUCCESSES, timeout=CALL_TIMEOUT_SECONDS)
+    return {row["name"]: row["finished_at"] for row in rows}
+
+
+async def count_held(connection: Connection) -> dict[str, int]:
+    """Return how many runs the brake holds, by job."""
+    rows = await connection.fetch(COUNT_HELD, timeout=CALL_TIMEOUT_SECONDS)
+    return {row["job"]: row["runs"] for row in rows}
 
 
 async def job_overview(connection: Connection) -> list[Row]:

@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 
 from bon_scheduler import __version__
 from bon_scheduler.clock import seconds_since_boot
+from bon_scheduler.database import Outage
 from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
 
@@ -75,6 +76,8 @@ class Worker:
     """Whether it is a `serve`, which declares schedules, or works on one run in the foreground."""
     lease: timedelta = timedelta(seconds=15)
     """How long it may be silent before its runs are taken over."""
+    outage: Outage = field(default_factory=Outage, compare=False, repr=False)
+    """Where its parts report whether the database answers them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,10 @@ TAKE_TURN = "select verdict, wait, failures, trouble from bon_scheduler.pass_mai
 CLOSE_GATE = "select bon_scheduler.close_mail_gate($1, $2, $3, $4, $5)"
 # $1 between letters: interval, $2 whether it was the one that tries: boolean.
 RETURN_SLOT = "select bon_scheduler.return_letter_slot($1, $2)"
-OPEN_GATE = "select bon_scheduler.open_mail_gate()"
+OPEN_GATE = """
+    select since, extract(epoch from clock_timestamp() - since)::float8 as seconds
+      from bon_scheduler.open_mail_gate() as since
+"""
 GATE_STATE = "select closed_since, trouble from bon_scheduler.mail_gate"
 
 
@@ -139,9 +142,10 @@ class MailGate:
         """Report that the server took part in a conversation to its end."""
         if not (slot.after_failures or slot.trial):
             return
-        since = await self._pool.fetchval(OPEN_GATE)
-        if since is not None:
-            log.info("mail.available", unavailable_since=since.isoformat())
+        away = await self._pool.fetchrow(OPEN_GATE)
+        if away is not None and away["since"] is not None:
+            seconds = round(away["seconds"], 1)
+            log.warning("mail.available", unavailable_since=away["since"].isoformat(), seconds=seconds)
 
 
 def _left(opens: float, slot: Slot) -> tuple[float, Slot]:

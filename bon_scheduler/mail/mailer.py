@@ -209,13 +209,13 @@ class Mailer:
         delivery may have been forgotten, and for one that cannot be written with these settings.
         """
         events = log.bind(kind=letter.kind, business_id=str(letter.business_id))
+        self._key = key = self._key or await read_key(self._pool)
+        if (settled := await find_settled(self._pool, letter, key)) is not None:
+            return settled  # BEFORE the gate: it takes nobody's turn
         if self._settings.smtp_host is None:
             events.info("delivery.logged", as_of=letter.as_of.isoformat())
             self._observe(Delivery.LOGGED, 0.0)
             return Delivery.LOGGED
-        self._key = key = self._key or await read_key(self._pool)
-        if (settled := await find_settled(self._pool, letter, key)) is not None:
-            return settled  # BEFORE the gate: it takes nobody's turn
         # What is no address is refused without the server, and says nothing about it.
         written = await self._write(letter, key)
         sending = Sending(letter, written, key, run_id, attempt)

@@ -108,8 +108,9 @@ class Triggers:
                     alarm.start()  # anchors anew: aiocron samples the clocks once and never again
                 try:
                     seconds = await self.make_pass() if await allowed() else NOT_ALLOWED_SECONDS
+                    self._worker.outage.answered("triggers")
                 except Exception as error:  # noqa: BLE001 - whatever failed, the ticks stay owed: look again
-                    log.warning("triggers.failed", error=describe_error(error))
+                    self._worker.outage.failed("triggers", error)
                     seconds = AFTER_FAILURE_SECONDS
                 await self._wait(rang, seconds)
         finally:

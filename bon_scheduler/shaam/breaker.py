@@ -35,6 +35,7 @@ class Breaker:
     _failures: int = 0
     _refusals: int = 0
     _reason: str | None = None
+    _since: float = 0.0
     _until: float = 0.0
     _pause: timedelta = SHORTEST_PAUSE
     _probing: bool = False
@@ -60,6 +61,8 @@ class Breaker:
         """Account for an answer."""
         match answer:
             case Refreshed() | NeedsReauth():
+                if self._reason is not None:
+                    log.warning("shaam.back", seconds=round(self.seconds() - self._since, 1))
                 self._failures = self._refusals = 0
                 self._reason, self._pause, self._probing = None, SHORTEST_PAUSE, False
             case Misconfigured(reason):
@@ -76,6 +79,8 @@ class Breaker:
             self._pause = min(self._pause * 2, LONGEST_PAUSE)
         elif self._reason is not None:
             return  # what was under way when it opened says nothing new
+        else:
+            self._since = self.seconds()
         log.error("shaam.shut_off", reason=reason, pause_seconds=self._pause.total_seconds())
         self._reason, self._probing = reason, False
         self._until = self.seconds() + self._pause.total_seconds()

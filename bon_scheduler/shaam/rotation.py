@@ -23,7 +23,7 @@ import structlog
 
 from bon_scheduler.clock import Clock, seconds_since_boot
 from bon_scheduler.config import Settings
-from bon_scheduler.database import TRANSIENT_ERRORS, Pools
+from bon_scheduler.database import TRANSIENT_ERRORS, Outage, Pools
 from bon_scheduler.jobs import Retry
 from bon_scheduler.log import describe_error
 from bon_scheduler.metrics import Metrics
@@ -123,9 +123,9 @@ class Rotator:
         self._under_way: set[asyncio.Task[Result]] = set()
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator["Rotator"]:
+    async def running(self, outage: Outage | None = None) -> AsyncIterator["Rotator"]:
         """Rotate for the duration of the context. At its end every exchange that has begun is seen to its end."""
-        async with self.unsaved.running():
+        async with self.unsaved.running(outage or Outage()):
             try:
                 yield self
             finally:

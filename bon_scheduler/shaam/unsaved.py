@@ -22,8 +22,7 @@ import orjson
 import structlog
 
 from bon_scheduler.clock import Clock
-from bon_scheduler.database import TRANSIENT_ERRORS, Pool
-from bon_scheduler.log import describe_error
+from bon_scheduler.database import TRANSIENT_ERRORS, Outage, Pool
 from bon_scheduler.shaam import refreshes
 from bon_scheduler.shaam.refreshes import CALL_TIMEOUT_SECONDS, Credential, Rotated
 from bon_scheduler.shaam.spool import Spool
@@ -50,6 +49,7 @@ class UnsavedTokens:
         self._one_at_a_time = asyncio.Lock()
         self.waits: Callable[[], bool] = lambda: False
         """Whether the ledger is quarantined: then the spool is left alone and nobody is called."""
+        self._outage = Outage()
 
     @property
     def unsafe(self) -> bool:
@@ -66,12 +66,13 @@ class UnsavedTokens:
         return credential in self._refused
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator["UnsavedTokens"]:
+    async def running(self, outage: Outage) -> AsyncIterator["UnsavedTokens"]:
         """Apply what an earlier process has left, then offer what is kept until the block ends, and once more then."""
+        self._outage = outage
         try:
             await self.recover()
         except Exception as error:  # noqa: BLE001 - nothing is lost by it: it is offered again below
-            log.warning("unsaved.failed", error=describe_error(error))
+            self._outage.failed("unsaved", error)
         offering = asyncio.create_task(self._offer_again(), name="unsaved")
         try:
             yield self
@@ -172,15 +173,16 @@ class UnsavedTokens:
             await asyncio.sleep(OFFER_SECONDS)
             try:
                 await self.offer()
+                self._outage.answered("unsaved")
             except Exception as error:  # noqa: BLE001 - whatever failed, what is kept must be offered again
-                log.warning("unsaved.failed", error=describe_error(error))
+                self._outage.failed("unsaved", error)
 
     async def _offer_last(self) -> None:
         try:
             async with asyncio.timeout(LAST_OFFER_SECONDS):
                 await self.offer()
         except Exception as error:  # noqa: BLE001 - whatever failed, it must be said what is lost by it
-            log.warning("unsaved.failed", error=describe_error(error))
+            self._outage.failed("unsaved", error)
         for credential in self._in_memory:
             log.critical("token.lost", business_id=str(credential.business_id))
 
@@ -192,7 +194,8 @@ async def persist(write: Callable[[], Awaitable[T]], waits_seconds: tuple[float,
             return await write()
         # Any refusal by the database is tried again: the tokens exist nowhere else.
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            log.warning("token.save_failed", error=type(error).__name__, retry_in_seconds=wait_seconds)
+            if not isinstance(error, TRANSIENT_ERRORS):  # an outage is reported once, not by each token
+                log.warning("token.save_failed", error=type(error).__name__, retry_in_seconds=wait_seconds)
         await asyncio.sleep(wait_seconds)
     return await write()
 

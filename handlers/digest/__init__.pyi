@@ -6,6 +6,7 @@ from .mailing import (
     deliver_each as deliver_each,
     refuse_day_to_come as refuse_day_to_come,
     told as told,
+    why_not_sent as why_not_sent,
 )
 from .rendering import (
     render as render,

@@ -12,11 +12,12 @@ from uuid import UUID
 import structlog
 
 from bon_scheduler import mail
+from bon_scheduler.config import Settings, mail_off
 from bon_scheduler.jobs import BusinessOutcome, Counts, JobContext, NeverRetryError, RetryLaterError
 from bon_scheduler.mail import Delivery, Letter
 from handlers.digest.statement import MOST_OWNERS, count_owners
 
-__all__ = ["LETTER_COUNTS", "count_left_out", "deliver_each", "refuse_day_to_come", "told"]
+__all__ = ["LETTER_COUNTS", "count_left_out", "deliver_each", "refuse_day_to_come", "told", "why_not_sent"]
 
 log = structlog.get_logger()
 
@@ -61,6 +62,12 @@ async def count_left_out(ctx: JobContext, business_id: UUID, recipients: Collect
         return {}
     log.warning("owners.left_out", business_id=str(business_id), written_to=len(recipients), left_out=left_out)
     return {LEFT_OUT: left_out}
+
+
+def why_not_sent(ctx: JobContext, counts: Counts) -> str | None:
+    """Return why letters were logged instead of sent; None where none was, or where EMAIL_MODE asks for it."""
+    off = mail_off(ctx.get(Settings))
+    return off.fault if off is not None and counts[Delivery.LOGGED] else None
 
 
 def refuse_day_to_come(ctx: JobContext, as_of: date) -> None:

@@ -52,9 +52,16 @@ async def succeeding(_: JobContext, __: NoPayload) -> Counts:
     return {}
 
 
+@job("session-cleanup")
+async def kept_from_its_work(ctx: JobContext, _: NoPayload) -> Counts:
+    async with ctx.transaction() as tx:
+        return await ctx.finish({}, on=tx, undone="SMTP_HOST is not set")
+
+
 @pytest.mark.parametrize(
     ("a_job", "heard"),
     [
+        (kept_from_its_work, ["/a-secret-uuid/start"]),
         (succeeding, ["/a-secret-uuid/start", "/a-secret-uuid"]),
         (failing, ["/a-secret-uuid/start", "/a-secret-uuid/fail"]),
     ],

@@ -95,7 +95,7 @@ async def test_a_flagged_or_inactive_business_is_not_called(refresh: Refresh, bo
 async def test_mock_mode_counts_and_calls_nobody(refresh: Refresh, bon: Bon) -> None:
     business = await bon.business("a")
     before = await bon.row(business)
-    assert ended(await refresh(SHAAM_MODE="mock")) == ("succeeded", NOTHING | {"due": 1})
+    assert ended(await refresh(SHAAM_MODE="mock")) == ("succeeded", NOTHING | {"due": 1, "mocked": 1})
     assert await bon.row(business) == before
     assert bon.simulator.requests == 0
 

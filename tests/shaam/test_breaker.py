@@ -1,5 +1,7 @@
 """The circuit breaker: it opens for what concerns everybody, and never for one business's own trouble."""
 
+import json
+from collections.abc import Callable
 from datetime import timedelta
 
 from bon_scheduler.shaam.breaker import FAILURES_IN_A_ROW, HANDFUL, Breaker
@@ -68,3 +70,15 @@ def test_what_was_under_way_when_it_opened_does_not_make_the_pause_longer() -> N
     breaker, clock = breaker_after(*[AWAY] * (FAILURES_IN_A_ROW + 30))
     clock.seconds += 30
     assert breaker.why_not() is None
+
+
+def test_an_outage_is_a_line_each_time_one_tried_in_vain_and_one_when_it_is_over(logged: Callable[[], str]) -> None:
+    breaker, clock = breaker_after(*[AWAY] * (FAILURES_IN_A_ROW + 40))  # those that were under way
+    for pause in (30, 60):
+        clock.seconds += pause
+        assert breaker.admit() is None
+        breaker.note(AWAY if pause == 30 else GOOD)
+        breaker.note(GOOD if pause == 60 else AWAY)
+    lines = [json.loads(line) for line in logged().splitlines()]
+    assert [line["event"] for line in lines] == ["shaam.shut_off", "shaam.shut_off", "shaam.back"]
+    assert lines[-1]["seconds"] == 90

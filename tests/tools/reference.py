@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import annotated_types
 import typer.main
-from prometheus_client import Metric
+from prometheus_client import Metric, ProcessCollector
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -19,7 +19,7 @@ from bon_scheduler.cli.app import app
 from bon_scheduler.cli.usage import EXIT_STATUSES
 from bon_scheduler.config import Settings
 from bon_scheduler.environment import SECRETS
-from bon_scheduler.metrics import Metrics
+from bon_scheduler.metrics import Metrics, OldNames
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
 BY_JOB = {"schedules": "SCHEDULE_<JOB_NAME>", "deadman_urls": "DEADMAN_URL_<JOB_NAME>"}
@@ -106,7 +106,10 @@ def _statuses() -> Iterator[str]:
 
 def _metrics() -> Iterator[str]:
     yield "## Metrics\n"
-    yield "At `/metrics`, as Prometheus text or OpenMetrics. No label holds a business, a person or an address.\n"
+    yield "At `/metrics`, as Prometheus text or OpenMetrics. No label holds a business, a person or an address."
+    yield "What the database says is absent while it cannot be asked. Until the release after 0.1.0 `bon_email_…`,"
+    yield "`bon_shaam_…`, `bon_db_pool_…`, `bon_health_check_…` and `bon_event_loop_…` are also there without"
+    yield "`bon_`. Besides these there are the `process_…` metrics of every Prometheus client.\n"
     yield "| metric | type | labels | |"
     yield "|---|---|---|---|"
     for family, labels in sorted(_families(), key=lambda each: each[0].name):
@@ -117,6 +120,8 @@ def _metrics() -> Iterator[str]:
 def _families() -> Iterator[tuple[Metric, Sequence[str]]]:
     """Each metric with its labels, which the library keeps to itself."""
     for collector in Metrics().registry._collector_to_names:
+        if isinstance(collector, OldNames | ProcessCollector):
+            continue
         yield next(iter(collector.collect())), getattr(collector, "_labelnames", ())
 
 

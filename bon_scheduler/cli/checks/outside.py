@@ -5,15 +5,25 @@ import ssl
 from urllib.parse import urlsplit
 
 from bon_scheduler.cli.checks.findings import Finding, Level, ok
-from bon_scheduler.config import Settings, ShaamMode
+from bon_scheduler.config import Settings, ShaamMode, SwitchedOff, mail_off, shaam_off, switched_off
 from bon_scheduler.log import describe_error
 from bon_scheduler.mail import NotConnectedError, try_login
 from bon_scheduler.shaam import count_files
 
-__all__ = ["check_mail", "check_shaam", "check_spool"]
+__all__ = ["check_mail", "check_schedules_off", "check_shaam", "check_spool"]
 
 REACH_SECONDS = 5
 PORTS = {"http": 80, "https": 443}
+
+
+def told_off(off: SwitchedOff) -> Finding:
+    """Return what the settings switch off: a warning unless they say so in so many words."""
+    return ok(off.name, off.what) if off.chosen else Finding(off.name, Level.WARNING, off.what, off.remedy)
+
+
+def check_schedules_off(settings: Settings) -> list[Finding]:
+    """Name the jobs whose schedule the settings take away."""
+    return [told_off(off) for off in switched_off(settings) if off.name not in {"mail", "shaam"}]
 
 
 def check_spool(settings: Settings) -> list[Finding]:
@@ -39,8 +49,8 @@ def check_spool(settings: Settings) -> list[Finding]:
 
 async def check_shaam(settings: Settings) -> list[Finding]:
     """Open a connection to the token endpoint's host, with TLS where it has it, and say nothing."""
-    if settings.shaam_mode is ShaamMode.MOCK:
-        return []
+    if (off := shaam_off(settings)) is not None:
+        return [told_off(off)]
     parts = urlsplit(settings.token_url)
     port = parts.port or PORTS[parts.scheme]
     where = f"{parts.hostname}:{port}"
@@ -58,8 +68,8 @@ async def check_shaam(settings: Settings) -> list[Finding]:
 
 async def check_mail(settings: Settings) -> list[Finding]:
     """Connect to the mail server, and log in."""
-    if settings.smtp_host is None:
-        return [Finding("mail", Level.WARNING, "SMTP_HOST is not set: digests are logged, not sent", "Set SMTP_HOST.")]
+    if (off := mail_off(settings)) is not None:
+        return [told_off(off)]
     where = f"{settings.smtp_host}:{settings.smtp_port}"
     try:
         await try_login(settings)

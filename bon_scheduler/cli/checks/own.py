@@ -5,6 +5,7 @@ from bon_scheduler.cli.checks.bon import refused
 from bon_scheduler.cli.checks.findings import Finding, Level, ok
 from bon_scheduler.config import Settings
 from bon_scheduler.database import SchemaBehindError, own_functions, own_refusals, require_schema
+from bon_scheduler.engine import find_stood_aside
 from bon_scheduler.jobs import Connection
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "check_place",
     "check_schedules",
     "check_schema",
+    "check_stood_aside",
 ]
 
 MOST_NAMED = 3
@@ -104,6 +106,12 @@ async def check_consent(connection: Connection) -> list[Finding]:
             f"owners did withdraw their consent: python -m bon_scheduler {command} --reason …",
         )
     ]
+
+
+async def check_stood_aside(connection: Connection) -> list[Finding]:
+    """Name what waits for a person: pauses, held runs, the brake on consent."""
+    found = await find_stood_aside(connection)
+    return [Finding(each.name, Level.WARNING, each.what, each.remedy) for each in found]
 
 
 async def check_letters(connection: Connection) -> list[Finding]:
