@@ -34,6 +34,7 @@ __all__ = [
     "describe_error",
     "is_out_of_descriptors",
     "mask",
+    "silence_logging",
     "where",
     "withhold",
 ]
@@ -209,6 +210,12 @@ def configure_logging(level: LogLevel, style: LogFormat) -> None:
     # Libraries that log every request or every retry of their own: the ledger says it once.
     for name in ("aiohttp.access", "aiosmtplib", "asyncio", "mail.log"):
         logging.getLogger(name).setLevel(max(logging.WARNING, _LEVELS[level]))
+
+
+def silence_logging() -> None:
+    """Have nothing logged: a person at a terminal is shown progress and a result instead."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    logging.getLogger().setLevel(logging.CRITICAL)
 
 
 def describe_error(error: BaseException) -> str:

@@ -97,7 +97,8 @@ async def machinery(
     """
     clock = clock or Clocks(SystemClock())
     lease = timedelta(seconds=settings.lease_seconds)
-    schedules, metrics, worker = schedules_of(settings, jobs), Metrics(), Worker(serves=serves, lease=lease)
+    schedules, metrics = schedules_of(settings, jobs), Metrics()
+    worker = Worker(serves=serves, lease=lease, settings=settings.readable())
     stopping = asyncio.Event()
     await require_endpoints(settings)
     async with AsyncExitStack() as stack:
@@ -142,7 +143,7 @@ async def _report_unusable(pool: Pool) -> None:
         for refusal in await database.refusals(connection):
             log.error("privilege.missing", may_not=refusal.what, needed_by=refusal.users, remedy=refusal.grant)
         for table in await database.hidden_tables(connection):
-            log.error("rows.hidden", table=table, remedy="See: python -m bon_scheduler check")
+            log.error("rows.hidden", table=table, remedy="See: bon-scheduler check")
 
 
 @asynccontextmanager

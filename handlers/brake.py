@@ -60,4 +60,4 @@ def _explain(candidates: Candidates, of_all: int, usual: Usual, share: float | N
         text += f", and more than {share:.0%} of all are abnormal"
     decide = "If that is right, release it once" if usual.median is None else "If that is as it should be, release it"
     command = f"run-once {ctx.job_name} --release-brake" if ctx.dry_run else f"release {ctx.run_id}"
-    return f"{text}. Nothing was changed. {decide}: python -m bon_scheduler {command} --reason …"
+    return f"{text}. Nothing was changed. {decide}: bon-scheduler {command} --reason …"
