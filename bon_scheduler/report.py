@@ -57,6 +57,7 @@ STATE_STYLES = {
 MINUTE, HOUR, DAY = 60, 3_600, 86_400
 ANY_WIDTH = 100_000
 _UTC = re.compile(r"\b(\d{4}-\d\d-\d\d \d\d:\d\d(?::\d\d)?) UTC\b")
+_HINT = re.compile(r"(.*:) (bon-scheduler [a-z].*)", re.DOTALL)
 BYTE = 0xFF
 
 
@@ -168,10 +169,19 @@ class Report:
         return self.console.status(escape(text)) if self.console.is_terminal else nullcontext()
 
     def say(self, text: str) -> None:
-        """Write a line for people; only a terminal's is broken, so that programs find paths and ids whole."""
-        self.console.print(escape(self._for_people(text)), soft_wrap=not self.console.is_terminal)
+        """
+        Write a line for people; only a terminal's is broken, so that programs find paths and ids whole.
 
-    def _for_people(self, text: str) -> str:
+        There a command that ends it is not broken either: it goes to a line of its own, to be copied.
+        """
+        shown, hint = self.for_people(text), _HINT.fullmatch(text)
+        if not self.console.is_terminal or hint is None or len(shown) <= self.console.width:
+            self.console.print(escape(shown), soft_wrap=not self.console.is_terminal)
+            return
+        self.console.print(escape(self.for_people(hint[1])))
+        self.console.print(f"  {escape(self.for_people(hint[2]))}", soft_wrap=True)
+
+    def for_people(self, text: str) -> str:
         """Return a text as it is read here: commands as they are typed, instants in the zone, controls written out."""
         return _UTC.sub(self._localise, fill_in(show_controls(text)))
 
@@ -184,7 +194,7 @@ class Report:
         return f"{local[: len(found[1])]}{format_offset(instant, self.zone)}"
 
     def _cell(self, value: object) -> str:
-        text = "—" if value is None else self._for_people(str(value))
+        text = "—" if value is None else self.for_people(str(value))
         if self._one_line:
             text = " ".join(text.split("\n"))
         style = STATE_STYLES.get(text)

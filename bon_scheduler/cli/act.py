@@ -68,9 +68,10 @@ async def pause(settings: Settings, report: Report, told: Target, *, reason: str
             changed = await ledger.pause_business(connection, target, by=by, reason=why)
     _tell_pause(report, target, changed, pausing=True)
     if not report.as_json and isinstance(target, str):
-        ends = f"at {until:%Y-%m-%d %H:%M:%S} UTC" if until else f"with: bon-scheduler resume {target} --reason …"
         if changed:
-            report.say(f"Nothing of it is begun until then; ticks are recorded as paused. It ends {ends}")
+            report.say("Nothing of it is begun until then, whoever asks for it; its ticks are recorded as paused.")
+            ends = f"by itself at {until:%Y-%m-%d %H:%M:%S} UTC, or" if until else "only"
+            report.say(f"The pause ends {ends} with: bon-scheduler resume {target} --reason …")
         if waiting:
             report.say(f"{waiting:,} {'run waits' if waiting == 1 else 'runs wait'} until then.")
         if running:

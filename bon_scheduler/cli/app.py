@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bon_scheduler import __version__
+from bon_scheduler.calling import as_started
 from bon_scheduler.cli.telling import complain, require_text, tell
 from bon_scheduler.cli.usage import INTERRUPTED, STATES, UsageError
 
@@ -375,7 +376,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is written in escapes
     try:
         require_text(sys.argv[1:])
-        app()
+        app(prog_name=as_started())
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except UsageError as error:

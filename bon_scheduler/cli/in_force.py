@@ -86,7 +86,8 @@ def tell_liveness(report: Report, beats: Sequence[Heartbeat]) -> None:
         report.say(f"\n{nobody} What is due waits until one is: bon-scheduler serve")
 
 
-def tell_pause(pause: Pause, report: Report) -> str:
-    """Return since when a pause lasts, by whom, why and until when."""
-    until = f"until {report.instant(pause.until)}" if pause.until else "until it is resumed"
-    return f"since {report.instant(pause.since)} by {pause.by}: {pause.reason}; {until}"
+def tell_pause(pause: Pause) -> str:
+    """Return since when a pause lasts, by whom, why and until when; instants in UTC, which `Report` shows as local."""
+    since = f"since {pause.since:%Y-%m-%d %H:%M:%S} UTC " if pause.since else ""
+    until = f"until {pause.until:%Y-%m-%d %H:%M:%S} UTC" if pause.until else "until it is resumed"
+    return f"{since}by {pause.by}: {pause.reason}; {until}"

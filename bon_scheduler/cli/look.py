@@ -98,12 +98,12 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
         return DONE
     report.table(JOBS_COLUMNS, [_job_row(row, clock.now()) for row in overview], empty="No jobs are declared.")
     if paused:
-        rows = [(job, tell_pause(pause, report)) for job, pause in sorted(paused.items())]
+        rows = [(job, tell_pause(pause)) for job, pause in sorted(paused.items())]
         report.table(
             ["paused job", Column("since when, by whom, why", wraps=30)], rows, title="\nNothing of it is begun"
         )
     if left_alone:
-        rows = [(str(key), tell_pause(pause, report)) for key, pause in left_alone.items()]
+        rows = [(str(key), tell_pause(pause)) for key, pause in left_alone.items()]
         columns = ("paused business", Column("since when, by whom, why", wraps=30))
         report.table(columns, rows, title="\nSkipped by every job")
     for line in in_force.differences:
@@ -207,7 +207,7 @@ async def _runs_for_business(settings: Settings, report: Report, clock: Clock, w
     if not known:
         report.say(f"\nBON has no business {business_id}.")
     if pause is not None:
-        report.say(f"\nEvery job skips this business {tell_pause(pause, report)}.")
+        report.say(f"\nEvery job skips this business {tell_pause(pause)}.")
     for row in rows:
         for delivery, state in zip(row["delivery_ids"], row["letters"], strict=True):
             if state == "unknown":

@@ -7,13 +7,13 @@ from uuid import UUID
 
 from bon_scheduler import declared, ledger, mail
 from bon_scheduler.cli.ids import Kind, find_ids, find_run_id, shorten
-from bon_scheduler.cli.in_force import who_serves
+from bon_scheduler.cli.in_force import tell_pause, who_serves
 from bon_scheduler.cli.look import describe
 from bon_scheduler.cli.parsing import DONE, UsageError, reading
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.database import write_json
-from bon_scheduler.ledger import OPEN_STATES, Obstacle
+from bon_scheduler.ledger import OPEN_STATES, Obstacle, Pause
 from bon_scheduler.report import Column, Report, format_counts, format_distance, format_span
 
 __all__ = ["next_steps", "show"]
@@ -37,20 +37,22 @@ async def show(settings: Settings, report: Report, clock: Clock, *, run: str, bu
             "deliveries": _of(only, await mail.deliveries_of(connection, run_id)),
         }
         waits = await ledger.obstacle(connection, run_id)
+        pause = (await ledger.paused_jobs(connection)).get(found["job"])
         beats = await ledger.heartbeats(connection)
         ids = [run_id, *([waits.behind] if waits else []), *(row["run_id"] for row in lists["caused"])]
         short = {
             **await shorten(connection, Kind.RUN, ids),
             **await shorten(connection, Kind.DELIVERY, [row["delivery_id"] for row in lists["deliveries"]]),
         }
+    obstacles = _obstacles(found, waits, pause, short, who_serves(beats))
     if report.as_json:
-        report.document({**found, **lists, "waits_for": _obstacles(found, waits, who_serves(beats), short)})
+        report.document({**found, **lists, "waits_for": obstacles})
         return DONE
     _show_facts(report, found, clock.now())
     _show_lists(report, lists, short)
     if only is not None and not (lists["businesses"] or lists["deliveries"]):
         report.say(f"\nThis run did nothing for business {only}.")
-    steps = [*_obstacles(found, waits, who_serves(beats), short), *next_steps(found, lists, short)]
+    steps = [*obstacles, *next_steps(found, lists, short)]
     if steps:
         report.say("")
     for step in steps:
@@ -63,14 +65,19 @@ def _of(business: UUID | None, rows: Sequence[Mapping[str, Any]]) -> Sequence[Ma
 
 
 def _obstacles(
-    run: ledger.Row, waits: Obstacle | None, nobody: str | None, short: Mapping[UUID | None, str]
+    run: ledger.Row,
+    waits: Obstacle | None,
+    pause: Pause | None,
+    short: Mapping[UUID | None, str],
+    nobody: str | None,
 ) -> list[str]:
     """Say what a run waits for, a sentence each."""
     if run["state"] not in OPEN_STATES:
         return []
     found = []
-    if waits is not None and waits.paused:
-        found.append(f"It waits until {run['job']} is resumed: bon-scheduler resume {run['job']} --reason …")
+    if waits is not None and pause is not None:
+        paused = f"It waits because {run['job']} is paused {tell_pause(pause)}"
+        found.append(f"{paused}. End the pause with: bon-scheduler resume {run['job']} --reason …")
     if waits is not None and waits.behind is not None:
         since = f" since {waits.behind_since:%Y-%m-%d %H:%M:%S} UTC" if waits.behind_since else ""
         behind = (

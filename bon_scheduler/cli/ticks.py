@@ -201,7 +201,7 @@ async def timeline(
         empty=f"Nothing fires in these {days} days.",
     )
     for name, pause in sorted(paused.items()):
-        report.say(f"\n{name} is paused {tell_pause(pause, report)}")
+        report.say(f"\n{name} is paused {tell_pause(pause)}")
     for line in in_force.differences:
         report.say(f"\n{line}")
     tell_liveness(report, in_force.beats)

@@ -92,7 +92,7 @@ async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOn
         pause = (await ledger.paused_jobs(connection)).get(told.name)
     if pause is not None and not told.dry_run:
         raise UsageError(
-            f'"{told.name}" is paused {tell_pause(pause, report)}. Nothing was begun. '
+            f'"{told.name}" is paused {report.for_people(tell_pause(pause))}. Nothing was begun. '
             f"End the pause first: bon-scheduler resume {told.name} --reason …"
         )
     order = engine.Order(

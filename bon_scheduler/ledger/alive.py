@@ -44,9 +44,9 @@ LATEST_RUN = """
      order by ran desc, enqueued_at desc
      limit 1
 """
-# $1 run. Indexes: runs_pkey, runs_exclusive, pauses_pkey.
+# $1 run. Indexes: runs_pkey, runs_exclusive.
 OBSTACLE = """
-    select bon_scheduler.is_paused(r.job) as paused, r.ready, bon_scheduler.shown(r.run_at) as run_at,
+    select r.ready, bon_scheduler.shown(r.run_at) as run_at,
            other.id as behind, a.host as behind_on, bon_scheduler.shown(a.started_at) as behind_since
       from bon_scheduler.runs r
       left join bon_scheduler.runs other
@@ -118,7 +118,6 @@ class Heartbeat:
 class Obstacle:
     """What may keep a waiting run from being begun."""
 
-    paused: bool
     ready: bool
     """Whether its instant has come."""
     run_at: datetime | None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from bon_scheduler import declared, ledger, schedule
 from bon_scheduler.cli.checks.findings import Finding, Level, ok
-from bon_scheduler.cli.in_force import InForce, read_in_force, who_serves
+from bon_scheduler.cli.in_force import InForce, read_in_force, tell_pause, who_serves
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Connection
 
@@ -48,7 +48,7 @@ def _differences(found: InForce, settings: Settings) -> list[Finding]:
     remedy = (
         "The service's count. Run check with its environment: the rows on mail, SHAAM and settings are this shell's."
     )
-    return [Finding("service's settings", Level.WARNING, line, remedy) for line in lines]
+    return [Finding("service's settings", Level.WARNING, "; ".join(lines), remedy)]
 
 
 async def check_ticks(connection: Connection) -> list[Finding]:
@@ -87,10 +87,8 @@ async def check_paused(connection: Connection) -> list[Finding]:
     """Tell what is paused, since when, by whom, why and until when."""
     findings = []
     for job, pause in sorted((await ledger.paused_jobs(connection)).items()):
-        until = f"until {pause.until:%Y-%m-%d %H:%M:%S} UTC" if pause.until else "until it is resumed"
-        what = f"job {job} since {pause.since:%Y-%m-%d %H:%M:%S} UTC by {pause.by}: {pause.reason}; {until}"
         remedy = f"To end it: bon-scheduler resume {job} --reason …"
-        findings.append(Finding("paused", Level.WARNING, what, remedy))
+        findings.append(Finding("paused", Level.WARNING, f"job {job} {tell_pause(pause)}", remedy))
     left_alone = await ledger.paused_businesses(connection)
     if left_alone:
         what = f"{len(left_alone):,} business{'es are' if len(left_alone) > 1 else ' is'} skipped by every job"
