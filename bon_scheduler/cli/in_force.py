@@ -15,7 +15,7 @@ from bon_scheduler.jobs import Connection, Cron
 from bon_scheduler.ledger import Heartbeat, Pause
 from bon_scheduler.report import Report, format_distance
 
-__all__ = ["InForce", "read_in_force", "tell_liveness", "tell_pause", "who_serves"]
+__all__ = ["InForce", "own_schedules", "read_in_force", "tell_liveness", "tell_pause", "who_serves"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,16 @@ class InForce:
         return any(beat.serves and beat.alive for beat in self.beats)
 
 
+def own_schedules(settings: Settings) -> InForce:
+    """Return this shell's schedules, for where nobody can be asked."""
+    crons = {job: (cron, settings.bon_timezone) for job, cron in declared.schedules_of(settings).items()}
+    return InForce(crons, (), ())
+
+
 async def read_in_force(connection: Connection, settings: Settings) -> InForce:
     """Return the schedules in force, and who was heard last."""
     beats = await ledger.heartbeats(connection)
-    here = {job: (cron, settings.bon_timezone) for job, cron in declared.schedules_of(settings).items()}
+    here = own_schedules(settings).crons
     if not any(beat.serves and beat.alive for beat in beats):
         return InForce(here, beats, ())
     histories = await schedule.read_histories(connection)

@@ -1,6 +1,6 @@
 """Commands about ticks: audit what was, show what will be."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise, takewhile
 from statistics import median
@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, TypeAlias
 from zoneinfo import ZoneInfo
 
 from bon_scheduler import ledger
-from bon_scheduler.cli.in_force import read_in_force, tell_liveness, tell_pause
+from bon_scheduler.cli.in_force import own_schedules, read_in_force, tell_liveness, tell_pause
 from bon_scheduler.cli.parsing import BADLY, DONE, is_span, parse_instant, parse_span, reading
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
+from bon_scheduler.database import DatabaseUnavailableError, SchemaBehindError
 from bon_scheduler.ledger import Pause
 from bon_scheduler.report import Column, Report, format_offset
 from bon_scheduler.schedule import Audit, AuditedTick, Transition, Verdict, audit_ticks, fire_times, transitions
@@ -159,9 +160,14 @@ async def timeline(
     begin = parse_instant(start, settings) if start else clock.now()
     if not 0 < days <= MOST_DAYS:
         raise UsageError(f"--days {days} is out of range. Give 1 to {MOST_DAYS}.")
-    async with reading(settings) as connection:
-        in_force = await read_in_force(connection, settings)
-        paused = await ledger.paused_jobs(connection)
+    unasked: str | None = None
+    paused: Mapping[str, Pause] = {}
+    try:
+        async with reading(settings) as connection:
+            in_force = await read_in_force(connection, settings)
+            paused = await ledger.paused_jobs(connection)
+    except (DatabaseUnavailableError, SchemaBehindError) as error:
+        in_force, unasked = own_schedules(settings), str(error)
     if job is not None and job not in in_force.crons:
         raise UsageError(f'"{job}" has no schedule. Those that have: {", ".join(sorted(in_force.crons))}.')
     zone = settings.bon_timezone
@@ -188,6 +194,7 @@ async def timeline(
                 "ticks": rows,
                 "transitions": marks,
                 "differences": in_force.differences,
+                "service_unknown": unasked,
             }
         )
         return DONE
@@ -204,7 +211,10 @@ async def timeline(
         report.say(f"\n{name} is paused {tell_pause(pause)}")
     for line in in_force.differences:
         report.say(f"\n{line}")
-    tell_liveness(report, in_force.beats)
+    if unasked is not None:
+        report.say(f"\nThese are this shell's schedules; the service's are not known: {unasked}")
+    else:
+        tell_liveness(report, in_force.beats)
     return DONE
 
 
