@@ -21,6 +21,7 @@ from bon_scheduler.cli.usage import STATES
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import AnyJob, Exclusive
+from bon_scheduler.ledger import Pause
 from bon_scheduler.report import Column, Report, format_counts, format_distance, format_span
 from bon_scheduler.schedule import describe_cron, fire_times
 
@@ -97,15 +98,7 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
         )
         return DONE
     report.table(JOBS_COLUMNS, [_job_row(row, clock.now()) for row in overview], empty="No jobs are declared.")
-    if paused:
-        rows = [(job, tell_pause(pause)) for job, pause in sorted(paused.items())]
-        report.table(
-            ["paused job", Column("since when, by whom, why", wraps=30)], rows, title="\nNothing of it is begun"
-        )
-    if left_alone:
-        rows = [(str(key), tell_pause(pause)) for key, pause in left_alone.items()]
-        columns = ("paused business", Column("since when, by whom, why", wraps=30))
-        report.table(columns, rows, title="\nSkipped by every job")
+    _tell_paused(report, paused, left_alone)
     for line in in_force.differences:
         report.say(f"\n{line}")
     if any(row["dead"] for row in overview):
@@ -115,6 +108,18 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
         )
     tell_liveness(report, in_force.beats)
     return DONE
+
+
+def _tell_paused(report: Report, paused: Mapping[str, Pause], left_alone: Mapping[UUID, Pause]) -> None:
+    if paused:
+        rows = [(job, tell_pause(pause)) for job, pause in sorted(paused.items())]
+        report.table(
+            ["paused job", Column("since when, by whom, why", wraps=30)], rows, title="\nNothing of it is begun"
+        )
+    if left_alone:
+        rows = [(str(key), tell_pause(pause)) for key, pause in left_alone.items()]
+        columns = ("paused business", Column("since when, by whom, why", wraps=30))
+        report.table(columns, rows, title="\nSkipped by every job")
 
 
 def _job_row(row: Mapping[str, Any], now: datetime) -> list[object]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 from zoneinfo import ZoneInfo
 
 from bon_scheduler import ledger
-from bon_scheduler.cli.in_force import own_schedules, read_in_force, tell_liveness, tell_pause
+from bon_scheduler.cli.in_force import InForce, own_schedules, read_in_force, tell_liveness, tell_pause
 from bon_scheduler.cli.parsing import BADLY, DONE, is_span, parse_instant, parse_span, reading
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.clock import Clock
@@ -160,14 +160,7 @@ async def timeline(
     begin = parse_instant(start, settings) if start else clock.now()
     if not 0 < days <= MOST_DAYS:
         raise UsageError(f"--days {days} is out of range. Give 1 to {MOST_DAYS}.")
-    unasked: str | None = None
-    paused: Mapping[str, Pause] = {}
-    try:
-        async with reading(settings) as connection:
-            in_force = await read_in_force(connection, settings)
-            paused = await ledger.paused_jobs(connection)
-    except (DatabaseUnavailableError, SchemaBehindError) as error:
-        in_force, unasked = own_schedules(settings), str(error)
+    in_force, paused, unasked = await _read_plan(settings)
     if job is not None and job not in in_force.crons:
         raise UsageError(f'"{job}" has no schedule. Those that have: {", ".join(sorted(in_force.crons))}.')
     zone = settings.bon_timezone
@@ -216,6 +209,15 @@ async def timeline(
     else:
         tell_liveness(report, in_force.beats)
     return DONE
+
+
+async def _read_plan(settings: Settings) -> tuple[InForce, Mapping[str, Pause], str | None]:
+    """Return the schedules in force, what is paused, and why the service's are not known, where the database is away."""
+    try:
+        async with reading(settings) as connection:
+            return await read_in_force(connection, settings), await ledger.paused_jobs(connection), None
+    except (DatabaseUnavailableError, SchemaBehindError) as error:
+        return own_schedules(settings), {}, str(error)
 
 
 class Fire(NamedTuple):

@@ -228,7 +228,7 @@ async def test_enqueue_prints_the_id_or_says_who_holds_the_key(database_url: str
     assert (first.status, first.document["duplicate"]) == (0, False)
     again = await run_command("enqueue", "generate-pdf", "--key", "pdf:7", DATABASE_URL=database_url)
     assert again.status == 0
-    assert f'"pdf:7" is held by run {first.document["run_id"]}, which is queued' in again.out
+    assert f'"pdf:7" is held by run {first.document["run_id"]}, which is queued' in again.err
 
 
 async def test_runs_and_show_tell_what_happened(

@@ -1,4 +1,4 @@
-"""Is anything alive: what `check`, `jobs`, `runs` and `show` tell of workers, of what is left undone, and of settings."""
+"""Is anything alive: what `check`, `jobs`, `runs` and `show` tell of workers, of work left undone, of settings."""
 
 import signal
 from datetime import UTC, datetime, timedelta
@@ -96,7 +96,7 @@ async def test_commands_tell_the_services_schedules_and_settings_and_where_this_
     database_url: str,
 ) -> None:
     environ = {"SCHEDULE_SESSION_CLEANUP": "15 5 * * *", "EMAIL_LANGUAGE": "en"}
-    async with serve(DATABASE_URL=database_url, **environ):
+    async with serve(DATABASE_URL=database_url, **environ) as service:
         listed = (await run_command("jobs", "--json", DATABASE_URL=database_url)).document
         (job,) = [row for row in listed["jobs"] if row["job"] == "session-cleanup"]
         assert job["schedule"] == "15 5 * * *"
@@ -115,6 +115,7 @@ async def test_commands_tell_the_services_schedules_and_settings_and_where_this_
         same = (await run_command("check", "--json", DATABASE_URL=database_url, **environ)).document
         (found,) = [each for each in same["findings"] if each["name"] == "service's settings"]
         assert found["level"] == "ok", found
+        assert await service.stop() == 0
     alone = await run_command("timeline", "--days", "1", "--job", "session-cleanup", DATABASE_URL=database_url)
     assert " 04:00+0" in alone.out
     assert "No `serve` is alive" in alone.out

@@ -16,7 +16,7 @@ from tests.waiting import until
 
 DIGEST = "overdue-digest"
 TOLD = '{"as_of": "2026-11-27"}'
-ASK = f"select bon_scheduler.enqueue('{DIGEST}', '{TOLD}')"  # noqa: S608 - constants
+ASK = f"select bon_scheduler.enqueue('{DIGEST}', '{TOLD}')"
 
 
 async def pause(database_url: str, job: str, *more: str) -> str:

@@ -149,7 +149,7 @@ async def test_a_run_once_that_is_interrupted_is_cancelled_and_audited(
     await connection.execute("lock table sessions in access exclusive mode")
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bon_scheduler", "run-once", "session-cleanup",
-        env={**QUIET, "DATABASE_URL": database_url}, stderr=asyncio.subprocess.PIPE,
+        env={**QUIET, "DATABASE_URL": database_url}, stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
         # As from a terminal, also where the tests run in the background: there Ctrl-C is ignored, and is inherited so.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
@@ -165,8 +165,10 @@ async def test_a_run_once_that_is_interrupted_is_cancelled_and_audited(
         await until(running)
         process.send_signal(number)
         async with asyncio.timeout(20):
-            await process.communicate()
+            out, _ = await process.communicate()
         assert process.returncode == 130
+        assert "Interrupted. Run " in out.decode()
+        assert " of session-cleanup is cancelled. It committed no counts." in out.decode()
     finally:
         if process.returncode is None:
             process.kill()

@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from bon_scheduler.report import Report
+from tests import arrange
 from tests.conftest import Connection
 from tests.process import run_command, run_program, serve
 from tests.terminal import at_terminal
@@ -29,7 +30,6 @@ OUTCOME = """
     insert into bon_scheduler.business_outcomes (run_id, business_id, outcome, counts, error)
     values ($1, $2, $3, $4, $5)
 """
-BUSINESS = "insert into businesses (id, name, business_type) values ($1, 'x', 'licensed_dealer')"
 FIRED = datetime(2026, 11, 26, 4, 0, tzinfo=UTC)
 
 
@@ -75,9 +75,7 @@ async def test_a_run_behind_an_exclusive_one_says_what_it_waits_for(connection: 
 
 
 async def test_one_command_says_what_recent_runs_did_for_a_business(connection: Connection, database_url: str) -> None:
-    mine, other = uuid4(), uuid4()
-    for each in (mine, other):
-        await connection.execute(BUSINESS, each)
+    mine, other = await arrange.business(connection), await arrange.business(connection)
     marked = await make(connection, "succeeded", "overdue-detection")
     await connection.execute(OUTCOME, UUID(marked), mine, "done", {"marked": 3}, None)
     await connection.execute(OUTCOME, UUID(marked), other, "done", {"marked": 7}, None)
@@ -163,7 +161,7 @@ async def test_hints_name_the_command_as_it_was_started(database_url: str, tmp_p
 
 async def test_standard_output_of_enqueue_is_an_id_or_nothing(database_url: str) -> None:
     first = await run_command("enqueue", "generate-pdf", "--key", "a", DATABASE_URL=database_url)
-    assert UUID(first.out.strip())
+    assert str(UUID(first.out.strip())) == first.out.strip()
     again = await run_command("enqueue", "generate-pdf", "--key", "a", DATABASE_URL=database_url)
     assert (again.status, again.out) == (0, "")
     assert first.out.strip() in again.err
@@ -185,6 +183,7 @@ async def test_80_columns_hold_every_screen_and_a_command_stays_whole(
     run_id = await make(connection, "dead", error="the mail server said no " * 10)
     await make(connection, "held", "overdue-detection")
     assert (await run_command("pause", "draft-cleanup", "--reason", "x " * 60, DATABASE_URL=database_url)).status == 0
+    shown = ""
     for command in (["jobs"], ["runs"], ["timeline", "--days", "2"], ["check"], ["show", run_id]):
         _, shown = await at_terminal(*command, DATABASE_URL=database_url)
         wide = [line for line in shown.splitlines() if len(line) > 80]

@@ -54,7 +54,9 @@ def _differences(found: InForce, settings: Settings) -> list[Finding]:
 async def check_ticks(connection: Connection) -> list[Finding]:
     """Look whether ticks are due and not in the ledger."""
     remedy = "See `workers`; then: bon-scheduler audit --since 2d"
-    overdue = {job: many for job, many in (await schedule.unaccounted(connection)).items() if many}
+    unusable = (await schedule.read_histories(connection)).unusable  # which `schedules` names
+    counted = (await schedule.unaccounted(connection)).items()
+    overdue = {job: many for job, many in counted if many and job not in unusable}
     return [
         Finding("ticks", Level.FAILURE, f"{job}: {_many(many, 'tick')} due for over a minute and not begun", remedy)
         for job, many in sorted(overdue.items())
