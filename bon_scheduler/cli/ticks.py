@@ -212,7 +212,7 @@ async def timeline(
 
 
 async def _read_plan(settings: Settings) -> tuple[InForce, Mapping[str, Pause], str | None]:
-    """Return the schedules in force, what is paused, and why the service's are not known, where the database is away."""
+    """Return the schedules in force, what is paused, and, where the database is away, why the service's are unknown."""
     try:
         async with reading(settings) as connection:
             return await read_in_force(connection, settings), await ledger.paused_jobs(connection), None
