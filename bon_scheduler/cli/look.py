@@ -49,7 +49,7 @@ RUNS_COLUMNS = (
 )
 BUSINESS_COLUMNS = (
     *("run", "job", "at", "state"),
-    *(Column("did for it, or why not", wraps=24), Column("letters", wraps=12)),
+    *(Column("for it, or why not", wraps=12), Column("letters", wraps=7)),
 )
 BUSINESS_SPAN = "7d"
 """How far back `runs --business` looks without --since."""
@@ -228,7 +228,10 @@ def _business_row(
     report: Report,
     now: datetime,
 ) -> list[object]:
-    found = [f"{state} ({letters[key]})" for key, state in zip(row["delivery_ids"], row["letters"], strict=True)]
+    found = [
+        f"{state} ({letters[key]})" if state == "unknown" else state
+        for key, state in zip(row["delivery_ids"], row["letters"], strict=True)
+    ]
     did = describe(row)
     return [
         short[row["run_id"]],
