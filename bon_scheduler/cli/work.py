@@ -1,5 +1,6 @@
 """Commands that make runs: serve, run-once, enqueue."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -105,7 +106,11 @@ async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOn
             runner = service.dry_runner(settings, clock=clocks, out=directory)
             dry_runner = await stack.enter_async_context(runner)
             stack.enter_context(report.progress(f"{told.name}: dry run"))
-            result = await dry_runner.run(order)
+            try:
+                result = await dry_runner.run(order)
+            except asyncio.CancelledError:
+                report.say("Interrupted. A dry run keeps nothing: everything was rolled back.")
+                raise
         letters = dry_runner.kept.total()
     else:
         if out is not None:
