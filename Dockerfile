@@ -24,5 +24,5 @@ USER 65532:65532
 EXPOSE 8080
 # SIGTERM drains; Kubernetes sends it, and so does `docker stop`. Give it 90 s: terminationGracePeriodSeconds, --time.
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["python3", "-m", "bon_scheduler"]
+ENTRYPOINT ["bon-scheduler"]
 CMD ["serve"]

@@ -66,6 +66,7 @@ def main() -> None:
     os.chdir(ROOT)
     if command == "lint":
         sys.exit(_lint())
+    os.environ["BON_SCHEDULER_STARTED_AS"] = f"{Path(sys.executable).name} {sys.argv[0]}"  # what hints say to type
     module = ["pytest", *rest] if command == "test" else ["bon_scheduler", command, *rest]
     os.execv(PYTHON, [str(PYTHON), "-m", *module])
 

@@ -44,6 +44,12 @@ __all__ = [
 SHAAM_HOST = "https://ita-api.taxes.gov.il"
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 KEY_LENGTH_HEX = 64
+READABLE = (
+    *("bon_timezone", "worker_concurrency", "shutdown_seconds", "lease_seconds", "run_retention_days"),
+    *("email_rate_per_second", "email_language", "smtp_host", "smtp_port", "smtp_tls", "brake_min_rows"),
+    *("brake_max_share", "shaam_mode", "shaam_client_auth", "shaam_concurrency", "shaam_timeout_seconds"),
+)
+"""Settings that each worker records in the ledger."""
 NO_PLACES = frozenset({"localtime", "posixrules", "Factory", "leapseconds"})
 """Files beside the zones: they mean another zone on each machine, or none."""
 
@@ -142,6 +148,8 @@ class Settings(BaseSettings):
     answered."""
     bon_timezone: Zone = ZoneInfo("Asia/Jerusalem")
     """Of schedules and business dates."""
+    operator: str | None = None
+    """Who you are, for commands that record who did it. Unset: the user's name, in a container with the machine's."""
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = LogLevel.INFO
     """The least severe event that is logged."""
     log_format: LogFormat = LogFormat.JSON
@@ -312,6 +320,11 @@ class Settings(BaseSettings):
         """The authority's token endpoint."""
         system = "production" if self.shaam_mode is ShaamMode.PRODUCTION else "tsandbox"
         return self.shaam_token_url or f"{SHAAM_HOST}/shaam/{system}/longtimetoken/oauth2/token"
+
+    def readable(self) -> dict[str, str]:
+        """Return, by name, what changes how it works and anybody may read: no secret, user, e-mail address or path."""
+        shown = {name.upper(): getattr(self, name) for name in READABLE}
+        return {name: "unset" if value is None else str(value) for name, value in shown.items()}
 
     @classmethod
     def settings_customise_sources(

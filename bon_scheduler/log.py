@@ -34,6 +34,7 @@ __all__ = [
     "describe_error",
     "is_out_of_descriptors",
     "mask",
+    "silence_logging",
     "where",
     "withhold",
 ]
@@ -222,6 +223,12 @@ def configure_logging(level: LogLevel, style: LogFormat) -> None:
         logging.getLogger(name).setLevel(max(logging.WARNING, _LEVELS[level]))
     # It warns of each connection that it cannot make while the database is away, which `Outage` reports.
     logging.getLogger("asyncpg").setLevel(logging.DEBUG if level is LogLevel.DEBUG else logging.ERROR)
+
+
+def silence_logging() -> None:
+    """Have nothing logged: a person at a terminal is shown progress and a result instead."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    logging.getLogger().setLevel(logging.CRITICAL)
 
 
 def describe_error(error: BaseException) -> str:

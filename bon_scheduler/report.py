@@ -2,18 +2,22 @@
 How commands speak: tables for people, one JSON document for programs.
 
 With JSON, standard output carries that document and nothing else: whatever else is said goes to standard error.
-Without it, tables are plain where standard output is not a terminal, and NO_COLOR is honoured (rich does both).
-A table that is too wide leaves out its least important columns, and says so; then long texts go on in the next line.
-No cell is cut off, and an id stays in one line, to be copied.
+Without it, tables are plain where standard output is not a terminal, one record a line, and NO_COLOR is honoured. On a
+terminal a table that is too wide leaves out its least important columns, and says so; then long texts go on in the next
+line. No cell is cut off, and an id stays in one line, to be copied.
+
+Instants are shown in BON_TIMEZONE with their offset, wherever they stand; in JSON they are UTC. Hints name the command
+as it was started here (`calling`).
 """
 
 import json
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -21,7 +25,10 @@ import orjson
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
+from rich.status import Status
 from rich.table import Table
+
+from bon_scheduler.calling import fill_in
 
 __all__ = [
     "Column",
@@ -30,6 +37,7 @@ __all__ = [
     "format_counts",
     "format_distance",
     "format_instant",
+    "format_offset",
     "format_span",
     "show_controls",
 ]
@@ -47,14 +55,21 @@ STATE_STYLES = {
     "failed": "red",
 }
 MINUTE, HOUR, DAY = 60, 3_600, 86_400
-PLAIN_WIDTH = 160
 ANY_WIDTH = 100_000
+_UTC = re.compile(r"\b(\d{4}-\d\d-\d\d \d\d:\d\d(?::\d\d)?) UTC\b")
+_HINT = re.compile(r"(.*:) (bon-scheduler [a-z].*)", re.DOTALL)
 BYTE = 0xFF
 
 
 def format_instant(instant: datetime | None, zone: ZoneInfo) -> str:
-    """Return an instant as people in `zone` read it, to the second."""
-    return f"{instant.astimezone(zone):%Y-%m-%d %H:%M:%S}" if instant else "—"
+    """Return an instant as people in `zone` read it, to the second, with its offset."""
+    return f"{instant.astimezone(zone):%Y-%m-%d %H:%M:%S}{format_offset(instant, zone)}" if instant else "—"
+
+
+def format_offset(instant: datetime, zone: ZoneInfo) -> str:
+    """Return how far the zone's clocks are from UTC then: `+02:00`."""
+    text = f"{instant.astimezone(zone):%z}"
+    return f"{text[:3]}:{text[3:5]}"
 
 
 def format_span(started: datetime | None, finished: datetime | None) -> str:
@@ -137,7 +152,7 @@ class Report:
         self.as_json = as_json
         self.zone = zone or ZoneInfo("Asia/Jerusalem")
         terminal = (sys.stderr if as_json else sys.stdout).isatty()
-        self.console = Console(width=None if terminal else PLAIN_WIDTH, stderr=as_json, highlight=False)
+        self.console = Console(width=None if terminal else ANY_WIDTH, stderr=as_json, highlight=False)
 
     def document(self, value: object) -> None:
         """Write the JSON document."""
@@ -149,13 +164,56 @@ class Report:
         sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()
 
-    def progress(self, text: str) -> AbstractContextManager[object]:
+    def progress(self, text: str) -> AbstractContextManager[Status | None]:
         """Show, on a terminal, that something is under way; nothing elsewhere."""
         return self.console.status(escape(text)) if self.console.is_terminal else nullcontext()
 
     def say(self, text: str) -> None:
-        """Write a line for people; only a terminal's is broken, so that programs find paths and ids whole."""
-        self.console.print(escape(show_controls(text)), soft_wrap=not self.console.is_terminal)
+        """
+        Write a line for people; only a terminal's is broken, so that programs find paths and ids whole.
+
+        There a command that ends it is not broken either: it goes to a line of its own, to be copied.
+        """
+        shown, hint = self.for_people(text), _HINT.fullmatch(text)
+        if not self.console.is_terminal or hint is None or len(shown) <= self.console.width:
+            self.console.print(escape(shown), soft_wrap=not self.console.is_terminal)
+            return
+        self.console.print(escape(self.for_people(hint[1])))
+        self.console.print(f"  {escape(self.for_people(hint[2]))}", soft_wrap=True)
+
+    def for_people(self, text: str) -> str:
+        """Return a text as it is read here: commands as they are typed, instants in the zone, controls written out."""
+        return _UTC.sub(self._localise, fill_in(show_controls(text)))
+
+    def _localise(self, found: re.Match[str]) -> str:
+        try:
+            instant = datetime.fromisoformat(found[1]).replace(tzinfo=UTC)
+            local = f"{instant.astimezone(self.zone):%Y-%m-%d %H:%M:%S}"
+        except (ValueError, OverflowError):
+            return found[0]
+        return f"{local[: len(found[1])]}{format_offset(instant, self.zone)}"
+
+    def _cell(self, value: object) -> str:
+        text = "—" if value is None else self.for_people(str(value))
+        if self._one_line:
+            text = " ".join(text.split("\n"))
+        style = STATE_STYLES.get(text)
+        return f"[{style}]{escape(text)}[/{style}]" if style else escape(text)
+
+    @property
+    def _one_line(self) -> bool:
+        """Whether a record is one line, however long: for programs."""
+        return self.console.width >= ANY_WIDTH
+
+    def _print(self, table: Table) -> None:
+        if not self._one_line:
+            # Not cropped: where a terminal is too narrow for the ids, it breaks the lines itself.
+            self.console.print(table, crop=False)
+            return
+        with self.console.capture() as captured:
+            self.console.print(table, crop=False)
+        for line in captured.get().splitlines():
+            self.console.out(line.rstrip(), highlight=False)
 
     def table(
         self,
@@ -173,13 +231,12 @@ class Report:
         dropped: list[Column] = []
         while True:
             kept = [(index, column) for index, column in enumerate(shown) if column not in dropped]
-            table = _table(kept, rows, title)
+            table = self._table(kept, rows, title)
             least = [column for _, column in kept if column.importance is not None]
             if not least or self._fits(table, kept, rows):
                 break
             dropped.append(min(least, key=lambda column: column.importance or 0))
-        # Not cropped: where a terminal is too narrow for the ids, it breaks the lines itself.
-        self.console.print(table, crop=False)
+        self._print(table)
         if dropped:
             names = ", ".join(column.heading for column in dropped)
             self.say(f"Left out for want of width: {names}. See --json, or widen the terminal.")
@@ -204,9 +261,10 @@ class Report:
         if instant is None:
             return "—"
         here, today = instant.astimezone(self.zone), now.astimezone(self.zone)
+        offset = format_offset(instant, self.zone)
         if here.date() == today.date():
-            return f"{here:%H:%M}"
-        return f"{here:%m-%d %H:%M}" if here.year == today.year else f"{here:%Y-%m-%d %H:%M}"
+            return f"{here:%H:%M}{offset}"
+        return f"{here:%m-%d %H:%M}{offset}" if here.year == today.year else f"{here:%Y-%m-%d %H:%M}{offset}"
 
     def facts(self, pairs: Mapping[str, Any]) -> None:
         """Write name and value a line, leaving out what is None or empty."""
@@ -215,20 +273,13 @@ class Report:
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in shown:
-            table.add_row(f"[bold]{escape(name)}[/bold]", _cell(value))
-        self.console.print(table)
+            table.add_row(f"[bold]{escape(name)}[/bold]", self._cell("yes" if value is True else value))
+        self._print(table)
 
-
-def _table(kept: Sequence[tuple[int, Column]], rows: Sequence[Sequence[object]], title: str | None) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for _, column in kept:
-        table.add_column(column.heading, overflow="fold", no_wrap=not column.wraps)
-    for row in rows:
-        table.add_row(*(_cell(row[index]) for index, _ in kept))
-    return table
-
-
-def _cell(value: object) -> str:
-    text = "—" if value is None else show_controls(str(value))
-    style = STATE_STYLES.get(text)
-    return f"[{style}]{escape(text)}[/{style}]" if style else escape(text)
+    def _table(self, kept: Sequence[tuple[int, Column]], rows: Sequence[Sequence[object]], title: str | None) -> Table:
+        table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+        for _, column in kept:
+            table.add_column(column.heading, overflow="fold", no_wrap=not column.wraps)
+        for row in rows:
+            table.add_row(*(self._cell(row[index]) for index, _ in kept))
+        return table

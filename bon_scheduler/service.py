@@ -123,7 +123,8 @@ async def machinery(
     """
     clock = clock or Clocks(SystemClock())
     lease = timedelta(seconds=settings.lease_seconds)
-    schedules, worker = schedules_of(settings, jobs), Worker(serves=serves, lease=lease)
+    schedules = schedules_of(settings, jobs)
+    worker = Worker(serves=serves, lease=lease, settings=settings.readable())
     metrics = Metrics([job.name for job in jobs], version=worker.version)
     await require_endpoints(settings)
     async with AsyncExitStack() as stack:
@@ -219,7 +220,7 @@ async def _report_unusable(connection: Connection) -> None:
     for refusal in await database.refusals(connection):
         log.error("privilege.missing", may_not=refusal.what, needed_by=refusal.users, remedy=refusal.grant)
     for table in await database.hidden_tables(connection):
-        log.error("rows.hidden", table=table, remedy="See: python -m bon_scheduler check")
+        log.error("rows.hidden", table=table, remedy="See: bon-scheduler check")
 
 
 @asynccontextmanager

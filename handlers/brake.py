@@ -62,7 +62,7 @@ async def brake(ctx: JobContext, candidates: Candidates, *, on: Connection) -> N
     decide = "If that is right, release it once" if first else "If that is as it should be, release it"
     command = f"run-once {ctx.job_name} --release-brake" if ctx.dry_run else f"release {ctx.run_id}"
     raise HeldError(
-        f"{judged.abnormal}. Nothing was changed. {decide}: python -m bon_scheduler {command} --reason …",
+        f"{judged.abnormal}. Nothing was changed. {decide}: bon-scheduler {command} --reason …",
         figures={"candidates": judged.candidates, "of": judged.of_all, "usual": round(judged.usual.median or 0)},
     )
 

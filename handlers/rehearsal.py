@@ -115,7 +115,7 @@ def _why(part: Part, judged: Judgement) -> str | None:
     """Return why the brake would trip, and what a person can do before; None: it would not."""
     if judged.abnormal is None:
         return None
-    command = "python -m bon_scheduler"
+    command = "bon-scheduler"
     now = (
         f" To do it now: {command} run-once {part.job.name} --release-brake --reason …"
         if part.job.name in DONE_NOW

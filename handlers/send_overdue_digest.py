@@ -90,7 +90,7 @@ async def _deliver(ctx: JobContext, as_of: date, letters: list[Letter]) -> dict[
 def _given_up(as_of: date, why: str) -> NeverRetryError:
     return NeverRetryError(
         f"The digest of {as_of} is given up after {OF_ITS_DAY}: {why}. "
-        "Once mail goes out again, send it with: python -m bon_scheduler retry RUN_ID --reason …"
+        "Once mail goes out again, send it with: bon-scheduler retry RUN_ID --reason …"
     )
 
 

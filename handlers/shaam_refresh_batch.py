@@ -211,7 +211,7 @@ async def _hold_if_first(ctx: JobContext, results: Sequence[Result], counts: Cou
         f"{reason} This run refreshed {counts['refreshed']} businesses, which stands; the tokens and flags of all "
         "others are as they were. Mend the cause: each later run asks one business, and once that is refreshed all go "
         "on by themselves. If the owners did withdraw their consent, release it, and they are asked: "
-        f"python -m bon_scheduler release {ctx.run_id} --reason …",
+        f"bon-scheduler release {ctx.run_id} --reason …",
         figures=counts,
     )
 

@@ -160,7 +160,7 @@ async def _read_credential(connection: Connection, business_id: UUID) -> Credent
     if not await read_due(connection, WHATEVER_ITS_EXPIRY, [business_id], patient=False):
         raise NeverRetryError(
             f"Business {business_id} is not active, or a person has paused it, so its tokens are not refreshed. "
-            "End a pause with: python -m bon_scheduler resume --business UUID --reason …"
+            "End a pause with: bon-scheduler resume --business UUID --reason …"
         )
     standing = await find_standing(connection, business_id)
     if standing is not None and standing.silence:

@@ -31,7 +31,7 @@ class Finished:
         return json.loads(self.out)
 
 
-def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+def environment_of(environ: Mapping[str, str]) -> dict[str, str]:
     keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     chosen = {"SHAAM_MODE": "mock", **({} if "SMTP_HOST" in environ else {"EMAIL_MODE": "log"})}
     return {**keep, **QUIET, **chosen, **environ}
@@ -54,7 +54,7 @@ async def start_program(*command: str, **environ: str) -> asyncio.subprocess.Pro
     """Start a command in the environment of an operator."""
     return await asyncio.create_subprocess_exec(
         *command,
-        env=_environment(environ),
+        env=environment_of(environ),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -98,7 +98,7 @@ async def serve(*, program: Sequence[str] = ("bon_scheduler", "serve"), **enviro
     """Start `serve`, or another program that serves, wait until it is ready, and see to it that it ends."""
     environment = {"HEALTH_PORT": "0", "HEALTH_HOST": "127.0.0.1", **environ}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", *program, env=_environment(environment), stderr=asyncio.subprocess.PIPE
+        sys.executable, "-m", *program, env=environment_of(environment), stderr=asyncio.subprocess.PIPE
     )
     service = Service(process, [])
     reading = asyncio.create_task(_read_events(service))

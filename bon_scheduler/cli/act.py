@@ -2,25 +2,31 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from uuid import UUID
 
 from bon_scheduler import ledger, mail, service
 from bon_scheduler.cli.ids import Kind, find_ids
 from bon_scheduler.cli.parsing import (
     DONE,
+    is_span,
+    parse_instant,
+    parse_span,
     person,
     read_reason,
     reading,
     require_known,
 )
 from bon_scheduler.cli.usage import UsageError
+from bon_scheduler.clock import SystemClock
 from bon_scheduler.config import Settings
 from bon_scheduler.engine import pass_seconds
+from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger import Action, Changed
 from bon_scheduler.report import Report
 
-__all__ = ["adopt", "cancel", "migrate", "pause", "release", "resend", "resume", "retry"]
+__all__ = ["Target", "adopt", "cancel", "migrate", "pause", "release", "resend", "resume", "retry"]
 
 BECOMES = {Action.RETRY: "queued", Action.CANCEL: "cancelled", Action.RELEASE: "queued"}
 
@@ -40,7 +46,7 @@ async def adopt(settings: Settings, report: Report, *, reason: str) -> int:
     why = read_reason(reason)
     caller = ledger.Caller.of(settings)
     async with reading(settings) as connection:
-        what = await ledger.adopt(connection, caller, by=person(), reason=why)
+        what = await ledger.adopt(connection, caller, by=person(settings), reason=why)
         place = (await ledger.find_place(connection)).place
     if report.as_json:
         report.document({"adopted": True, "was": what, "place": str(place)})
@@ -50,44 +56,85 @@ async def adopt(settings: Settings, report: Report, *, reason: str) -> int:
     return DONE
 
 
-async def pause(settings: Settings, report: Report, *, name: str | None, business: str | None, reason: str) -> int:
-    """Have a job's ticks recorded as `paused` instead of run, or every job skip a business."""
-    return await _change(settings, report, name, business, reason, pausing=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What is paused or resumed, as it was typed."""
+
+    job: str | None
+    business: str | None
+    until: str | None = None
 
 
-async def resume(settings: Settings, report: Report, *, name: str | None, business: str | None, reason: str) -> int:
-    """Undo `pause`."""
-    return await _change(settings, report, name, business, reason, pausing=False)
-
-
-async def _change(
-    settings: Settings, report: Report, name: str | None, business: str | None, reason: str, *, pausing: bool
-) -> int:
-    if (name is None) is (business is None):
-        raise UsageError("Say what: either a JOB or --business UUID. List jobs with: python -m bon_scheduler jobs")
-    why, by = read_reason(reason), person()
+async def pause(settings: Settings, report: Report, told: Target, *, reason: str) -> int:
+    """Have nothing of a job begun, its ticks recorded as `paused`; or have every job skip a business."""
+    if told.until is not None and told.job is None:
+        raise UsageError("--until ends the pause of a job. Leave it out, and resume the business when it is time.")
+    until = _read_until(told.until, settings) if told.until is not None else None
+    why, by = read_reason(reason), person(settings)
     async with reading(settings) as connection:
-        if name is not None:
-            target: dict[str, str | UUID] = {"job": name}
-            await require_known(connection, name)
-            act = ledger.pause_job if pausing else ledger.resume_job
-            changed = await act(connection, name, by=by, reason=why)
+        target = await _find_target(connection, told)
+        waiting = running = 0
+        if isinstance(target, str):
+            changed = await ledger.pause_job(connection, target, by=by, reason=why, until=until)
+            waiting, running = await ledger.open_counts(connection, target)
         else:
-            (business_id,) = await find_ids(connection, Kind.BUSINESS, [business or ""])
-            target = {"business_id": business_id}
-            if pausing and not await ledger.knows_business(connection, business_id):
-                raise UsageError(f"BON has no business {business_id}. Its id is in BON's table businesses.")
-            act_on = ledger.pause_business if pausing else ledger.resume_business
-            changed = await act_on(connection, business_id, by=by, reason=why)
+            if not await ledger.knows_business(connection, target):
+                raise UsageError(f"BON has no business {target}. Its id is in BON's table businesses.")
+            changed = await ledger.pause_business(connection, target, by=by, reason=why)
+    _tell_pause(report, target, changed, pausing=True)
+    if not report.as_json and isinstance(target, str):
+        if changed:
+            report.say("Nothing of it is begun until then, whoever asks for it; its ticks are recorded as paused.")
+            ends = f"by itself at {until:%Y-%m-%d %H:%M:%S} UTC, or" if until else "only"
+            report.say(f"The pause ends {ends} with: bon-scheduler resume {target} --reason …")
+        if waiting:
+            report.say(f"{waiting:,} {'run waits' if waiting == 1 else 'runs wait'} until then.")
+        if running:
+            report.say(f"{running:,} {'is running and goes' if running == 1 else 'are running and go'} on to the end.")
+    return DONE
+
+
+async def resume(settings: Settings, report: Report, told: Target, *, reason: str) -> int:
+    """Undo `pause`."""
+    why, by = read_reason(reason), person(settings)
+    async with reading(settings) as connection:
+        target = await _find_target(connection, told)
+        if isinstance(target, str):
+            changed = await ledger.resume_job(connection, target, by=by, reason=why)
+        else:
+            changed = await ledger.resume_business(connection, target, by=by, reason=why)
+    _tell_pause(report, target, changed, pausing=False)
+    return DONE
+
+
+def _read_until(text: str, settings: Settings) -> datetime:
+    now = SystemClock().now()
+    until = now + parse_span(text) if is_span(text) else parse_instant(text, settings)
+    if until <= now:
+        raise UsageError(f"--until {text} has passed. Give a span such as 2h, or an instant that is to come.")
+    return until
+
+
+async def _find_target(connection: Connection, told: Target) -> str | UUID:
+    """Return the job's name, or the business's id; raises UsageError."""
+    if (told.job is None) is (told.business is None):
+        raise UsageError("Say what: either a JOB or --business UUID. List jobs with: bon-scheduler jobs")
+    if told.job is not None:
+        await require_known(connection, told.job)
+        return told.job
+    return (await find_ids(connection, Kind.BUSINESS, [told.business or ""]))[0]
+
+
+def _tell_pause(report: Report, target: str | UUID, changed: bool, *, pausing: bool) -> None:
     if report.as_json:
-        report.document({**target, "paused": pausing, "changed": changed})
-        return DONE
-    what = name or f"Business {target['business_id']}"
+        key = "job" if isinstance(target, str) else "business_id"
+        report.document({key: target, "paused": pausing, "changed": changed})
+        return
+    what = target if isinstance(target, str) else f"Business {target}"
     if changed:
         report.say(f"{what} is {'paused' if pausing else 'resumed'}.")
     else:
         report.say(f"{what} was {'paused' if pausing else 'not paused'} already: nothing changed.")
-    return DONE
 
 
 async def resend(settings: Settings, report: Report, *, delivery: str, reason: str) -> int:
@@ -95,7 +142,7 @@ async def resend(settings: Settings, report: Report, *, delivery: str, reason: s
     why = read_reason(reason)
     async with reading(settings) as connection:
         (delivery_id,) = await find_ids(connection, Kind.DELIVERY, [delivery])
-        run_id = await mail.release(connection, delivery_id, by=person(), reason=why)
+        run_id = await mail.release(connection, delivery_id, by=person(settings), reason=why)
     if report.as_json:
         report.document({"delivery_id": delivery_id, "run_id": run_id})
     else:
@@ -108,10 +155,10 @@ async def retry(
 ) -> int:
     """Queue runs again that ended dead, partial or cancelled."""
     if bool(runs) is dead:
-        raise UsageError("Say which runs: either RUN_ID… or --dead. List them with: python -m bon_scheduler runs")
+        raise UsageError("Say which runs: either RUN_ID… or --dead. List them with: bon-scheduler runs")
     if job is not None and not dead:
         raise UsageError("--job narrows --dead, and means nothing to runs that are named. Leave it out.")
-    why, by = read_reason(reason), person()
+    why, by = read_reason(reason), person(settings)
     async with reading(settings) as connection:
         if job is not None:
             await require_known(connection, job)
@@ -130,12 +177,10 @@ async def cancel(
 ) -> int:
     """Cancel runs that wait, run or are dead."""
     if bool(runs) is waiting:
-        raise UsageError(
-            "Say which runs: either RUN_ID… or --waiting --job JOB. List them with: python -m bon_scheduler runs"
-        )
+        raise UsageError("Say which runs: either RUN_ID… or --waiting --job JOB. List them with: bon-scheduler runs")
     if waiting is (job is None):
         raise UsageError("--waiting and --job JOB go together: all runs of one job that wait. Give both or neither.")
-    why, by = read_reason(reason), person()
+    why, by = read_reason(reason), person(settings)
     async with reading(settings) as connection:
         if job is not None:
             await require_known(connection, job)
@@ -151,8 +196,8 @@ async def cancel(
 async def release(settings: Settings, report: Report, *, runs: Sequence[str], reason: str) -> int:
     """Queue runs that the brake holds, to pass it once."""
     if not runs:
-        raise UsageError("Say which runs: RUN_ID…. List them with: python -m bon_scheduler runs --state held")
-    why, by = read_reason(reason), person()
+        raise UsageError("Say which runs: RUN_ID…. List them with: bon-scheduler runs --state held")
+    why, by = read_reason(reason), person(settings)
     async with reading(settings) as connection:
         run_ids = await find_ids(connection, Kind.RUN, runs)
         changed = await ledger.change_all(connection, Action.RELEASE, run_ids, by=by, reason=why)

@@ -1,5 +1,5 @@
 """
-The command line: parse, call, exit code. Run as `python -m bon_scheduler` or `bon-scheduler`.
+The command line: parse, call, exit code. Run as `bon-scheduler`, or `python -m bon_scheduler`.
 
 What a command needs is imported when it runs: `--help` and a wrong call are answered with typer alone.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bon_scheduler import __version__
+from bon_scheduler.calling import as_started
 from bon_scheduler.cli.streams import flushing, keep_streams
 from bon_scheduler.cli.telling import complain, require_text, tell
 from bon_scheduler.cli.usage import INTERRUPTED, STATES, UsageError
@@ -34,7 +35,10 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="List them with: runs. Its first characters do.")]
+RunId = Annotated[
+    str,
+    typer.Argument(metavar="RUN_ID|JOB", help="List them with: runs. Its first characters do; a job's: its last run."),
+]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's name; list them with: jobs")]
 MaybeJobName = Annotated[str | None, typer.Argument(metavar="JOB", help="A job's name; list them with: jobs")]
 BusinessId = Annotated[
@@ -49,14 +53,16 @@ RunIds = Annotated[
 ]
 
 
-def _run(as_json: bool, call: "Callable[[Settings, Report], Coroutine[Any, Any, int]]") -> None:
+def _run(as_json: bool, call: "Callable[[Settings, Report], Coroutine[Any, Any, int]]", *, logs: bool = True) -> None:
     from bon_scheduler import declared
     from bon_scheduler.cli.signals import run
-    from bon_scheduler.log import configure_logging
+    from bon_scheduler.log import configure_logging, silence_logging
     from bon_scheduler.report import Report
 
     settings = declared.read_settings()
     configure_logging(settings.log_level, settings.log_format)
+    if not logs and sys.stderr.isatty():
+        silence_logging()
     raise typer.Exit(run(call(settings, Report(as_json=as_json, zone=settings.bon_timezone))))
 
 
@@ -100,6 +106,7 @@ def run_once(
         bool, typer.Option("--release-brake", help="Do it however much it is; with --reason.")
     ] = False,
     reason: Annotated[str | None, typer.Option(help="With --release-brake: why; recorded with who and when.")] = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the log at a terminal too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make one run now, in the foreground. Work on the runs it causes too, and report when all have ended."""
@@ -119,6 +126,7 @@ def run_once(
     _run(
         as_json,
         lambda settings, report: work.run_once(settings, report, SystemClock(), told),
+        logs=verbose,
     )
 
 
@@ -163,14 +171,15 @@ def runs(
     job: Annotated[str | None, typer.Option(help="Only this job's.")] = None,
     state: Annotated[str | None, typer.Option(help=f"Only in this state: {STATES}.")] = None,
     since: Annotated[str | None, typer.Option(metavar="SPAN", help="Only of the last 90s, 10m, 2h, 7d.")] = None,
+    business: BusinessId = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """List runs, newest first."""
+    """List runs, newest first. With --business: what those of the last 7 days did for it, letters included."""
     from bon_scheduler.cli import look
     from bon_scheduler.clock import SystemClock
 
-    which = look.Which(job=job, state=state, since=since, limit=limit)
+    which = look.Which(job=job, state=state, since=since, limit=limit, business=business)
     _run(as_json, lambda settings, report: look.runs(settings, report, SystemClock(), which))
 
 
@@ -178,16 +187,18 @@ def runs(
 def show(
     run_id: RunId,
     rows: Annotated[bool, typer.Option("--rows", help="List each invoice that it changed instead.")] = False,
+    business: BusinessId = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one run. Its attempts, businesses and letters, what it caused, what operators did to it."""
-    from bon_scheduler.cli import evidence, look
+    """Show one run. Its attempts, businesses and letters, what it caused, what operators did to it, what to do next."""
+    from bon_scheduler.cli import evidence
+    from bon_scheduler.cli.show import show
     from bon_scheduler.clock import SystemClock
 
     if rows:
         _run(as_json, lambda settings, report: evidence.show_rows(settings, report, run=run_id))
         return
-    _run(as_json, lambda settings, report: look.show(settings, report, SystemClock(), run=run_id))
+    _run(as_json, lambda settings, report: show(settings, report, SystemClock(), run=run_id, business=business))
 
 
 @app.command()
@@ -249,14 +260,18 @@ def timeline(
 
 
 @app.command()
-def pause(reason: Reason, job: MaybeJobName = None, business: BusinessId = None, as_json: AsJson = False) -> None:
-    """Pause a job or a business. A job's ticks are recorded as paused; a business is skipped by every job."""
+def pause(
+    reason: Reason,
+    job: MaybeJobName = None,
+    business: BusinessId = None,
+    until: Annotated[str | None, typer.Option(metavar="SPAN|ISO", help="Of a job: 2h, or an instant.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pause a job or a business. Nothing of the job is begun, its ticks are recorded; every job skips the business."""
     from bon_scheduler.cli import act
 
-    _run(
-        as_json,
-        lambda settings, report: act.pause(settings, report, name=job, business=business, reason=reason),
-    )
+    told = act.Target(job=job, business=business, until=until)
+    _run(as_json, lambda settings, report: act.pause(settings, report, told, reason=reason))
 
 
 @app.command()
@@ -264,10 +279,8 @@ def resume(reason: Reason, job: MaybeJobName = None, business: BusinessId = None
     """End the pause of a job or a business."""
     from bon_scheduler.cli import act
 
-    _run(
-        as_json,
-        lambda settings, report: act.resume(settings, report, name=job, business=business, reason=reason),
-    )
+    told = act.Target(job=job, business=business)
+    _run(as_json, lambda settings, report: act.resume(settings, report, told, reason=reason))
 
 
 @app.command()
@@ -378,7 +391,7 @@ def main() -> None:
     try:
         require_text(sys.argv[1:])
         with flushing():
-            app()
+            app(prog_name=as_started())
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except UsageError as error:

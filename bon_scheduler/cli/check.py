@@ -8,6 +8,7 @@ other looks go on.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeAlias
 
 import asyncpg
 
@@ -23,7 +24,6 @@ from bon_scheduler.cli.checks.own import (
     check_place,
     check_schedules,
     check_schema,
-    check_stood_aside,
 )
 from bon_scheduler.cli.checks.server import (
     check_clock,
@@ -36,6 +36,7 @@ from bon_scheduler.cli.checks.server import (
     check_sessions,
     check_zone,
 )
+from bon_scheduler.cli.checks.work import check_paused, check_runs, check_service, check_ticks
 from bon_scheduler.cli.parsing import BADLY, DONE
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
@@ -100,8 +101,21 @@ async def _check_database(settings: Settings, clock: Clock) -> list[Finding]:
             *(await look("schedules", check_schedules) if ours else ()),
             *(await look("deliveries", check_letters) if ours else ()),
             *(await look("consent", check_consent) if ours else ()),
-            *(await look("paused", check_stood_aside) if ours else ()),
+            *(await _check_work(look, settings) if ours else ()),
         ]
+
+
+Look: TypeAlias = Callable[[str, Callable[[Connection], Awaitable[list[Finding]]]], Awaitable[list[Finding]]]
+
+
+async def _check_work(look: Look, settings: Settings) -> list[Finding]:
+    """Look whether anybody is at work, and what is left undone."""
+    return [
+        *await look("workers", lambda on: check_service(on, settings)),
+        *await look("ticks", check_ticks),
+        *await look("runs", check_runs),
+        *await look("paused", check_paused),
+    ]
 
 
 @asynccontextmanager
@@ -118,10 +132,14 @@ async def _looking(settings: Settings, *, as_working: bool) -> AsyncIterator[Con
 async def check(settings: Settings, report: Report, clock: Clock) -> int:
     """Report whether this deployment is sound."""
     findings = await check_deployment(settings, clock)
-    sound = all(finding.level is not Level.FAILURE for finding in findings)
+    levels = {finding.level for finding in findings}
+    grade = next(level for level in (Level.FAILURE, Level.WARNING, Level.OK) if level in levels)
+    sound = grade is not Level.FAILURE
     if report.as_json:
         keys = ("name", "level", "what", "remedy")
-        report.document({"sound": sound, "findings": [{key: getattr(f, key) for key in keys} for f in findings]})
+        report.document(
+            {"sound": sound, "grade": grade, "findings": [{key: getattr(f, key) for key in keys} for f in findings]}
+        )
     else:
         rows = [(f.level, f.name, f"{f.what}\n→ {f.remedy}" if f.remedy else f.what) for f in findings]
         report.table(["", "what", Column("found", wraps=24)], rows)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bon_scheduler import ledger
-from bon_scheduler.cli.ids import Kind, find_ids, shorten
+from bon_scheduler.cli.ids import Kind, find_ids, find_run_id, shorten
 from bon_scheduler.cli.parsing import DONE, reading
 from bon_scheduler.config import Settings
 from bon_scheduler.report import Column, Report
@@ -20,7 +20,7 @@ COLUMNS = (
 async def show_rows(settings: Settings, report: Report, *, run: str) -> int:
     """List each invoice that a run has deleted, marked or cleared."""
     async with reading(settings) as connection:
-        (run_id,) = await find_ids(connection, Kind.RUN, [run])
+        run_id = await find_run_id(connection, run)
         rows = await ledger.rows_of_run(connection, run_id)
         short = await shorten(connection, Kind.RUN, [run_id])
     if report.as_json:

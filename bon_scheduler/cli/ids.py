@@ -10,10 +10,11 @@ from enum import StrEnum
 from itertools import takewhile
 from uuid import UUID
 
+from bon_scheduler import ledger
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.jobs import Connection
 
-__all__ = ["Kind", "find_ids", "shorten"]
+__all__ = ["Kind", "find_ids", "find_run_id", "shorten"]
 
 SHORTEST, USUAL, DIGITS = 4, 8, 32
 BEGINNING = re.compile(r"[0-9a-fA-F-]{4,36}")
@@ -50,8 +51,8 @@ NEIGHBOURS = {
     """,
 }
 WHERE_LISTED = {
-    Kind.RUN: "List runs with: python -m bon_scheduler runs",
-    Kind.DELIVERY: "See those that are uncertain with: python -m bon_scheduler check",
+    Kind.RUN: "List runs with: bon-scheduler runs",
+    Kind.DELIVERY: "See those that are uncertain with: bon-scheduler check",
     Kind.BUSINESS: "Its id is in BON's table businesses.",
 }
 
@@ -83,6 +84,17 @@ async def find_ids(connection: Connection, kind: Kind, texts: Sequence[str]) -> 
     if faults:
         raise UsageError(f"{'. '.join(faults)}. {WHERE_LISTED[kind]}")
     return list(ids)
+
+
+async def find_run_id(connection: Connection, text: str) -> UUID:
+    """Return the run that is meant by its id's first characters, or by a job's name: its last. Raises UsageError."""
+    if text in {row["name"] for row in await ledger.job_overview(connection)}:
+        latest = await ledger.latest_run(connection, text)
+        if latest is None:
+            raise UsageError(f"{text} has no run yet. Ask for one with: bon-scheduler enqueue {text}")
+        return latest
+    (run_id,) = await find_ids(connection, Kind.RUN, [text])
+    return run_id
 
 
 async def _beginning_with(connection: Connection, kind: Kind, text: str) -> list[UUID]:

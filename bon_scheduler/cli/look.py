@@ -1,17 +1,15 @@
-"""Commands that read the ledger: jobs, runs, show. They change nothing."""
+"""Commands that list what the ledger holds: jobs, runs. They change nothing."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 from uuid import UUID
 
-import orjson
-
-from bon_scheduler import declared, ledger, mail
-from bon_scheduler.cli import rehearse as rehearsing
+from bon_scheduler import declared, ledger
 from bon_scheduler.cli.ids import Kind, find_ids, shorten
+from bon_scheduler.cli.in_force import read_in_force, tell_liveness, tell_pause
 from bon_scheduler.cli.parsing import (
     DONE,
     UsageError,
@@ -23,12 +21,12 @@ from bon_scheduler.cli.usage import STATES
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import AnyJob, Exclusive
+from bon_scheduler.ledger import Pause
 from bon_scheduler.report import Column, Report, format_counts, format_distance, format_span
 from bon_scheduler.schedule import describe_cron, fire_times
 
-__all__ = ["Which", "jobs", "runs", "show"]
+__all__ = ["Which", "describe", "jobs", "runs"]
 
-Rows: TypeAlias = Sequence[Mapping[str, Any]]
 NEXT_SHOWN = 3
 JOBS_COLUMNS = (
     "job",
@@ -43,26 +41,35 @@ RUNS_COLUMNS = (
     "run",
     "job",
     Column("fire time", importance=4),
-    "outcome",
+    "state",
     Column("ended", importance=3),
     Column("took", importance=2),
     Column("attempt", importance=1),
     Column("what it did, or why not", wraps=24),
 )
+BUSINESS_COLUMNS = (
+    *("run", "job", "at", "state"),
+    *(Column("for it, or why not", wraps=12), Column("letters", wraps=7)),
+)
+BUSINESS_SPAN = "7d"
+"""How far back `runs --business` looks without --since."""
 
 
 async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
-    """List every job: schedule, next fire time, last run, waiting and dead runs."""
-    schedules = declared.schedules_of(settings)
+    """List every job: schedule, next fire time, last run, waiting and dead runs, pauses; and whether anybody works."""
     ours = {job.name: job for job in declared.JOBS}
     async with reading(settings) as connection:
         known = {row["name"]: row for row in await ledger.job_overview(connection)}
         paused = await ledger.paused_jobs(connection)
         left_alone = await ledger.paused_businesses(connection)
+        in_force = await read_in_force(connection, settings)
     overview = []
     for name in sorted(ours.keys() | known.keys()):
-        row, cron = known.get(name, {}), schedules.get(name)
-        upcoming = fire_times(cron.expression, settings.bon_timezone, clock.now()) if cron else iter(())
+        row, (cron, zone) = known.get(name, {}), in_force.crons.get(name, (None, settings.bon_timezone))
+        pause = paused.get(name)
+        begin = clock.now() if pause is None or pause.until is None else pause.until
+        promised = cron is not None and (pause is None or pause.until is not None)
+        upcoming = fire_times(cron.expression, zone, begin) if cron and promised else iter(())
         overview.append(
             {
                 "job": name,
@@ -71,7 +78,7 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
                 "limits": _limits(ours[name], cron is not None) if name in ours else [],
                 "schedule_in_words": describe_cron(cron.expression) if cron else None,
                 "next_fire_times": list(islice(upcoming, NEXT_SHOWN)),
-                "paused": paused.get(name),
+                "paused": asdict(pause) if pause else None,
                 "last_run_id": row.get("last_run_id"),
                 "last_state": row.get("last_state"),
                 "last_finished_at": row.get("last_finished_at"),
@@ -80,17 +87,39 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
             }
         )
     if report.as_json:
-        report.document({"jobs": overview, "paused_businesses": {str(key): why for key, why in left_alone.items()}})
+        report.document(
+            {
+                "jobs": overview,
+                "paused_businesses": {str(key): asdict(why) for key, why in left_alone.items()},
+                "serving": in_force.serving,
+                "workers": [asdict(beat) for beat in in_force.beats],
+                "differences": in_force.differences,
+            }
+        )
         return DONE
     report.table(JOBS_COLUMNS, [_job_row(row, clock.now()) for row in overview], empty="No jobs are declared.")
-    if left_alone:
-        report.table(["paused business", "why"], list(left_alone.items()), title="\nSkipped by every job")
+    _tell_paused(report, paused, left_alone)
+    for line in in_force.differences:
+        report.say(f"\n{line}")
     if any(row["dead"] for row in overview):
         report.say(
-            "\nDead runs: see why with `runs --state dead` and `show RUN_ID`; mend the cause, then "
-            "`retry RUN_ID --reason …` or `retry --dead --job JOB --reason …`."
+            "\nDead runs: see why with `bon-scheduler runs --state dead` and `bon-scheduler show RUN_ID`; mend the "
+            "cause, then `bon-scheduler retry RUN_ID --reason …` or `bon-scheduler retry --dead --job JOB --reason …`."
         )
+    tell_liveness(report, in_force.beats)
     return DONE
+
+
+def _tell_paused(report: Report, paused: Mapping[str, Pause], left_alone: Mapping[UUID, Pause]) -> None:
+    if paused:
+        rows = [(job, tell_pause(pause)) for job, pause in sorted(paused.items())]
+        report.table(
+            ["paused job", Column("since when, by whom, why", wraps=30)], rows, title="\nNothing of it is begun"
+        )
+    if left_alone:
+        rows = [(str(key), tell_pause(pause)) for key, pause in left_alone.items()]
+        columns = ("paused business", Column("since when, by whom, why", wraps=30))
+        report.table(columns, rows, title="\nSkipped by every job")
 
 
 def _job_row(row: Mapping[str, Any], now: datetime) -> list[object]:
@@ -99,7 +128,7 @@ def _job_row(row: Mapping[str, Any], now: datetime) -> list[object]:
     return [
         row["job"],
         (row["schedule_in_words"] or "on demand").removeprefix("At "),
-        "paused" if row["paused"] else upcoming[0] if upcoming else "—",
+        " ".join([*(["paused"] if row["paused"] else []), *upcoming]) or "—",
         f"{row['last_state']} {ended}".rstrip() if row["last_state"] else "—",
         row["waiting"] or "—",
         row["dead"] or "—",
@@ -127,6 +156,7 @@ class Which:
     state: str | None
     since: str | None
     limit: int
+    business: str | None = None
 
 
 async def runs(settings: Settings, report: Report, clock: Clock, which: Which) -> int:
@@ -134,8 +164,11 @@ async def runs(settings: Settings, report: Report, clock: Clock, which: Which) -
     job, state, since = which.job, which.state, which.since
     if state is not None and state not in STATES.split(", "):
         raise UsageError(f'"{state}" is not a state. The states are: {STATES}.')
+    if which.business is not None:
+        return await _runs_for_business(settings, report, clock, which)
     started = clock.now() - parse_span(since) if since else None
     async with reading(settings) as connection:
+        beats = await ledger.heartbeats(connection)
         if job is not None:
             await require_known(connection, job)
         rows = await ledger.list_runs(connection, job=job, state=state, since=started, limit=which.limit)
@@ -149,7 +182,65 @@ async def runs(settings: Settings, report: Report, clock: Clock, which: Which) -
         [_run_row(row, short, report, clock.now()) for row in rows],
         empty=f"No run matches: {', '.join(asked)}." if asked else "No runs yet.",
     )
+    tell_liveness(report, beats)
     return DONE
+
+
+async def _runs_for_business(settings: Settings, report: Report, clock: Clock, which: Which) -> int:
+    """List what recent runs did for a business, letters included, and those that did nothing for anybody."""
+    span = parse_span(which.since or BUSINESS_SPAN)
+    async with reading(settings) as connection:
+        if which.job is not None:
+            await require_known(connection, which.job)
+        (business_id,) = await find_ids(connection, Kind.BUSINESS, [which.business or ""])
+        rows = await ledger.runs_for_business(
+            connection, business_id, since=clock.now() - span, job=which.job, state=which.state, limit=which.limit
+        )
+        pause = (await ledger.paused_businesses(connection)).get(business_id)
+        known = await ledger.knows_business(connection, business_id)
+        short = await shorten(connection, Kind.RUN, [row["run_id"] for row in rows])
+        letters = await shorten(connection, Kind.DELIVERY, [each for row in rows for each in row["delivery_ids"]])
+        beats = await ledger.heartbeats(connection)
+    if report.as_json:
+        report.document({"business_id": business_id, "paused": asdict(pause) if pause else None, "runs": rows})
+        return DONE
+    report.table(
+        BUSINESS_COLUMNS,
+        [_business_row(row, short, letters, report, clock.now()) for row in rows],
+        empty=f"No run of the last {which.since or BUSINESS_SPAN} did anything for business {business_id}.",
+    )
+    if not known:
+        report.say(f"\nBON has no business {business_id}.")
+    if pause is not None:
+        report.say(f"\nEvery job skips this business {tell_pause(pause)}.")
+    for row in rows:
+        for delivery, state in zip(row["delivery_ids"], row["letters"], strict=True):
+            if state == "unknown":
+                report.say(f"\nSend the letter again, knowingly: bon-scheduler resend {letters[delivery]} --reason …")
+    tell_liveness(report, beats)
+    return DONE
+
+
+def _business_row(
+    row: Mapping[str, Any],
+    short: Mapping[UUID | None, str],
+    letters: Mapping[UUID | None, str],
+    report: Report,
+    now: datetime,
+) -> list[object]:
+    found = [
+        f"{state} ({letters[key]})" if state == "unknown" else state
+        for key, state in zip(row["delivery_ids"], row["letters"], strict=True)
+    ]
+    did = describe(row)
+    return [
+        short[row["run_id"]],
+        row["job"],
+        report.day_and_time(row["at"], now),
+        row["state"],
+        f"{row['outcome']}: {did}" if row["outcome"] and did != "—" else row["outcome"] or did,
+        ", ".join(found) or "—",
+    ]
 
 
 def _run_row(row: ledger.Row, short: Mapping[UUID | None, str], report: Report, now: datetime) -> list[object]:
@@ -161,107 +252,11 @@ def _run_row(row: ledger.Row, short: Mapping[UUID | None, str], report: Report, 
         format_distance(row["finished_at"], now),
         format_span(row["started_at"], row["finished_at"]),
         row["attempt"],
-        _did(row),
+        describe(row),
     ]
 
 
-def _did(row: Mapping[str, Any]) -> str:
+def describe(row: Mapping[str, Any]) -> str:
     """Return a run's or an outcome's counts, and its error, as far as there are any."""
     counts = format_counts(row["counts"], brief=True) if row["counts"] else ""
     return "; ".join(part for part in (counts, row.get("error")) if part) or "—"
-
-
-async def show(settings: Settings, report: Report, clock: Clock, *, run: str) -> int:
-    """Show one run: attempts, businesses, what caused it and what it caused, what operators did to it."""
-    async with reading(settings) as connection:
-        (run_id,) = await find_ids(connection, Kind.RUN, [run])
-        found = await ledger.find_run(connection, run_id)
-        if found is None:
-            raise UsageError(f"No run {run_id}. List runs with: python -m bon_scheduler runs")
-        lists = {
-            "attempts": await ledger.attempts_of(connection, run_id),
-            "businesses": await ledger.businesses_of(connection, run_id),
-            "caused": await ledger.caused_by(connection, run_id),
-            "actions": await ledger.actions_on(connection, run_id),
-            "deliveries": await mail.deliveries_of(connection, run_id),
-            "rehearsals": await ledger.rehearsals_of(connection, run_id),
-        }
-        named = [row["run_id"] for row in lists["caused"]] + rehearsing.runs_of(lists["rehearsals"])
-        short = {
-            **await shorten(connection, Kind.RUN, named),
-            **await shorten(connection, Kind.DELIVERY, [row["delivery_id"] for row in lists["deliveries"]]),
-        }
-    if report.as_json:
-        report.document({**found, **lists})
-        return DONE
-    _show_facts(report, found, clock.now())
-    _show_lists(report, lists, short)
-    rehearsing.show_comparison(report, lists["rehearsals"], short)
-    return DONE
-
-
-def _show_facts(report: Report, run: ledger.Row, now: datetime) -> None:
-    instants = ("fire_time", "run_at", "enqueued_at", "started_at", "finished_at")
-    facts = dict(run)
-    for name in instants:
-        if run[name] is not None:
-            facts[name] = f"{report.instant(run[name])} ({format_distance(run[name], now)})"
-    facts["payload"] = orjson.dumps(run["payload"]).decode() if run["payload"] else None
-    facts["counts"] = format_counts(run["counts"]) if run["counts"] else None
-    report.facts(facts)
-
-
-def _show_lists(
-    report: Report, lists: Mapping[str, Sequence[Mapping[str, Any]]], short: Mapping[UUID | None, str]
-) -> None:
-    report.table(
-        ["attempt", "outcome", "started", "took", Column("host", importance=1), Column("error", wraps=16)],
-        [
-            (
-                row["attempt"],
-                row["outcome"] or "running",
-                report.instant(row["started_at"]),
-                format_span(row["started_at"], row["ended_at"]),
-                row["host"],
-                row["error"] or "",
-            )
-            for row in lists["attempts"]
-        ],
-        title="\nAttempts",
-        empty="\nNobody has begun it.",
-    )
-    tables: list[tuple[str, str, Sequence[Column | str], Callable[[Mapping[str, Any]], Sequence[object]]]] = [
-        (
-            "businesses",
-            "Businesses",
-            ["business", "outcome", Column("what it did, or why not", wraps=20)],
-            lambda row: (row["business_id"], row["outcome"], _did(row)),
-        ),
-        (
-            "deliveries",
-            "Letters",
-            ["delivery", "business", "day", "outcome", Column("reply", wraps=12)],
-            lambda row: (
-                short[row["delivery_id"]],
-                row["business_id"],
-                row["as_of"],
-                row["state"],
-                row["reply"] or "",
-            ),
-        ),
-        (
-            "caused",
-            "Caused",
-            ["run", "job", "outcome", Column("counts", wraps=20)],
-            lambda row: (short[row["run_id"]], row["job"], row["state"], format_counts(row["counts"], brief=True)),
-        ),
-        (
-            "actions",
-            "Operators",
-            ["when", "action", "by", Column("reason", wraps=20)],
-            lambda row: (report.instant(row["at"]), row["action"], row["by"], row["reason"]),
-        ),
-    ]
-    for name, title, columns, cells in tables:
-        if lists[name]:
-            report.table(columns, [cells(row) for row in lists[name]], title=f"\n{title}")

@@ -4,6 +4,7 @@ import difflib
 import getpass
 import os
 import re
+import socket
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,7 @@ from bon_scheduler.config import Settings
 from bon_scheduler.database import UnreadableJsonError, read_json, require_endpoints, require_schema, write_json
 from bon_scheduler.files import open_private_directory
 from bon_scheduler.jobs import AnyJob, Connection, Payload, explain_payload
+from bon_scheduler.report import show_controls
 
 __all__ = [
     "BADLY",
@@ -50,6 +52,8 @@ MOST_LEVELS = 199
 """As the door bounds them: what is deeper not every program can hold."""
 LONGEST_KEY_BYTES = 1000
 """PostgreSQL's index takes 2,700, of which the job's name needs some."""
+NOBODYS = frozenset({"root", "node", "app", "nobody", "nonroot"})
+"""Users' names that say nothing of who it is."""
 
 
 def is_span(text: str) -> bool:
@@ -84,12 +88,19 @@ def parse_instant(text: str, settings: Settings) -> datetime:
     return (instant if instant.tzinfo else instant.replace(tzinfo=settings.bon_timezone)).astimezone(UTC)
 
 
-def person() -> str:
-    """Return who asks: the user's name, or the number where a container has none."""
+def person(settings: Settings) -> str:
+    """
+    Return who asks, as a name: `OPERATOR`, else the user's, with the machine's where many are called so.
+
+    In a container nobody in particular asks, and the machine's name is the pod's.
+    """
+    if settings.operator is not None and settings.operator.strip():
+        return show_controls(settings.operator.strip())
     try:
-        return getpass.getuser()
+        user = getpass.getuser()
     except (OSError, KeyError):
-        return f"uid {os.getuid()}"
+        return f"somebody on {socket.gethostname()}"
+    return f"{user} on {socket.gethostname()}" if user in NOBODYS else user
 
 
 def find_job(name: str) -> AnyJob:
@@ -111,7 +122,7 @@ async def require_known(connection: Connection, name: str) -> None:
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     guess = f' Did you mean "{close[0]}"?' if close else ""
-    return f"{guess} List them with: python -m bon_scheduler jobs"
+    return f"{guess} List them with: bon-scheduler jobs"
 
 
 def read_reason(text: str) -> str:

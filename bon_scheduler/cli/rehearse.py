@@ -22,7 +22,7 @@ async def rehearse(settings: Settings, report: Report) -> int:
     job, clocks = find_job(JOB), Clocks(SystemClock())
     async with reading(settings) as connection:
         await clocks.require_agreement(connection)
-    order = engine.Order(job=job, payload=job.payload(), fire_time=clocks.now(), asked_by=person())
+    order = engine.Order(job=job, payload=job.payload(), fire_time=clocks.now(), asked_by=person(settings))
     async with service.machinery(settings, clock=clocks) as parts:
         result = await engine.run_once(
             parts.pool, parts.runner, parts.jobs, order, concurrency=settings.worker_concurrency
@@ -44,7 +44,7 @@ async def rehearse(settings: Settings, report: Report) -> int:
     return HELD if held else DONE if result.went_well else BADLY
 
 
-def _tell(report: Report, rows: Sequence[ledger.Row], result: engine.RunReport) -> None:
+def _tell(report: Report, rows: Sequence[Mapping[str, Any]], result: engine.RunReport) -> None:
     report.table(
         ["job", "at", "candidates", "of", "usual", "verdict"],
         [
@@ -65,17 +65,17 @@ def _tell(report: Report, rows: Sequence[ledger.Row], result: engine.RunReport) 
             report.say(f"{row['job']} would be held: {row['reason']}")
     counts = result.run["counts"]
     if counts.get("paused"):
-        report.say(f"Left out, because a person has paused them: {counts['paused']}. See: python -m bon_scheduler jobs")
+        report.say(f"Left out, because a person has paused them: {counts['paused']}. See: bon-scheduler jobs")
     if not result.went_well:
-        report.say(f"Not all could be counted: {result.why or 'see the log, and: python -m bon_scheduler check'}")
+        report.say(f"Not all could be counted: {result.why or 'see the log, and: bon-scheduler check'}")
 
 
-def runs_of(rows: Sequence[ledger.Row]) -> list[UUID]:
+def runs_of(rows: Sequence[Mapping[str, Any]]) -> list[UUID]:
     """Return the runs that rehearsals name."""
     return [run for row in rows for run in (row["rehearsal"], row["compared_with"]) if run is not None]
 
 
-def show_comparison(report: Report, rows: Sequence[ledger.Row], short: Mapping[Any, str]) -> None:
+def show_comparison(report: Report, rows: Sequence[Mapping[str, Any]], short: Mapping[Any, str]) -> None:
     """Show, of a run, what its rehearsal said; of a rehearsal, what there was to do when its runs came."""
     if not rows:
         return

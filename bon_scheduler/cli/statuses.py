@@ -9,7 +9,7 @@ from bon_scheduler.database import (
     PoolerError,
     SchemaBehindError,
 )
-from bon_scheduler.engine import AlreadyRunningError, QuarantinedError
+from bon_scheduler.engine import AlreadyRunningError, JobPausedError, QuarantinedError
 from bon_scheduler.environment import SettingsError
 from bon_scheduler.ledger import RefusedError, RefusedRequestError
 from bon_scheduler.mail import NotUncertainError
@@ -26,6 +26,7 @@ EXIT_STATUS: dict[type[Exception], int] = {
     RefusedError: 2,
     NotUncertainError: 2,
     health.CannotListenError: 2,
+    JobPausedError: 2,
     AlreadyRunningError: 4,
     ClockError: 1,
     QuarantinedError: 1,

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from bon_scheduler.calling import fill_in
 from bon_scheduler.cli.usage import UsageError
 
 __all__ = ["complain", "require_text", "tell"]
@@ -42,4 +43,4 @@ def require_text(arguments: Sequence[str]) -> None:
 
 def complain(text: str) -> None:
     """Write a paragraph on standard error."""
-    sys.stderr.write(f"bon-scheduler: {text}\n")
+    sys.stderr.write(f"bon-scheduler: {fill_in(text)}\n")

@@ -1,17 +1,21 @@
 """Commands about ticks: audit what was, show what will be."""
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 from zoneinfo import ZoneInfo
 
-from bon_scheduler import declared
+from bon_scheduler import ledger
+from bon_scheduler.cli.in_force import InForce, own_schedules, read_in_force, tell_liveness, tell_pause
 from bon_scheduler.cli.parsing import BADLY, DONE, is_span, parse_instant, parse_span, reading
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
-from bon_scheduler.report import Column, Report
+from bon_scheduler.database import DatabaseUnavailableError, SchemaBehindError
+from bon_scheduler.ledger import Pause
+from bon_scheduler.report import Column, Report, format_offset
 from bon_scheduler.schedule import Audit, AuditedTick, Transition, Verdict, audit_ticks, fire_times, transitions
 
 __all__ = ["audit", "timeline"]
@@ -29,6 +33,7 @@ LISTED = (
 MOST_SHOWN = 50
 MOST_NAMED = 3
 MOST_DAYS = 3660
+LEAST_FOLDED = 4
 NOTHING_EXPECTED = (
     "No tick was expected in this span: none fell into it, or no `serve` had declared a schedule before it."
 )
@@ -108,9 +113,7 @@ def _show(report: Report, found: Audit) -> None:
     if found.ticks or found.unusable:
         report.say(f"\n{'Every' if found.sound else 'Not every'} tick is accounted for.")
     if dead := found.of(Verdict.DEAD):
-        report.say(
-            "Once the cause is mended, dead ticks run again with: python -m bon_scheduler retry RUN_ID --reason …"
-        )
+        report.say("Once the cause is mended, dead ticks run again with: bon-scheduler retry RUN_ID --reason …")
         report.say(f"Dead, the latest first: {', '.join(str(tick.run_id) for tick in dead[: -MOST_NAMED - 1 : -1])}")
 
 
@@ -153,43 +156,123 @@ def _detail(report: Report, tick: AuditedTick) -> list[object]:
 async def timeline(
     settings: Settings, report: Report, clock: Clock, *, start: str | None, days: int, job: str | None
 ) -> int:
-    """Show what will fire when, local and UTC, with the nights that change the clocks marked."""
+    """Show what will fire when, in BON_TIMEZONE, with the nights that change the clocks marked."""
     begin = parse_instant(start, settings) if start else clock.now()
-    schedules = declared.schedules_of(settings)
-    if job is not None and job not in schedules:
-        raise UsageError(f'"{job}" has no schedule. Those that have: {", ".join(sorted(schedules))}.')
     if not 0 < days <= MOST_DAYS:
         raise UsageError(f"--days {days} is out of range. Give 1 to {MOST_DAYS}.")
+    in_force, paused, unasked = await _read_plan(settings)
+    if job is not None and job not in in_force.crons:
+        raise UsageError(f'"{job}" has no schedule. Those that have: {", ".join(sorted(in_force.crons))}.')
     zone = settings.bon_timezone
     # Local days: a night that changes the clocks makes one an hour longer or shorter.
     end = (begin.astimezone(zone) + timedelta(days=days)).astimezone(UTC)
     ticks = sorted(
-        (instant, name)
-        for name, cron in schedules.items()
+        Fire(instant, name, _join(_note(instant, zone), _note_pause(paused.get(name), instant)))
+        for name, (cron, their_zone) in in_force.crons.items()
         if job in {None, name}
-        for instant in takewhile(lambda fire: fire <= end, fire_times(cron.expression, zone, begin))
+        for instant in takewhile(lambda fire: fire <= end, fire_times(cron.expression, their_zone, begin))
     )
     changes = transitions(zone, begin, end)
-    rows = [
-        {"fire_time": instant, "local": instant.astimezone(zone).isoformat(), "job": name, "note": _note(instant, zone)}
-        for instant, name in ticks
-    ]
     if report.as_json:
+        rows = [
+            {"fire_time": at, "local": at.astimezone(zone).isoformat(), "job": name, "note": note or None}
+            for at, name, note in ticks
+        ]
         marks = [{"at": c.instant, "change_minutes": c.change.total_seconds() / 60} for c in changes]
-        report.document({"from": begin, "until": end, "timezone": zone.key, "ticks": rows, "transitions": marks})
+        report.document(
+            {
+                "from": begin,
+                "until": end,
+                "timezone": zone.key,
+                "ticks": rows,
+                "transitions": marks,
+                "differences": in_force.differences,
+                "service_unknown": unasked,
+            }
+        )
         return DONE
-    lines = [(instant, name, _note(instant, zone) or "") for instant, name in ticks]
-    lines += [(change.instant, "", _describe(change)) for change in changes]
+    lines = [
+        *_fold(ticks, zone),
+        *((each.instant, _local(each.instant, zone), "", _describe(each)) for each in changes),
+    ]
     report.table(
-        [zone.key, Column("UTC", importance=1), "job", Column("note", wraps=16)],
-        [(_local(at, zone), f"{at:%Y-%m-%d %H:%M:%S}", name, note) for at, name, note in sorted(lines)],
+        [zone.key, "job", Column("note", wraps=16)],
+        [cells for _, *cells in sorted(lines)],
         empty=f"Nothing fires in these {days} days.",
     )
+    for name, pause in sorted(paused.items()):
+        report.say(f"\n{name} is paused {tell_pause(pause)}")
+    for line in in_force.differences:
+        report.say(f"\n{line}")
+    if unasked is not None:
+        report.say(f"\nThese are this shell's schedules; the service's are not known: {unasked}")
+    else:
+        tell_liveness(report, in_force.beats)
     return DONE
 
 
+async def _read_plan(settings: Settings) -> tuple[InForce, Mapping[str, Pause], str | None]:
+    """Return the schedules in force, what is paused, and, where the database is away, why the service's are unknown."""
+    try:
+        async with reading(settings) as connection:
+            return await read_in_force(connection, settings), await ledger.paused_jobs(connection), None
+    except (DatabaseUnavailableError, SchemaBehindError) as error:
+        return own_schedules(settings), {}, str(error)
+
+
+class Fire(NamedTuple):
+    """A fire time of a job, and what is to be said of it."""
+
+    instant: datetime
+    job: str
+    note: str
+
+
+Line: TypeAlias = tuple[datetime, str, str, str]
+
+
+def _fold(ticks: Sequence[Fire], zone: ZoneInfo) -> list[Line]:
+    """Return a line for each fire time; one for those of a job that follow each other evenly on one day."""
+    alike: dict[tuple[object, ...], list[Fire]] = {}
+    for tick in ticks:
+        local = tick.instant.astimezone(zone)
+        alike.setdefault((tick.job, local.date(), local.utcoffset(), tick.note), []).append(tick)
+    lines: list[Line] = []
+    for group in alike.values():
+        apart = {after.instant - before.instant for before, after in pairwise(group)}
+        if len(group) < LEAST_FOLDED or len(apart) > 1:
+            lines += [(tick.instant, _local(tick.instant, zone), tick.job, tick.note) for tick in group]
+            continue
+        first, last = group[0].instant.astimezone(zone), group[-1].instant.astimezone(zone)
+        span = f"{first:%a %Y-%m-%d %H:%M}–{last:%H:%M}{format_offset(first, zone)}"
+        every = f"every {_length(apart.pop())} ({len(group)})"
+        lines.append((group[0].instant, span, group[0].job, _join(every, group[0].note)))
+    return lines
+
+
+def _length(apart: timedelta) -> str:
+    seconds = int(apart.total_seconds())
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds % length == 0:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
+
+
+def _join(*notes: str | None) -> str:
+    return "; ".join(note for note in notes if note)
+
+
+def _note_pause(pause: Pause | None, instant: datetime) -> str | None:
+    """Return that a fire time will be recorded as paused, not run."""
+    if pause is None or (pause.until is not None and pause.until <= instant):
+        return None
+    return "paused: not run" if pause.until else "paused: not run unless resumed"
+
+
 def _local(instant: datetime, zone: ZoneInfo) -> str:
-    return f"{instant.astimezone(zone):%a %Y-%m-%d %H:%M:%S %z}"
+    local = instant.astimezone(zone)
+    seconds = f":{local:%S}" if local.second else ""
+    return f"{local:%a %Y-%m-%d %H:%M}{seconds}{format_offset(instant, zone)}"
 
 
 def _describe(change: Transition) -> str:

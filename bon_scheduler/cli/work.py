@@ -1,5 +1,6 @@
 """Commands that make runs: serve, run-once, enqueue."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import structlog
 
 from bon_scheduler import declared, engine, ledger, service
+from bon_scheduler.cli.in_force import tell_pause
 from bon_scheduler.cli.parsing import (
     BADLY,
     DONE,
@@ -26,11 +28,13 @@ from bon_scheduler.cli.parsing import (
     type_payload,
 )
 from bon_scheduler.cli.signals import LEAVING_SECONDS, end_now, stopping_on_signals, unless
+from bon_scheduler.cli.telling import complain
 from bon_scheduler.cli.usage import UsageError
+from bon_scheduler.cli.watching import watching
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings, switched_off
 from bon_scheduler.jobs import AnyJob
-from bon_scheduler.ledger import Origin, Request
+from bon_scheduler.ledger import OPEN_STATES, Origin, Request
 from bon_scheduler.report import Column, Report, add_counts, format_counts
 from bon_scheduler.schedule import Clocks
 
@@ -87,8 +91,14 @@ async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOn
     clocks = Clocks(clock)
     async with reading(settings) as connection:
         await clocks.require_agreement(connection)
+        pause = (await ledger.paused_jobs(connection)).get(told.name)
+    if pause is not None and not told.dry_run:
+        raise UsageError(
+            f'"{told.name}" is paused {report.for_people(tell_pause(pause))}. Nothing was begun. '
+            f"End the pause first: bon-scheduler resume {told.name} --reason …"
+        )
     order = engine.Order(
-        job=job, payload=typed, fire_time=named or clocks.now(), asked_by=person(), released_for=released_for
+        job=job, payload=typed, fire_time=named or clocks.now(), asked_by=person(settings), released_for=released_for
     )
     letters = 0
     if told.dry_run:
@@ -96,19 +106,27 @@ async def run_once(settings: Settings, report: Report, clock: Clock, told: RunOn
             directory = None if out is None else stack.enter_context(private_directory("--out", out))
             runner = service.dry_runner(settings, clock=clocks, out=directory)
             dry_runner = await stack.enter_async_context(runner)
-            result = await dry_runner.run(order)
+            stack.enter_context(report.progress(f"{told.name}: dry run"))
+            try:
+                result = await dry_runner.run(order)
+            except asyncio.CancelledError:
+                report.say("Interrupted. A dry run keeps nothing: everything was rolled back.")
+                raise
         letters = dry_runner.kept.total()
     else:
         if out is not None:
             raise UsageError(
                 "--out is where --dry-run writes the letters it would send. Give both, or leave --out out."
             )
-        async with service.machinery(settings, clock=clocks) as parts:
+        async with (
+            service.machinery(settings, clock=clocks) as parts,
+            watching(report, parts.control, told.name) as watched,
+        ):
             result = await engine.run_once(
                 parts.pool,
                 parts.runner,
                 parts.jobs,
-                order,
+                replace(order, begun=watched.begun),
                 concurrency=settings.worker_concurrency,
             )
     if report.as_json:
@@ -143,15 +161,17 @@ def _show_result(report: Report, result: engine.RunReport, settings: Settings) -
         why = "" if run["state"] == "held" else run["error"] or ""
         alike.setdefault((run["job"], run["state"], why), []).append(run["counts"])
     report.table(
-        ["job", "outcome", "runs", Column("counts", wraps=20), Column("error", wraps=20)],
+        ["job", "state", "runs", Column("counts", wraps=20), Column("error", wraps=20)],
         [(job, state, len(c), format_counts(add_counts(c)), error) for (job, state, error), c in alike.items()],
     )
     for run in [{**result.run, "error": result.why}, *result.caused]:
         if run["state"] == "held":
             report.say(f"{run['job']} is held: {run['error']}")
+    if waiting := {run["job"] for run in result.caused if run["state"] in OPEN_STATES}:
+        report.say(f"Not done yet, because paused or without a handler here: {', '.join(sorted(waiting))}.")
     if result.run["dry_run"]:
         report.say("A dry run: everything was rolled back, nobody was called, nothing was sent.")
-    report.say(f"run {result.run['run_id']}; more with: python -m bon_scheduler show {result.run['run_id']}")
+    report.say(f"run {result.run['run_id']}; more with: bon-scheduler show {result.run['run_id']}")
     counts = add_counts(run["counts"] for run in [result.run, *result.caused])
     kept_from_it = {"mail": counts.get("logged", 0) > 0, "shaam": "mocked" in counts}
     for off in switched_off(settings):
@@ -183,7 +203,7 @@ async def enqueue(settings: Settings, report: Report, clock: Clock, told: Enqueu
         dedupe_key=None if key is None else read_key(key),
         priority=told.priority,
         origin=Origin.PERSON,
-        asked_by=person(),
+        asked_by=person(settings),
     )
     after = parse_span(told.after) if told.after else None
     async with reading(settings) as connection:
@@ -203,5 +223,5 @@ async def enqueue(settings: Settings, report: Report, clock: Clock, told: Enqueu
         report.say(str(run_id))
     else:
         state = holder["state"] if holder else "unknown"
-        report.say(f'The key "{key}" is held by run {answer["run_id"]}, which is {state}: nothing was enqueued.')
+        complain(f'The key "{key}" is held by run {answer["run_id"]}, which is {state}: nothing was enqueued.')
     return DONE

@@ -221,6 +221,6 @@ async def require_schema(connection: Connection) -> int:
     if version < NEEDED:
         state = "is missing" if not version else f"is at version {version}"
         raise SchemaBehindError(
-            f"Schema bon_scheduler {state}; this version needs {NEEDED}. Run: python -m bon_scheduler migrate"
+            f"Schema bon_scheduler {state}; this version needs {NEEDED}. Run: bon-scheduler migrate"
         )
     return int(version)

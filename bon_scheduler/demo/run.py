@@ -286,7 +286,7 @@ def _tell(report: Report, ended: list[Ended], faults: list[str], world: World) -
         )
         return
     report.table(
-        ["job", "outcome", "runs", "took", "counts"],
+        ["job", "state", "runs", "took", "counts"],
         [(e.job, e.state, e.runs, f"{e.took // MILLISECOND} ms", format_counts(e.counts)) for e in ended],
     )
     for fault in faults:

@@ -25,6 +25,7 @@ from .reconcile import (
 )
 from .run_once import (
     AlreadyRunningError as AlreadyRunningError,
+    JobPausedError as JobPausedError,
     Order as Order,
     RunReport as RunReport,
     run_once as run_once,

@@ -60,7 +60,7 @@ class _EscapedError(Exception):
 def _explain(error: BaseException) -> str:
     text = describe_error(error)
     if isinstance(error, asyncpg.UndefinedTableError | asyncpg.UndefinedColumnError):
-        return f"{text}. See what BON's database lacks with: python -m bon_scheduler check"
+        return f"{text}. See what BON's database lacks with: bon-scheduler check"
     return text
 
 

@@ -6,7 +6,7 @@ no other replica can take it; runs it causes may be taken by others, and are the
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from bon_scheduler.engine.runner import Runner
 from bon_scheduler.jobs import AnyJob, Connection, Payload, Retry
 from bon_scheduler.ledger import OPEN_STATES, Action, Claim, Foreground, NewRun, Row, RunRef, Verdict
 
-__all__ = ["AlreadyRunningError", "Order", "RunReport", "run_once"]
+__all__ = ["AlreadyRunningError", "JobPausedError", "Order", "RunReport", "run_once"]
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -35,6 +35,10 @@ LOOKED_AT_A_SECOND = 5000
 
 class AlreadyRunningError(Exception):
     """Another run of the job is active, and the job allows only one."""
+
+
+class JobPausedError(Exception):
+    """Nothing of the job is begun until it is resumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,8 @@ class Order:
     asked_by: str
     released_for: str | None = None
     """Why it may pass the brake; None: it may not."""
+    begun: Callable[[UUID], None] = lambda _: None
+    """Called once, with the run, when it is taken."""
 
 
 async def run_once(
@@ -130,6 +136,7 @@ async def run_once(
         if claim is None:
             await _wait_for(job, answer)
     run_id = claim.ref.run_id
+    order.begun(run_id)
     await runner.execute(job, claim, ONE_ATTEMPT, leave=cancel)
     await _work_through(pool, runner, jobs, run_id, concurrency)
     async with pool.acquire() as connection:
@@ -158,7 +165,12 @@ async def _undone(task: "asyncio.Task[T]", undo: Callable[[T], Awaitable[None]])
 
 
 async def _wait_for(job: AnyJob, answer: Foreground) -> None:
-    """Wait before the run is asked for again; raises AlreadyRunningError."""
+    """Wait before the run is asked for again; raises AlreadyRunningError and JobPausedError."""
+    if answer.verdict is Verdict.PAUSED:
+        raise JobPausedError(
+            f'"{job.name}" is paused, and nothing of it is begun. See why with: bon-scheduler jobs; '
+            f"end the pause with: bon-scheduler resume {job.name} --reason …"
+        )
     if answer.verdict is not Verdict.BUSY:
         log.info("run.waits", job=job.name, seconds=round(answer.wait_seconds, 2))  # no letter may go yet
         await asyncio.sleep(answer.wait_seconds)
@@ -170,14 +182,15 @@ async def _wait_for(job: AnyJob, answer: Foreground) -> None:
         since = f"{answer.holder_since:%Y-%m-%d %H:%M:%S} UTC" if answer.holder_since else "an unknown time"
         raise AlreadyRunningError(
             f'"{job.name}" is already running on {answer.holder_host or "another worker"} since {since}. '
-            "Wait for it to end; see it with: python -m bon_scheduler runs --state running; "
-            "stop it with: python -m bon_scheduler cancel RUN_ID --reason …"
+            "Wait for it to end; see it with: bon-scheduler runs --state running; "
+            "stop it with: bon-scheduler cancel RUN_ID --reason …"
         )
 
 
 async def _work_through(pool: Pool, runner: Runner, jobs: Mapping[str, AnyJob], root: UUID, concurrency: int) -> None:
-    """Run what the run caused, and what that causes, until all has ended, here or elsewhere."""
+    """Run what the run caused, and what that causes, until all has ended, here or elsewhere, or waits for a resume."""
     slots = asyncio.Semaphore(concurrency)
+    paused: set[UUID] = set()
 
     async def work(run: Row) -> None:
         job = jobs[run["job"]]
@@ -186,17 +199,20 @@ async def _work_through(pool: Pool, runner: Runner, jobs: Mapping[str, AnyJob], 
                 answer = await runner.claim_one(connection, run["run_id"], job)
             if answer.claim is not None:
                 await runner.execute(job, answer.claim, job.retry)
+            elif answer.verdict is Verdict.PAUSED:
+                paused.add(run["run_id"])
             elif answer.verdict is Verdict.WAITS:
                 await asyncio.sleep(answer.wait_seconds)
 
     causes = {root}
     while True:
         async with pool.acquire() as connection:
-            unfinished = await ledger.unfinished(connection, causes, jobs.keys())
+            open_runs = await ledger.unfinished(connection, causes, jobs.keys())
+            unfinished = [run for run in open_runs if run["run_id"] not in paused]
             if not unfinished:
                 # What a run caused that has ended already is found here, and seldom: all of the family is read.
                 family = await ledger.descendants(connection, root)
-                left = {run["caused_by"] for run in family if run["state"] in OPEN_STATES and run["job"] in jobs}
+                left = {run["caused_by"] for run in family if _works_here(run, jobs, paused)}
                 if not left:
                     return
                 causes = {root, *left}
@@ -209,3 +225,8 @@ async def _work_through(pool: Pool, runner: Runner, jobs: Mapping[str, AnyJob], 
                 raise error
         pause = min(LOOK_AGAIN_SECONDS + len(unfinished) / LOOKED_AT_A_SECOND, LONGEST_LOOK_SECONDS)
         await asyncio.sleep(pause if not due else 0)
+
+
+def _works_here(run: Row, jobs: Mapping[str, AnyJob], paused: Collection[UUID]) -> bool:
+    """Whether a run has not ended and can be worked on here."""
+    return run["state"] in OPEN_STATES and run["job"] in jobs and run["run_id"] not in paused

@@ -34,13 +34,13 @@ async def find_stood_aside(connection: Connection) -> list[StoodAside]:
 
 async def _look(connection: Connection) -> AsyncIterator[StoodAside]:
     for job in sorted(await ledger.paused_jobs(connection)):
-        resume = f"`jobs` says why; end it with: python -m bon_scheduler resume {job} --reason …"
+        resume = f"`jobs` says why; end it with: bon-scheduler resume {job} --reason …"
         yield StoodAside("paused", f"{job} is paused: its ticks are not run", resume)
     if businesses := len(await ledger.paused_businesses(connection)):
-        resume = "`jobs` lists them; end one with: python -m bon_scheduler resume --business UUID --reason …"
+        resume = "`jobs` lists them; end one with: bon-scheduler resume --business UUID --reason …"
         yield StoodAside("paused", f"{businesses} paused businesses are skipped by every job", resume)
     for job, runs in (await ledger.count_held(connection)).items():
-        look = f"See why: python -m bon_scheduler runs --job {job} --state held; then release or cancel."
+        look = f"See why: bon-scheduler runs --job {job} --state held; then release or cancel."
         yield StoodAside("held", f"the brake holds {runs} runs of {job}", look)
     if (braked := await shaam.consent_brake(connection)).since is not None:
         since = f"{braked.since:%Y-%m-%d %H:%M} UTC"

@@ -4,7 +4,7 @@ The ledger: runs, their attempts, the workers that make them, and what operators
 A run is one row from the moment it is asked for until it is pruned. It is taken by one worker at a time, changed only
 by the attempt that owns it, and released by whoever declares its worker dead. `entries` asks for runs and records
 ticks, `claims` takes runs, `attempts` holds and ends them, `changes` and `pauses` are what an operator does,
-`history` reads, `retention` forgets. May import: database.
+`history` and `alive` read, `retention` forgets. May import: database.
 """
 
 import lazy_loader

@@ -1,5 +1,15 @@
 # What other packages may use. Each name is imported when it is first asked for.
 
+from .alive import (
+    Heartbeat as Heartbeat,
+    Obstacle as Obstacle,
+    heartbeats as heartbeats,
+    held_counts as held_counts,
+    latest_run as latest_run,
+    obstacle as obstacle,
+    open_counts as open_counts,
+    runs_for_business as runs_for_business,
+)
 from .attempts import (
     Finished as Finished,
     Released as Released,
@@ -90,6 +100,7 @@ from .history import (
     unfinished as unfinished,
 )
 from .pauses import (
+    Pause as Pause,
     knows_business as knows_business,
     pause_business as pause_business,
     pause_job as pause_job,

@@ -103,7 +103,7 @@ WAITING_RUNS = """
 Row: TypeAlias = Mapping[str, Any]
 DEAD = frozenset({"dead"})
 WAITING = frozenset({"queued", "retrying"})
-COMMAND = "python -m bon_scheduler"
+COMMAND = "bon-scheduler"
 
 
 class Action(StrEnum):

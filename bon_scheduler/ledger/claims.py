@@ -79,6 +79,7 @@ class Verdict(StrEnum):
     CLAIMED = "claimed"
     ENDED = "ended"
     HELD = "held"
+    PAUSED = "paused"
     BUSY = "busy"
     WAITS = "waits"
 

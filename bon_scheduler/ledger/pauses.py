@@ -1,13 +1,14 @@
-"""Pauses: a job whose ticks are recorded as `paused` instead of run, a business that every job skips."""
+"""Pauses: a job of which nothing is begun, its ticks being recorded as `paused`; a business that every job skips."""
 
+from dataclasses import dataclass
+from datetime import datetime
 from uuid import UUID
-
-import asyncpg
 
 from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
 
 __all__ = [
+    "Pause",
     "knows_business",
     "pause_business",
     "pause_job",
@@ -17,14 +18,21 @@ __all__ = [
     "resume_job",
 ]
 
-# $1 job, $2 by, $3 reason. Null when it is paused already.
+# $1 job, $2 by, $3 reason, $4 until: timestamptz or null. Null when it is paused already.
 PAUSE = """
-    insert into bon_scheduler.pauses (job, by, reason) values ($1, $2, $3)
-    on conflict (job) do nothing
+    insert into bon_scheduler.pauses as p (job, by, reason, until) values ($1, $2, $3, $4)
+    on conflict (job) do update
+       set since = excluded.since, by = excluded.by, reason = excluded.reason, until = excluded.until
+     where p.until <= now()
     returning job
 """
-# $1 job. Null when it is not paused.
-RESUME = "delete from bon_scheduler.pauses where job = $1 returning job"
+# $1 job. Null when it is not paused. What waited is looked for at once.
+RESUME = """
+    with over as (
+        delete from bon_scheduler.pauses where job = $1 and (until is null or until > now()) returning job
+    )
+    select job, bon_scheduler.wake_workers() from over
+"""
 # $1 business: uuid, $2 by, $3 reason. Null when it is paused already.
 PAUSE_BUSINESS = """
     insert into bon_scheduler.business_pauses (business_id, by, reason) values ($1, $2, $3)
@@ -39,17 +47,36 @@ KNOWS_BUSINESS = "select exists (select from public.businesses where id = $1)"
 RECORD_ACTION = """
     insert into bon_scheduler.operator_actions (by, action, target, reason) values ($1, $2, $3, $4)
 """
-PAUSED = "select job, since, by, reason from bon_scheduler.pauses"
-PAUSED_BUSINESSES = "select business_id, since, by, reason from bon_scheduler.business_pauses order by since"
+PAUSED = """
+    select job, bon_scheduler.shown(since) as since, by, reason, bon_scheduler.shown(until) as until
+      from bon_scheduler.pauses
+     where until is null or until > now()
+"""
+PAUSED_BUSINESSES = """
+    select business_id, bon_scheduler.shown(since) as since, by, reason
+      from bon_scheduler.business_pauses b
+     order by b.since
+"""
 
 
-async def pause_job(connection: Connection, job: str, *, by: str, reason: str) -> bool:
-    """Have the job's ticks recorded as `paused` from now on; False when they are already."""
-    return await _act(connection, PAUSE, (job, by, reason), "pause")
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A pause that lasts."""
+
+    since: datetime | None
+    by: str
+    reason: str
+    until: datetime | None = None
+    """None: until somebody ends it."""
+
+
+async def pause_job(connection: Connection, job: str, *, by: str, reason: str, until: datetime | None = None) -> bool:
+    """Have nothing of the job begun until an instant or a resume; False when it is paused already."""
+    return await _act(connection, PAUSE, (job, by, reason, until), "pause")
 
 
 async def resume_job(connection: Connection, job: str, *, by: str, reason: str) -> bool:
-    """Have the job's ticks run again from now on; False when it is not paused."""
+    """Have the job run again from now on; False when it is not paused."""
     return await _act(connection, RESUME, (job, by, reason), "resume")
 
 
@@ -63,8 +90,8 @@ async def resume_business(connection: Connection, business_id: UUID, *, by: str,
     return await _act(connection, RESUME_BUSINESS, (business_id, by, reason), "resume")
 
 
-async def _act(connection: Connection, change: str, how: tuple[str | UUID, str, str], action: str) -> bool:
-    target, by, reason = how
+async def _act(connection: Connection, change: str, how: tuple[object, ...], action: str) -> bool:
+    target, by, reason = how[:3]
     async with connection.transaction():
         changed = await connection.fetchval(
             change, *(how if action == "pause" else (target,)), timeout=CALL_TIMEOUT_SECONDS
@@ -79,17 +106,13 @@ async def knows_business(connection: Connection, business_id: UUID) -> bool:
     return bool(await connection.fetchval(KNOWS_BUSINESS, business_id, timeout=CALL_TIMEOUT_SECONDS))
 
 
-async def paused_businesses(connection: Connection) -> dict[UUID, str]:
-    """Return each paused business with why, since when and by whom."""
+async def paused_businesses(connection: Connection) -> dict[UUID, Pause]:
+    """Return each paused business with since when, by whom and why."""
     rows = await connection.fetch(PAUSED_BUSINESSES, timeout=CALL_TIMEOUT_SECONDS)
-    return {row["business_id"]: _why(row) for row in rows}
+    return {row["business_id"]: Pause(row["since"], row["by"], row["reason"]) for row in rows}
 
 
-async def paused_jobs(connection: Connection) -> dict[str, str]:
-    """Return each paused job with why, since when and by whom."""
+async def paused_jobs(connection: Connection) -> dict[str, Pause]:
+    """Return each paused job with since when, by whom, why and until when."""
     rows = await connection.fetch(PAUSED, timeout=CALL_TIMEOUT_SECONDS)
-    return {row["job"]: _why(row) for row in rows}
-
-
-def _why(row: asyncpg.Record) -> str:
-    return f"{row['reason']} (by {row['by']} since {row['since']:%Y-%m-%d %H:%M} UTC)"
+    return {row["job"]: Pause(row["since"], row["by"], row["reason"], row["until"]) for row in rows}

@@ -38,7 +38,7 @@ SOCKET = "socket"
 MOST_ADDRESSES = 20
 REMEDY = (
     "Nothing is sent, recorded as due or run here. If this is the place from now on, say so with the settings of the "
-    "service: python -m bon_scheduler adopt --reason …"
+    "service: bon-scheduler adopt --reason …"
 )
 
 FIND = """

@@ -8,7 +8,7 @@ that is silent for a lease is declared dead: it loses that id and, in the same t
 
 import os
 import socket
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from uuid import UUID, uuid4
@@ -33,9 +33,11 @@ __all__ = [
     "retire_worker",
 ]
 
-# $1 worker, $2 host, $3 process id, $4 version, $5 whether it is a `serve`: boolean, $6 lease: interval.
+# $1 worker, $2 host, $3 process id, $4 version, $5 whether it is a `serve`: boolean, $6 lease: interval,
+# $7 settings: jsonb.
 REGISTER_WORKER = """
-    insert into bon_scheduler.workers (id, host, pid, version, serves, lease) values ($1, $2, $3, $4, $5, $6)
+    insert into bon_scheduler.workers (id, host, pid, version, serves, lease, settings)
+    values ($1, $2, $3, $4, $5, $6, $7)
     on conflict (id) do update set seen_at = clock_timestamp(), last_word = gen_random_uuid()
 """
 # $1 worker.
@@ -78,6 +80,8 @@ class Worker:
     """How long it may be silent before its runs are taken over."""
     outage: Outage = field(default_factory=Outage, compare=False, repr=False)
     """Where its parts report whether the database answers them."""
+    settings: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """What it was told that anybody may read, by name: operators compare it with their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +144,7 @@ class Watch:
 
 async def register_worker(connection: Connection, worker: Worker) -> None:
     """Make this process a living worker."""
-    values = worker.id, worker.host, worker.pid, worker.version, worker.serves, worker.lease
+    values = worker.id, worker.host, worker.pid, worker.version, worker.serves, worker.lease, dict(worker.settings)
     await connection.execute(REGISTER_WORKER, *values, timeout=CALL_TIMEOUT_SECONDS)
 
 

@@ -146,15 +146,13 @@ async def release(connection: Connection, delivery_id: UUID, *, by: str, reason:
     async with connection.transaction():
         row = await connection.fetchrow(LOCK_DELIVERY, delivery_id, timeout=CALL_TIMEOUT_SECONDS)
         if row is None:
-            raise NotUncertainError(
-                f"No delivery {delivery_id}. See which are unknown with: python -m bon_scheduler check"
-            )
+            raise NotUncertainError(f"No delivery {delivery_id}. See which are unknown with: bon-scheduler check")
         if row["state"] != "unknown":
             raise NotUncertainError(f"Delivery {delivery_id} {_REFUSALS[row['state']]}.")
         if row["paused"]:
             raise NotUncertainError(
                 f"Delivery {delivery_id} is of a business that is paused, so that nothing goes out to it. First: "
-                f"python -m bon_scheduler resume --business {row['business_id']} --reason …"
+                f"bon-scheduler resume --business {row['business_id']} --reason …"
             )
         await connection.execute(RELEASE, delivery_id, by, reason, timeout=CALL_TIMEOUT_SECONDS)
         payload = {**row["payload"], "as_of": row["as_of"].isoformat()}

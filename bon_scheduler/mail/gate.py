@@ -163,7 +163,7 @@ def _full() -> NotNowError:
 def _unavailable(trouble: str, wait: timedelta) -> MailUnavailableError:
     return MailUnavailableError(
         f"The mail server is away: {trouble}. Nothing was sent; it is tried again by itself. "
-        "If this lasts, find out why with: python -m bon_scheduler check",
+        "If this lasts, find out why with: bon-scheduler check",
         after=_spread(wait),
     )
 

@@ -115,7 +115,7 @@ async def find_settled(pool: Pool, letter: Letter, key: bytes) -> Delivery | Non
     """Return what became of a letter before, None while it may be sent; NeverRetryError where that may be forgotten."""
     row = await pool.fetchrow(FIND_STATE, *_unique(letter, key))
     if row is None:
-        raise LookupError("the table of what was pruned has no row; python -m bon_scheduler migrate makes it")
+        raise LookupError("the table of what was pruned has no row; bon-scheduler migrate makes it")
     state = row["state"]
     if state is None and row["forgotten"]:
         raise NeverRetryError(

@@ -129,7 +129,7 @@ def write(letter: Letter, settings: Settings, *, now: datetime, key: bytes) -> W
         # Its text may quote an address; the class says enough.
         raise NeverRetryError(
             f"A letter cannot be written ({type(error).__name__}). EMAIL_FROM must be one e-mail address and "
-            "UNSUBSCRIBE_URL a web address, both in ASCII. Correct them, then: python -m bon_scheduler retry RUN_ID "
+            "UNSUBSCRIBE_URL a web address, both in ASCII. Correct them, then: bon-scheduler retry RUN_ID "
             "--reason …"
         ) from None
     if len(content) > LARGEST_BYTES:

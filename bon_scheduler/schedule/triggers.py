@@ -210,7 +210,7 @@ class Triggers:
         if active is None or not overstays(history, min(instant, active.fire_time), now, active.due):
             self._stuck.pop(job, None)
             return
-        why = f"its tick waits behind run {active.run_id}; see it with: python -m bon_scheduler show {active.run_id}"
+        why = f"its tick waits behind run {active.run_id}; see it with: bon-scheduler show {active.run_id}"
         if self._stuck.get(job) != why:
             log.error("tick.stuck", job=job, fire_time=instant.isoformat(), behind=str(active.run_id))
         self._stuck[job] = why

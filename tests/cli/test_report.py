@@ -5,10 +5,11 @@ from uuid import uuid4
 
 import pytest
 
-from bon_scheduler.report import PLAIN_WIDTH, Column, Report, format_counts, format_distance
+from bon_scheduler.report import Column, Report, format_counts, format_distance
 
 NOW = datetime(2026, 11, 27, 6, 0, tzinfo=UTC)
-LONG = "x" * 2 * PLAIN_WIDTH
+WIDTH = 160
+LONG = "x" * 2 * WIDTH
 WORDS = "the mail server said no " * 30
 
 
@@ -20,7 +21,9 @@ def test_an_id_stays_in_one_line_whatever_stands_beside_it(
     run_id, caused_by = uuid4(), uuid4()
     headings: list[Column | str] = ["run", *(Column(str(n), wraps=3) for n in range(columns - 2)), "caused by"]
     rows = [(run_id, *[other] * (columns - 2), caused_by), ("—", *[""] * (columns - 1))]
-    Report(as_json=False).table(headings, rows)
+    report = Report(as_json=False)
+    report.console.width = WIDTH
+    report.table(headings, rows)
     out = capsys.readouterr().out
     assert any(str(run_id) in line and str(caused_by) in line for line in out.splitlines())
     assert out.count("x") == (columns - 2) * other.count("x")

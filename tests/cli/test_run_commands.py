@@ -7,7 +7,6 @@ from uuid import UUID
 
 import pytest
 
-from bon_scheduler.cli.parsing import person
 from tests.conftest import Connection
 from tests.process import QUIET, run_command, serve
 from tests.waiting import until
@@ -33,16 +32,15 @@ async def test_dead_runs_are_retried_by_id_and_show_tells_who_did_it_and_why(
     connection: Connection, database_url: str
 ) -> None:
     first, second = await dead_run(connection), await dead_run(connection)
-    retried = await run_command(
-        "retry", first, second, first, "--reason", "disk is mended", "--json", DATABASE_URL=database_url
-    )
+    environ = {"DATABASE_URL": database_url, "OPERATOR": "Dana L."}
+    retried = await run_command("retry", first, second, first, "--reason", "disk is mended", "--json", **environ)
     assert retried.status == 0
     runs = sorted(retried.document.pop("runs"), key=lambda run: [first, second].index(run["run_id"]))
     assert runs == [{"run_id": run_id, "job": "draft-cleanup", "was": "dead"} for run_id in (first, second)]
     assert retried.document["changed"] == 2
     shown = await run_command("show", first, "--json", DATABASE_URL=database_url)
     (action,) = shown.document["actions"]
-    assert (action["by"], action["action"], action["reason"]) == (person(), "retry", "disk is mended")
+    assert (action["by"], action["action"], action["reason"]) == ("Dana L.", "retry", "disk is mended")
     people = await run_command("show", first, DATABASE_URL=database_url)
     assert "disk is mended" in people.out
 
@@ -151,7 +149,7 @@ async def test_a_run_once_that_is_interrupted_is_cancelled_and_audited(
     await connection.execute("lock table sessions in access exclusive mode")
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bon_scheduler", "run-once", "session-cleanup",
-        env={**QUIET, "DATABASE_URL": database_url}, stderr=asyncio.subprocess.PIPE,
+        env={**QUIET, "DATABASE_URL": database_url}, stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
         # As from a terminal, also where the tests run in the background: there Ctrl-C is ignored, and is inherited so.
         preexec_fn=lambda: (signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGHUP, signal.SIG_DFL)),
     )  # fmt: skip
@@ -167,8 +165,10 @@ async def test_a_run_once_that_is_interrupted_is_cancelled_and_audited(
         await until(running)
         process.send_signal(number)
         async with asyncio.timeout(20):
-            await process.communicate()
+            out, _ = await process.communicate()
         assert process.returncode == 130
+        assert "Interrupted. Run " in out.decode()
+        assert " of session-cleanup is cancelled. It committed no counts." in out.decode()
     finally:
         if process.returncode is None:
             process.kill()

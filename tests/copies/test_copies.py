@@ -79,7 +79,7 @@ async def quarantined(url: str, **environ: str) -> AsyncIterator[tuple[Serving, 
     async with service.serving(settings(url, **{**NO_TICKS, **environ})) as serving:
         reason = await why_not(serving)
         assert reason is not None
-        assert "python -m bon_scheduler adopt --reason" in reason
+        assert "bon-scheduler adopt --reason" in reason
         yield serving, reason
 
 

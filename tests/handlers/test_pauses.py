@@ -118,7 +118,7 @@ async def test_an_operator_pauses_and_resumes_a_business_with_a_reason(
     assert (paused.status, paused.document) == (0, {"business_id": business, "paused": True, "changed": True})
     listed = await run_command("jobs", "--json", DATABASE_URL=database_url)
     assert list(listed.document["paused_businesses"]) == [business]
-    assert listed.document["paused_businesses"][business].startswith("a dispute (by ")
+    assert listed.document["paused_businesses"][business]["reason"] == "a dispute"
     assert "a dispute" in (await run_command("jobs", DATABASE_URL=database_url)).out
     for changed in (True, False):
         resumed = await run_command(

@@ -72,7 +72,8 @@ def _values(info: FieldInfo) -> str:
 
 def _commands() -> Iterator[str]:
     yield "## Commands\n"
-    yield "`python -m bon_scheduler COMMAND`, or `bon-scheduler COMMAND`.\n"
+    yield "`bon-scheduler COMMAND`; in a clone `python3 dev.py COMMAND`; wherever the package is,"
+    yield "`python -m bon_scheduler COMMAND`.\n"
     group = typer.main.get_command(app)
     for name, command in vars(group)["commands"].items():
         yield f"### {name}\n"

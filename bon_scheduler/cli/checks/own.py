@@ -27,7 +27,7 @@ async def check_schema(connection: Connection) -> list[Finding]:
     try:
         version = await require_schema(connection)
     except SchemaBehindError as error:
-        return [Finding("schema", Level.FAILURE, str(error), "Run: python -m bon_scheduler migrate")]
+        return [Finding("schema", Level.FAILURE, str(error), "Run: bon-scheduler migrate")]
     return [ok("schema", f"bon_scheduler is at version {version}")]
 
 
@@ -62,7 +62,7 @@ def _again(*names: str) -> str:
     # `migrate` leaves alone what it applied before.
     listed = ", ".join(f"'{name}'" for name in names)
     statement = f"delete from bon_scheduler.functions where name in ({listed});"  # noqa: S608 - told, not executed
-    return f"Run: python -m bon_scheduler migrate. Where that changes nothing, before it: {statement}"
+    return f"Run: bon-scheduler migrate. Where that changes nothing, before it: {statement}"
 
 
 async def check_place(connection: Connection, settings: Settings) -> list[Finding]:
@@ -103,7 +103,7 @@ async def check_consent(connection: Connection) -> list[Finding]:
             Level.FAILURE,
             f"the brake holds since {brake.since:%Y-%m-%d %H:%M:%S} UTC: {brake.reason}",
             "Mend the cause: each run asks one business, and once that is refreshed all go on by themselves. If the "
-            f"owners did withdraw their consent: python -m bon_scheduler {command} --reason …",
+            f"owners did withdraw their consent: bon-scheduler {command} --reason …",
         )
     ]
 
@@ -137,6 +137,6 @@ async def check_letters(connection: Connection) -> list[Finding]:
             "deliveries",
             Level.WARNING,
             f"{unknown} of the last seven days may or may not have arrived, the latest: {named}",
-            "Ask the owner, or send it again knowingly: python -m bon_scheduler resend DELIVERY_ID --reason …",
+            "Ask the owner, or send it again knowingly: bon-scheduler resend DELIVERY_ID --reason …",
         ),
     ]

@@ -31,6 +31,14 @@ update runs r
 alter table runs drop column timed_at;
 alter table runs alter column caused_by set (n_distinct = -0.01);
 
+alter table workers add column settings jsonb not null default '{}';
+comment on column workers.settings is 'By name, as text, what anybody may read: no secret, user, address or path.';
+
+alter table pauses add column until timestamptz;
+comment on table pauses is
+    'Jobs of which nothing runs: ticks are recorded as paused, runs that were asked for wait. What runs already goes on.';
+comment on column pauses.until is 'It is over from then on; null: it lasts until somebody ends it.';
+
 alter table attempts
     drop constraint attempts_outcome_check,
     add constraint attempts_outcome_check check (outcome in

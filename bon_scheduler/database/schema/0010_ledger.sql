@@ -32,11 +32,13 @@ create table workers (
     seen_at    timestamptz not null default now(),
     serves     boolean not null default false,
     last_word  uuid default gen_random_uuid(),
-    lease      interval not null default '15 seconds'
+    lease      interval not null default '15 seconds',
+    settings   jsonb not null default '{}'
 );
 comment on table workers is 'Processes that work on runs. One that leaves takes its row away.';
 comment on column workers.last_word is 'Another with each beat; null while the worker is taken for dead.';
 comment on column workers.lease is 'How long it may be silent; whoever watches with a longer lease waits for that.';
+comment on column workers.settings is 'By name, as text, what anybody may read: no secret, user, address or path.';
 comment on column workers.seen_at is 'For people. Nothing is judged by it: the clock may have been set since.';
 
 create table one_claim ();
@@ -170,9 +172,12 @@ create table pauses (
     job    text primary key references jobs (name),
     since  timestamptz not null default now(),
     by     text not null,
-    reason text not null check (reason <> '')
+    reason text not null check (reason <> ''),
+    until  timestamptz
 );
-comment on table pauses is 'Jobs whose ticks are recorded as paused instead of run.';
+comment on table pauses is
+    'Jobs of which nothing runs: ticks are recorded as paused, runs that were asked for wait. What runs already goes on.';
+comment on column pauses.until is 'It is over from then on; null: it lasts until somebody ends it.';
 
 create table business_pauses (
     business_id uuid primary key,

@@ -8,6 +8,7 @@
 -- `look_at_clock`: whether to look for runs whose instant has come. `oldest_first`: the oldest run of each job goes
 -- first, so that one of a low priority moves. `seen`: see `is_same_ledger`; of another nothing is taken.
 --
+-- Of a job that is paused nothing is taken (`is_paused`).
 -- Order: within a job by priority, then turn, then age; among jobs, who runs least here first.
 -- Claims exclude each other, so that what must not run together, totals and the gate are judged once and at once. None
 -- waits for a row, and the lock ends with the statement.
@@ -89,6 +90,7 @@ begin
                      case when j.exclusive = 'job' then (j.name <> all (busy))::integer end) as room
           from unnest(jobs, rooms, active, totals, mailing) as w (job, room, active, total, mailing)
           join bon_scheduler.jobs j on j.name = w.job
+         where not is_paused(w.job)
     ), found as (
         select w.job, w.active, w.mails, r.*
           from wanted w

@@ -1,8 +1,8 @@
 -- Takes one certain run for a worker, as `claim` would: for a run that works in the foreground, and those it causes.
 --
--- verdict: claimed · ended (nothing to do) · held (a worker has it) · busy (another run of its key runs) · waits (its
--- instant has not come, no letter may go yet, or this is not the ledger that was `seen`: ask again after `wait`). `holder_silent`: whether the one who has
--- it looks silent by the database's clock, which proves nothing.
+-- verdict: claimed · ended (nothing to do) · held (a worker has it) · paused (its job is) · busy (another run of its key
+-- runs) · waits (its instant has not come, no letter may go yet, or this is not the ledger that was `seen`: ask again
+-- after `wait`). `holder_silent`: whether the one who has it looks silent by the database's clock, which proves nothing.
 create or replace function claim_one(
     run_id        uuid,
     by_worker     uuid,
@@ -42,6 +42,9 @@ begin
         other := run;
     elsif run.state not in ('queued', 'retrying') then
         verdict := 'ended';
+        return;
+    elsif is_paused(run.job) then
+        verdict := 'paused';
         return;
     elsif not run.ready then
         verdict := 'waits';

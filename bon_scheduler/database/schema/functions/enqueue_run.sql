@@ -26,7 +26,7 @@ begin
         raise exception 'bon_scheduler: unknown job "%"', enqueue_run.job
             using errcode = 'invalid_parameter_value',
                   hint = 'Known jobs: ' || coalesce((select string_agg(j.name, ', ' order by j.name) from jobs j),
-                                                    'none yet; run: python -m bon_scheduler migrate');
+                                                    'none yet; run: bon-scheduler migrate');
     end if;
     if jsonb_typeof(enqueue_run.payload) is distinct from 'object' then
         raise exception 'bon_scheduler: the payload of "%" must be a JSON object, not %', enqueue_run.job,

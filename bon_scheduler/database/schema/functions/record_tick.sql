@@ -29,7 +29,9 @@ begin
         verdict := 'stale';
         return;
     end if;
-    select * into pause from pauses p where p.job = record_tick.job;
+    -- Of a pause that is over, ticks of its time are recorded as paused however late that is.
+    select * into pause from pauses p
+     where p.job = record_tick.job and (p.until is null or p.until > record_tick.fire_time);
     if found then
         verdict := 'paused';
     elsif record_tick.missed is not null then
