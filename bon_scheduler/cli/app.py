@@ -335,6 +335,19 @@ def check(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def healthcheck(
+    ready: Annotated[
+        bool, typer.Option("--ready", help="Ask whether it may take work: /readyz instead of /livez.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the service of this machine whether it is alive. Status 0 or 1; for images without curl."""
+    from bon_scheduler.cli.healthcheck import ask
+
+    raise typer.Exit(ask(ready=ready, as_json=as_json))
+
+
+@app.command()
 def demo(
     port: Annotated[int, typer.Option(min=0, max=65535, help="For probes and metrics.")] = 8080,
     keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the database and the digests.")] = None,

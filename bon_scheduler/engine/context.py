@@ -1,5 +1,6 @@
 """What a handler is given: its instants, its fenced transactions, and the way to ask for more runs."""
 
+import time
 import typing
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -11,7 +12,19 @@ from zoneinfo import ZoneInfo
 
 from bon_scheduler import ledger
 from bon_scheduler.database import Pool
-from bon_scheduler.jobs import BusinessOutcome, ChangedRow, Connection, Counts, Job, LostRunError, P, Usual
+from bon_scheduler.engine.awaited import require_awaited
+from bon_scheduler.engine.timings import Timings
+from bon_scheduler.jobs import (
+    BusinessOutcome,
+    ChangedRow,
+    Connection,
+    Counts,
+    Job,
+    LostRunError,
+    NeverRetryError,
+    P,
+    Usual,
+)
 from bon_scheduler.ledger import Finished, Origin, Request, RunRef
 
 __all__ = ["AttemptContext"]
@@ -35,6 +48,7 @@ class AttemptContext:
     pool: Pool
     resources: Mapping[type, object]
     ended: str | None = None
+    timings: Timings = field(default_factory=Timings)
     _open: set[Connection] = field(default_factory=set)
     _finished: dict[Connection, Finished] = field(default_factory=dict)
     _severed: bool = False
@@ -73,7 +87,8 @@ class AttemptContext:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """Borrow a connection without a fence."""
-        async with self.pool.acquire() as connection:
+        asked_at = time.perf_counter()
+        async with self.pool.acquire() as connection, self.timings.of(connection, asked_at):
             if self._severed:
                 raise LostRunError(f"attempt {self.attempt} of run {self.run_id} was given up")
             self._open.add(connection)
@@ -89,6 +104,7 @@ class AttemptContext:
             try:
                 async with connection.transaction():
                     yield connection
+                    require_awaited()
                     ended = self._finished.get(connection)
                     if ended is None or ended.may_be_undone:
                         # Last, just before the commit: nobody waits for the handler's work.
@@ -152,5 +168,13 @@ class AttemptContext:
 
     async def finish(self, counts: Counts, *, on: Connection, undone: bool = False) -> Counts:
         """End the run in the handler's last transaction; return the counts."""
+        before = self._finished.get(on)
+        if self.ended is not None or (before is not None and not before.may_be_undone):
+            raise NeverRetryError("ctx.finish was called twice. Call it once, in the handler's last transaction.")
+        if not on.is_in_transaction():
+            raise NeverRetryError(
+                "ctx.finish was called outside a transaction. Call it inside `async with ctx.transaction() as tx`, "
+                "with on=tx."
+            )
         self._finished[on] = await ledger.finish(on, self.ref, counts, undone=undone)
         return counts

@@ -26,6 +26,7 @@ from bon_scheduler.clock import Clock
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool
 from bon_scheduler.engine.context import AttemptContext
 from bon_scheduler.engine.deadman import Deadman
+from bon_scheduler.engine.mistakes import waits_at
 from bon_scheduler.engine.outcome import Outcome, invoke, judge
 from bon_scheduler.engine.recorder import Recorder
 from bon_scheduler.jobs import AnyJob, Connection, Counts, Cron, LostRunError, Payload, Retry, explain_payload
@@ -232,6 +233,7 @@ class Runner:
                     outcome = await self._call(job, claim, ctx, retry, leave)
                 finally:
                     handled()
+                    ctx.timings.report()
                 state = await self._settle(ctx, outcome)
                 self._report(job, state, outcome, time.perf_counter() - started)
                 return state
@@ -278,7 +280,7 @@ class Runner:
         wait = None if number >= retry.attempts else retry.wait(number)
         if stopped is not None and (not handler.done() or handler.cancelled() or handler.exception()):
             return replace(stopped, wait=wait)
-        return judge(handler, wait)
+        return judge(job, handler, wait)
 
     async def _watch(self, job: AnyJob, ctx: AttemptContext, handler: asyncio.Task[Counts]) -> Outcome | None:
         """Wait for the handler, and stop it when its time is over or its run is lost; then say why."""
@@ -287,10 +289,11 @@ class Runner:
         await asyncio.wait(either, timeout=job.timeout.total_seconds(), return_when=asyncio.FIRST_COMPLETED)
         if handler.done():
             return None
+        place = waits_at(job, handler)
         outcome = (
             Outcome("lost", error="another attempt owns the run")
             if dropped.done()
-            else Outcome("timed_out", error=f"timed out after {job.timeout}")
+            else Outcome("timed_out", error=f"timed out after {job.timeout}{f', waiting at {place}' if place else ''}")
         )
         await self._stop(ctx, handler, DEADLINE_GRACE_SECONDS)
         return outcome

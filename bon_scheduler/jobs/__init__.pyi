@@ -29,6 +29,7 @@ from .errors import (
 )
 from .mistakes import (
     JobDeclarationError as JobDeclarationError,
+    code_of as code_of,
     declared_at as declared_at,
     shown as shown,
 )

@@ -15,6 +15,7 @@ from types import CodeType
 
 __all__ = [
     "JobDeclarationError",
+    "code_of",
     "declared_at",
     "faults_of_function",
     "faults_of_name",
