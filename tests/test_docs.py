@@ -155,6 +155,7 @@ async def fail_once(copy: Copy) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", pages_with("bash"), ids=lambda page: page.name)
 async def test_what_is_typed_at_a_shell_works(page: Path, copy: Copy, connection: Connection, tmp_path: Path) -> None:
     if page.name == "tutorial.md" and shutil.which("psql") is None:
