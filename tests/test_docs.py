@@ -122,7 +122,6 @@ async def copy(connection: Connection, database_url: str, server_url: str, tmp_p
     shutil.copy(ROOT / "dev.py", root)
     for name in ("bon_scheduler", "health", "requirements", "pyproject.toml", ".venv"):
         (root / name).symlink_to(ROOT / name)
-    add_example(root)
     await load_sample(
         connection,
         now=datetime.now(UTC),
@@ -135,6 +134,7 @@ async def copy(connection: Connection, database_url: str, server_url: str, tmp_p
     made = Copy(root, environ)
     status, told = await made.bash("python3 dev.py run-once session-cleanup")
     assert status == 0, told
+    add_example(root)  # AFTER the run, as in the tutorial: nobody has made the job known yet
     return made
 
 
