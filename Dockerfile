@@ -24,5 +24,7 @@ USER 65532:65532
 EXPOSE 8080
 # SIGTERM drains; Kubernetes sends it, and so does `docker stop`. Give it 90 s: terminationGracePeriodSeconds, --time.
 STOPSIGNAL SIGTERM
+# For engines that look (Docker, Compose, Swarm); Kubernetes asks /livez and /readyz itself.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["bon-scheduler", "healthcheck"]
 ENTRYPOINT ["bon-scheduler"]
 CMD ["serve"]

@@ -18,7 +18,8 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 from urllib.parse import quote, quote_plus
 
 import asyncpg
@@ -32,6 +33,7 @@ __all__ = [
     "configure_logging",
     "cut",
     "describe_error",
+    "frames_now",
     "is_out_of_descriptors",
     "mask",
     "silence_logging",
@@ -57,6 +59,17 @@ _IN_BASE64 = frozenset("abcdefghijklmnopqrstuvwxyz0123456789+/=_-")
 _SHORTEST_PART = 6
 """Of a base64 text inside a longer one, in characters: a shorter one stands in words by chance."""
 FRAMES_OF_LIBRARIES = 3
+_TYPE = r"'?[\w.]{1,60}'?"
+_TYPES = re.compile(
+    rf"\((?:expected [A-Za-z_.,\[\] ]{{1,80}}, got {_TYPE}|{_TYPE} object has no attribute '\w{{1,40}}'"
+    rf"|{_TYPE} object cannot be interpreted as an integer|must be real number, not {_TYPE}"
+    rf"|(?:an integer|a boolean|a sized iterable container|a list or tuple)[a-z ]{{0,40}} ?\(?got type {_TYPE}\)?"
+    rf"|a bytes-like object is required, not {_TYPE}|value out of (?:u?int|float)\d\d range)\)\Z"
+)
+"""What asyncpg says of the types of a parameter, after its value, in the only forms that hold no value."""
+_NO_DATE = re.compile(rf"({_TYPE}) object has no attribute 'toordinal'")
+FRAMES = ("cr_frame", "gi_frame", "ag_frame")
+AWAITED = ("cr_await", "gi_yieldfrom", "ag_await")
 _OF_SEVERAL_LINES = frozenset({"exception", "stack"})
 _LEVELS = {
     LogLevel.DEBUG: logging.DEBUG,
@@ -241,7 +254,9 @@ def describe_error(error: BaseException) -> str:
     told = error.strerror if isinstance(error, OSError) else None
     first = cut(str(told or (error.args[0] if error.args else error))).strip().partition("\n")[0]
     if isinstance(error, asyncpg.DataError):
-        first = _QUOTED.sub("…", first.partition(": ")[0])
+        types = _TYPES.search(str(error))
+        kinds = _NO_DATE.sub(r"expected a date, got \1", types[0]) if types else ""
+        first = f"{_QUOTED.sub('…', first.partition(': ')[0])} {kinds}".rstrip()
     name = type(error).__name__
     text = mask(f"{name}: {first}" if first else name)[:500]
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
@@ -267,4 +282,15 @@ def where(error: BaseException) -> list[str]:
 
 def where_now(task: "asyncio.Task[object]") -> list[str]:
     """Return the frames a task waits in, innermost last, without any values."""
-    return [f"{f.f_code.co_filename}:{f.f_lineno} {f.f_code.co_name}" for f in task.get_stack()][-12:]
+    return [f"{f.f_code.co_filename}:{f.f_lineno} {f.f_code.co_name}" for f in frames_now(task)][-12:]
+
+
+def frames_now(task: "asyncio.Task[object]") -> list[FrameType]:
+    """Return the frames a task waits in, innermost last. The task's own stack holds the outermost only."""
+    frames, awaited = [], cast("Any", task.get_coro())
+    while awaited is not None:
+        frame = next((f for name in FRAMES if (f := getattr(awaited, name, None)) is not None), None)
+        if frame is not None:
+            frames.append(frame)
+        awaited = next((a for name in AWAITED if (a := getattr(awaited, name, None)) is not None), None)
+    return frames

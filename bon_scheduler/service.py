@@ -232,6 +232,8 @@ async def dry_runner(
     async with database.open_pool(settings) as pool:
         async with pool.acquire() as connection:
             await require_schema(connection)
+            # A job that no `serve` has made known yet is tried out first of all.
+            await ledger.register_jobs(connection, JOBS, scheduled=schedules_of(settings), anew=False)
         yield DryRunner(pool, settings, clock or SystemClock(), schedules_of(settings), out)
 
 

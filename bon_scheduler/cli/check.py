@@ -19,6 +19,7 @@ from bon_scheduler.cli.checks.outside import check_mail, check_schedules_off, ch
 from bon_scheduler.cli.checks.own import (
     check_consent,
     check_functions,
+    check_jobs,
     check_letters,
     check_own_tables,
     check_place,
@@ -53,7 +54,7 @@ LOOK_SECONDS = 20.0
 
 async def check_deployment(settings: Settings, clock: Clock) -> list[Finding]:
     """Look at everything; an unreachable database ends the looks at it."""
-    findings = [ok("settings", "every setting is usable"), *check_protection(settings)]
+    findings = [ok("settings", "every setting is usable"), *check_jobs(), *check_protection(settings)]
     try:
         findings += await _check_database(settings, clock)
     except DatabaseUnavailableError as error:

@@ -58,13 +58,14 @@ BUSINESS_SPAN = "7d"
 async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
     """List every job: schedule, next fire time, last run, waiting and dead runs, pauses; and whether anybody works."""
     ours = {job.name: job for job in declared.JOBS}
+    broken = {name: f"broken: {fault}" for fault in declared.FAULTS for name in fault.jobs}
     async with reading(settings) as connection:
         known = {row["name"]: row for row in await ledger.job_overview(connection)}
         paused = await ledger.paused_jobs(connection)
         left_alone = await ledger.paused_businesses(connection)
         in_force = await read_in_force(connection, settings)
     overview = []
-    for name in sorted(ours.keys() | known.keys()):
+    for name in sorted(ours.keys() | known.keys() | broken.keys()):
         row, (cron, zone) = known.get(name, {}), in_force.crons.get(name, (None, settings.bon_timezone))
         pause = paused.get(name)
         begin = clock.now() if pause is None or pause.until is None else pause.until
@@ -73,7 +74,9 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
         overview.append(
             {
                 "job": name,
-                "summary": ours[name].summary if name in ours else "its handler comes with other work",
+                "summary": ours[name].summary
+                if name in ours
+                else broken.get(name, "its handler comes with other work"),
                 "schedule": cron.expression if cron else None,
                 "limits": _limits(ours[name], cron is not None) if name in ours else [],
                 "schedule_in_words": describe_cron(cron.expression) if cron else None,
@@ -128,7 +131,9 @@ def _job_row(row: Mapping[str, Any], now: datetime) -> list[object]:
     return [
         row["job"],
         (row["schedule_in_words"] or "on demand").removeprefix("At "),
-        " ".join([*(["paused"] if row["paused"] else []), *upcoming]) or "—",
+        "broken"
+        if row["summary"].startswith("broken: ")
+        else " ".join([*(["paused"] if row["paused"] else []), *upcoming]) or "—",
         f"{row['last_state']} {ended}".rstrip() if row["last_state"] else "—",
         row["waiting"] or "—",
         row["dead"] or "—",

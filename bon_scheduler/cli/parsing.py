@@ -108,6 +108,9 @@ def find_job(name: str) -> AnyJob:
     by_name = {job.name: job for job in declared.JOBS}
     if name in by_name:
         return by_name[name]
+    for fault in (*declared.FAULTS, *declared.unlisted()):
+        if name in fault.jobs:
+            raise UsageError(f'Job "{name}" cannot be used. {fault}')
     raise UsageError(f'Unknown job "{name}".{_did_you_mean(name, list(by_name))}')
 
 

@@ -9,6 +9,7 @@ from bon_scheduler.database import (
     PoolerError,
     SchemaBehindError,
 )
+from bon_scheduler.declared import BrokenJobsError
 from bon_scheduler.engine import AlreadyRunningError, JobPausedError, QuarantinedError
 from bon_scheduler.environment import SettingsError
 from bon_scheduler.ledger import RefusedError, RefusedRequestError
@@ -20,6 +21,7 @@ __all__ = ["EXIT_STATUS"]
 EXIT_STATUS: dict[type[Exception], int] = {
     SettingsError: 2,
     UsageError: 2,
+    BrokenJobsError: 2,
     RefusedRequestError: 2,
     PoolerError: 2,
     OtherDatabaseError: 2,

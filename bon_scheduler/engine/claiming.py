@@ -174,6 +174,10 @@ class Engine:
         except (asyncpg.LockNotAvailableError, asyncpg.UniqueViolationError) as error:
             log.info("claim.repeated", error=describe_error(error))
             return random.uniform(0.02, 0.1)  # noqa: S311 - jitter, not a secret
+        if answer.taken:
+            took = round((asyncio.get_running_loop().time() - now) * 1000, 1)
+            jobs = dict(Counter(each.job for each in answer.taken))
+            log.debug("runs.claimed", room=room, claimed=len(answer.taken), jobs=jobs, took_ms=took)
         if self._stopping.is_set():
             await self._runner.give_back(answer.taken)
             return 0

@@ -1,5 +1,6 @@
 """What a handler is given: its instants, its fenced transactions, and the way to ask for more runs."""
 
+import time
 import typing
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -11,6 +12,8 @@ from zoneinfo import ZoneInfo
 
 from bon_scheduler import ledger
 from bon_scheduler.database import Pool
+from bon_scheduler.engine.awaited import require_awaited
+from bon_scheduler.engine.timings import Timings
 from bon_scheduler.jobs import (
     BusinessOutcome,
     ChangedRow,
@@ -19,6 +22,7 @@ from bon_scheduler.jobs import (
     Cron,
     Job,
     LostRunError,
+    NeverRetryError,
     P,
     Rehearsed,
     Usual,
@@ -50,6 +54,7 @@ class AttemptContext:
     ended: str | None = None
     why_undone: str | None = None
     """Why the run has not done what it is for, if the handler said so."""
+    timings: Timings = field(default_factory=Timings)
     _open: set[Connection] = field(default_factory=set)
     _finished: dict[Connection, Finished] = field(default_factory=dict)
     _severed: bool = False
@@ -88,7 +93,8 @@ class AttemptContext:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """Borrow a connection without a fence."""
-        async with self.pool.acquire() as connection:
+        asked_at = time.perf_counter()
+        async with self.pool.acquire() as connection, self.timings.of(connection, asked_at):
             if self._severed:
                 raise LostRunError(f"attempt {self.attempt} of run {self.run_id} was given up")
             self._open.add(connection)
@@ -104,6 +110,7 @@ class AttemptContext:
             try:
                 async with connection.transaction():
                     yield connection
+                    require_awaited()
                     ended = self._finished.get(connection)
                     if ended is None or ended.may_be_undone:
                         # Last, just before the commit: nobody waits for the handler's work.
@@ -180,6 +187,14 @@ class AttemptContext:
 
     async def finish(self, counts: Counts, *, on: Connection, undone: bool | str = False) -> Counts:
         """End the run in the handler's last transaction; return the counts."""
+        before = self._finished.get(on)
+        if self.ended is not None or (before is not None and not before.may_be_undone):
+            raise NeverRetryError("ctx.finish was called twice. Call it once, in the handler's last transaction.")
+        if not on.is_in_transaction():
+            raise NeverRetryError(
+                "ctx.finish was called outside a transaction. Call it inside `async with ctx.transaction() as tx`, "
+                "with on=tx."
+            )
         self.why_undone = undone if isinstance(undone, str) else None
         self._finished[on] = await ledger.finish(on, self.ref, counts, undone=undone)
         return counts

@@ -21,12 +21,15 @@ from bon_scheduler import ledger
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.database import Pool
+from bon_scheduler.engine.awaited import require_awaited
 from bon_scheduler.engine.context import AttemptContext
+from bon_scheduler.engine.mistakes import explain
+from bon_scheduler.engine.outcome import invoke
 from bon_scheduler.engine.run_once import Order, RunReport
 from bon_scheduler.files import write_private
 from bon_scheduler.jobs import AnyJob, BusinessOutcome, Connection, Counts, Cron, HeldError, Job, P, Payload
 from bon_scheduler.ledger import DryRun, Row, RunRef
-from bon_scheduler.log import describe_error
+from bon_scheduler.log import where
 from bon_scheduler.mail import Delivery, Letter, Mailer, find_settled, read_key, recipient_hash, write
 from bon_scheduler.schedule import next_fire_time
 
@@ -104,7 +107,9 @@ class DryContext(AttemptContext):
         async with self.connection() as connection:
             await ledger.pretend(connection, self.ref, self.job_name)
             yield connection
-            await ledger.fence(connection, self.ref, finished=self._finished.pop(connection, None) is not None)
+            require_awaited()
+            finished = self._finished.pop(connection, None) is not None
+            self.ended = await ledger.fence(connection, self.ref, finished=finished) or self.ended
 
     async def enqueue(self, job: Job[P], payload: P, *, on: Connection, dedupe_key: str | None = None) -> UUID | None:
         """Remember to work this out; nothing is enqueued."""
@@ -218,12 +223,12 @@ async def _attempt(job: AnyJob, ctx: DryContext, payload: Payload) -> tuple[str,
     """Return the state, counts and error of one attempt."""
     try:
         async with asyncio.timeout(job.timeout.total_seconds()):
-            counts = await job.handler(ctx, payload)
+            counts = await invoke(job, ctx, payload)
     except HeldError as held:
         return "held", held.figures, str(held)
     except Exception as error:  # noqa: BLE001 - whatever a handler raises is what the dry run shows
-        log.warning("dry_run.raised", job=job.name, error=describe_error(error))
-        return "dead", {}, describe_error(error)
+        log.warning("dry_run.raised", job=job.name, error=explain(error, job), where=where(error))
+        return "dead", {}, explain(error, job)
     return "partial" if _totals(ctx)["failed"] else "succeeded", counts, None
 
 

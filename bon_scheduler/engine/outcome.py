@@ -6,6 +6,7 @@ cancellation of its own making is an error like any other.
 """
 
 import asyncio
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,6 +14,8 @@ from datetime import timedelta
 import asyncpg
 import structlog
 
+from bon_scheduler.engine.awaited import noticing_unawaited
+from bon_scheduler.engine.mistakes import explain
 from bon_scheduler.jobs import (
     AnyJob,
     Counts,
@@ -23,6 +26,7 @@ from bon_scheduler.jobs import (
     NotNowError,
     Payload,
     RetryLaterError,
+    declared_at,
 )
 from bon_scheduler.log import describe_error, is_out_of_descriptors, where
 
@@ -57,23 +61,23 @@ class _EscapedError(Exception):
     """What a handler raised that is no Exception, described."""
 
 
-def _explain(error: BaseException) -> str:
-    text = describe_error(error)
-    if isinstance(error, asyncpg.UndefinedTableError | asyncpg.UndefinedColumnError):
-        return f"{text}. See what BON's database lacks with: bon-scheduler check"
-    return text
-
-
 async def invoke(job: AnyJob, ctx: JobContext, payload: Payload) -> Counts:
     """Call the handler; whatever it raises is an Exception, but for the cancellation of this task."""
     try:
-        counts = await job.handler(ctx, payload)
+        with noticing_unawaited():
+            counts = await job.handler(ctx, payload)
     except (SystemExit, asyncio.CancelledError) as error:
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise
         # As it is, it would end the event loop, or pass for a cancellation of ours.
         raise _EscapedError(describe_error(error)) from error
+    if inspect.iscoroutine(counts):
+        counts.close()
+        raise NeverRetryError(
+            f'The handler of "{job.name}" at {declared_at(job.handler)} returned {counts.__qualname__} and did not '
+            'await it, so that it was not done. Write "return await".'
+        )
     if not _are_counts(counts):
         raise NeverRetryError(
             f'The handler of "{job.name}" did not return counts. It is to return a mapping of names to whole numbers '
@@ -89,8 +93,8 @@ def _are_counts(result: object) -> bool:
     )
 
 
-def judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> Outcome:
-    """Return what a handler's own end means for the run; `wait` is its policy's."""
+def judge(job: AnyJob, handler: asyncio.Task[Counts], wait: timedelta | None) -> Outcome:
+    """Return what the end of a job's handler means for the run; `wait` is its policy's."""
     error = handler.exception()
     if error is None:
         return Outcome("succeeded", handler.result())
@@ -98,7 +102,7 @@ def judge(handler: asyncio.Task[Counts], wait: timedelta | None) -> Outcome:
         return told
     if isinstance(error, RetryLaterError):
         return Outcome("failed", error=describe_error(error), wait=None if wait is None else error.after or wait)
-    text = str(error) if isinstance(error, _EscapedError) else _explain(error)
+    text = str(error) if isinstance(error, _EscapedError) else explain(error, job)
     log.warning("handler.raised", error=text, where=where(error))
     return Outcome("failed", error=text, wait=wait)
 

@@ -23,6 +23,7 @@ from bon_scheduler import ledger
 from bon_scheduler.database import TRANSIENT_ERRORS
 from bon_scheduler.engine.attempt import Attempt, Leave, returned, to_its_end
 from bon_scheduler.engine.context import AttemptContext
+from bon_scheduler.engine.mistakes import waits_at
 from bon_scheduler.engine.outcome import Outcome, invoke, judge
 from bon_scheduler.engine.parts import RunnerParts
 from bon_scheduler.engine.recorder import Recorder
@@ -208,6 +209,7 @@ class Runner:
                     outcome = await self._call(attempt)
                 finally:
                     handled()
+                    ctx.timings.report()
                 state = await self._settle(ctx, outcome)
                 self._report(attempt, state, outcome)
                 return state
@@ -255,7 +257,7 @@ class Runner:
         wait = attempt.wait
         if stopped is not None and (not handler.done() or handler.cancelled() or handler.exception()):
             return replace(stopped, wait=wait)
-        return judge(handler, wait)
+        return judge(job, handler, wait)
 
     async def _refuse(self, why: str) -> Outcome:
         """Return what becomes of a run whose payload this version does not know: a newer one may, where it lives."""
@@ -275,10 +277,11 @@ class Runner:
         await asyncio.wait(either, timeout=job.timeout.total_seconds(), return_when=asyncio.FIRST_COMPLETED)
         if handler.done():
             return None
+        place = waits_at(job, handler)
         outcome = (
             Outcome("lost", error="another attempt owns the run")
             if dropped.done()
-            else Outcome("timed_out", error=f"timed out after {job.timeout}")
+            else Outcome("timed_out", error=f"timed out after {job.timeout}{f', waiting at {place}' if place else ''}")
         )
         await self._stop(ctx, handler, DEADLINE_GRACE_SECONDS)
         return outcome
@@ -306,7 +309,7 @@ class Runner:
             await self._stop(ctx, handler, self._parts.farewell.total_seconds())
         if ended or returned(handler) or ctx.ended is not None:
             # What it did is not done once more.
-            outcome = judge(handler, attempt.wait) if ended or returned(handler) else Outcome("succeeded")
+            outcome = judge(attempt.job, handler, attempt.wait) if ended or returned(handler) else Outcome("succeeded")
             self._report(attempt, await self._settle(ctx, outcome), outcome)
             return
         await self._recorder.write(ctx.ref, lambda connection: attempt.leave(connection, ctx.ref))

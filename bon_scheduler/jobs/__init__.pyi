@@ -27,6 +27,12 @@ from .errors import (
     NotNowError as NotNowError,
     RetryLaterError as RetryLaterError,
 )
+from .mistakes import (
+    JobDeclarationError as JobDeclarationError,
+    code_of as code_of,
+    declared_at as declared_at,
+    shown as shown,
+)
 from .rehearsed import (
     Rehearsed as Rehearsed,
 )

@@ -14,6 +14,14 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bon_scheduler.jobs.mistakes import (
+    JobDeclarationError,
+    declared_at,
+    faults_of_function,
+    faults_of_name,
+    faults_of_options,
+    payload_of,
+)
 from bon_scheduler.jobs.rehearsed import Rehearsed
 
 __all__ = [
@@ -319,6 +327,7 @@ class Job(Generic[P]):
 
 
 AnyJob: TypeAlias = "Job[typing.Any]"
+KINDS = {"schedule": Cron, "catch_up": CatchUp, "retry": Retry, "exclusive": Exclusive}
 
 
 def job(
@@ -336,14 +345,24 @@ def job(
     Declare a handler as the job `name` (lower-case words joined by hyphens).
 
     The payload's type is read from the handler's second parameter. Without `exclusive`, a job with a schedule has no
-    two runs at once, and one without any number.
+    two runs at once, and one without any number. Raises JobDeclarationError, which names file and line.
     """
-    alone = exclusive or (Exclusive.JOB if schedule else Exclusive.NO)
+    options = {"schedule": schedule, "retry": retry, "timeout": timeout, "exclusive": exclusive}
+    limits = {"at_once": at_once, "at_once_here": at_once_here, "sends_mail": sends_mail}
+    told: object = name
+    if callable(told):  # "@job" without its parentheses
+        raise JobDeclarationError(declared_at(told), None, ['Its name is missing. Write @job("its-name") above it.'])
 
     def declare(handler: Handler[P]) -> Job[P]:
-        hints = typing.get_type_hints(handler)
-        hints.pop("return", None)
-        payload = list(hints.values())[-1]
+        faults = [
+            *faults_of_name(told),
+            *faults_of_options({**options, **limits}, KINDS),
+            *faults_of_function(handler, Payload),
+        ]
+        if faults:
+            raise JobDeclarationError(declared_at(handler), told if isinstance(told, str) else None, faults)
+        alone = exclusive or (Exclusive.JOB if schedule else Exclusive.NO)
+        payload = payload_of(handler)
         summary = (handler.__doc__ or "").strip().partition("\n")[0].rstrip(".")
         return Job(
             name,

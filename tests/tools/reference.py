@@ -1,5 +1,5 @@
 """
-Write `docs/reference.md` from the code: settings, commands, exit statuses, metrics.
+Write `docs/reference.md` and `docs/roles.md` from the code: settings, commands, exit statuses, metrics; privileges.
 
 Run as `python -m tests.tools.reference`.
 """
@@ -18,10 +18,12 @@ from pydantic_core import PydanticUndefined
 from bon_scheduler.cli.app import app
 from bon_scheduler.cli.usage import EXIT_STATUSES
 from bon_scheduler.config import Settings
+from bon_scheduler.database.contract import USES, Privilege, privileges
 from bon_scheduler.environment import SECRETS
 from bon_scheduler.metrics import Metrics, OldNames
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
+ROLES = REFERENCE.with_name("roles.md")
 BY_JOB = {"schedules": "SCHEDULE_<JOB_NAME>", "deadman_urls": "DEADMAN_URL_<JOB_NAME>"}
 HEAD = """# Reference
 
@@ -126,9 +128,74 @@ def _families() -> Iterator[tuple[Metric, Sequence[str]]]:
         yield next(iter(collector.collect())), getattr(collector, "_labelnames", ())
 
 
+ROLES_HEAD = """# Roles and grants
+
+Written from `bon_scheduler/database/contract.py` by `python -m tests.tools.reference`; a test compares the two, and
+another executes each statement of ours as a role with these privileges and with each one less.
+
+Three kinds of role are enough. `check`, with the service's `DATABASE_URL`, prints each GRANT that is missing.
+
+| role | does | needs |
+|---|---|---|
+| owner | `migrate` | `create` on the database, once; it owns schema `bon_scheduler` |
+| worker | `serve`, `run-once` and the other commands | what the second block grants |
+| producer | [`bon_scheduler.enqueue(…)`](enqueue.md) | `usage` on schema `bon_scheduler`, and nothing on its tables |
+
+Where BON's tables have row level security, the worker needs `bypassrls`, or a policy that shows it every row.
+
+```sql
+create role bon_scheduler_worker;
+create role bon_scheduler_producer;
+grant usage on schema bon_scheduler to bon_scheduler_producer;
+```
+
+After each `migrate` that adds a table or a function, grant the first three again.
+
+"""
+
+
+def roles() -> str:
+    """Return the page of roles and grants."""
+    return ROLES_HEAD + "\n".join([*_grants(), *_uses()]) + "\n"
+
+
+def _grants() -> Iterator[str]:
+    role = "bon_scheduler_worker"
+    yield "```sql"
+    yield f"grant usage on schema public, bon_scheduler to {role};"
+    yield f"grant select, insert, update, delete on all tables in schema bon_scheduler to {role};"
+    yield f"grant execute on all functions in schema bon_scheduler to {role};"
+    yield ""
+    wanted = dict.fromkeys(privilege for user in USES for privilege in privileges(user))
+    for table in dict.fromkeys(each.table for each in wanted):
+        named = ", ".join(_named([each for each in wanted if each.table == table]))
+        yield f"grant {named} on public.{table} to {role};"
+    yield "```"
+    yield ""
+
+
+def _named(wanted: Sequence[Privilege]) -> Iterator[str]:
+    for kind, kinds in (("select", {"select"}), ("update", {"update", "lock"})):
+        columns = sorted({each.column for each in wanted if each.kind in kinds and each.column is not None})
+        if columns:
+            yield f"{kind} ({', '.join(columns)})"
+    if any(each.kind == "delete" for each in wanted):
+        yield "delete"
+
+
+def _uses() -> Iterator[str]:
+    yield "By job; `metrics` and `commands` are those of the service itself.\n"
+    yield "| job | reads | changes | deletes from |\n|---|---|---|---|"
+    for user, tables in USES.items():
+        changes = [f"{table} ({', '.join(uses.changes)})" for table, uses in tables.items() if uses.changes]
+        deletes = [table for table, uses in tables.items() if uses.deletes]
+        yield f"| `{user}` | {', '.join(tables)} | {'; '.join(changes)} | {', '.join(deletes)} |"
+
+
 def write() -> None:
-    """Write the page anew."""
+    """Write the pages anew."""
     REFERENCE.write_text(reference(), encoding="utf-8")
+    ROLES.write_text(roles(), encoding="utf-8")
 
 
 if __name__ == "__main__":

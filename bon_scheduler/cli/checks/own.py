@@ -1,6 +1,6 @@
 """Schema `bon_scheduler`: its version, whether the role may use it, and what its tables say that needs a person."""
 
-from bon_scheduler import ledger, mail, schedule, shaam
+from bon_scheduler import declared, ledger, mail, schedule, shaam
 from bon_scheduler.cli.checks.bon import refused
 from bon_scheduler.cli.checks.findings import Finding, Level, ok
 from bon_scheduler.config import Settings
@@ -11,6 +11,7 @@ from bon_scheduler.jobs import Connection
 __all__ = [
     "check_consent",
     "check_functions",
+    "check_jobs",
     "check_letters",
     "check_own_tables",
     "check_place",
@@ -20,6 +21,14 @@ __all__ = [
 ]
 
 MOST_NAMED = 3
+
+
+def check_jobs() -> list[Finding]:
+    """Name the jobs that cannot be used as they are declared, and those that nothing runs."""
+    mend = "Mend it, or take it out of handlers.JOBS. `serve` does not start before."
+    found = [Finding("jobs", Level.FAILURE, str(fault), mend) for fault in declared.FAULTS]
+    found += [Finding("jobs", Level.WARNING, str(fault), "Add it to handlers.JOBS.") for fault in declared.unlisted()]
+    return found or [ok("jobs", f"{len(declared.JOBS)} are declared, each usable")]
 
 
 async def check_schema(connection: Connection) -> list[Finding]:

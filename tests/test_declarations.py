@@ -1,0 +1,235 @@
+"""Mistakes in a job's declaration are told with file, line, job and remedy, and take nothing else away."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from bon_scheduler import declared
+from bon_scheduler.jobs import JobDeclarationError
+from tests.process import Finished, run_program
+
+ROOT = Path(__file__).parents[1]
+HEAD = """
+from dataclasses import dataclass
+from datetime import timedelta
+from pydantic import BaseModel
+from bon_scheduler import CatchUp, Counts, Cron, Exclusive, JobContext, NoPayload, Payload, Retry, job
+
+class Model(BaseModel):
+    name: str
+
+@dataclass
+class Data:
+    name: str
+"""
+SOUND = "async def a_test(ctx: JobContext, _: NoPayload) -> Counts: return {}"
+
+
+def of(declaration: str = '@job("a-test")', function: str = SOUND) -> str:
+    return f"{HEAD}\n{declaration}\n{function}\n"
+
+
+LINE = len(HEAD.splitlines()) + 2
+
+MISTAKES = {
+    "a name with spaces": (of('@job("Send digests")'), '"send-digests"'),
+    "upper case": (of('@job("SendDigests")'), '"send-digests"'),
+    "an underscore": (of('@job("send_digests")'), '"send-digests"'),
+    "no name at all": (of('@job("")'), "lower-case words joined by hyphens"),
+    "a name of 101 characters": (of('@job("a" * 101)'), "100 characters at most"),
+    "a number as a name": (of("@job(3)"), "Its name is 3"),
+    "job without parentheses": (of("@job"), '@job("its-name")'),
+    "a text as schedule": (of('@job("a-test", schedule="0 6 * * *")'), "schedule=Cron('0 6 * * *')"),
+    "a number as schedule": (of('@job("a-test", schedule=6)'), "schedule=Cron("),
+    "no text in Cron": (of('@job("a-test", schedule=Cron(6))'), 'Cron("0 6 * * *")'),
+    "a text as catch_up": (of('@job("a-test", schedule=Cron("0 6 * * *", catch_up="all"))'), "CatchUp.LATEST, .ALL"),
+    "hours as grace": (of('@job("a-test", schedule=Cron("0 6 * * *", grace=18))'), "grace=timedelta("),
+    "a number as retry": (of('@job("a-test", retry=5)'), "retry=Retry(attempts=5)"),
+    "no attempt": (of('@job("a-test", retry=Retry(attempts=0))'), "The attempts of its Retry are 0"),
+    "seconds as delay": (of('@job("a-test", retry=Retry(delay=10))'), "delay=timedelta("),
+    "seconds as timeout": (of('@job("a-test", timeout=600)'), "timeout=timedelta("),
+    "no time": (of('@job("a-test", timeout=timedelta(0))'), "Give a longer one"),
+    "a text as exclusive": (of('@job("a-test", exclusive="job")'), "Exclusive.JOB"),
+    "nothing at once": (of('@job("a-test", at_once=0)'), "at_once is 0"),
+    "a text as sends_mail": (of('@job("a-test", sends_mail="yes")'), "True or False"),
+    "def": (of(function="def a_test(ctx: JobContext, _: NoPayload) -> Counts: return {}"), '"async def a_test"'),
+    "a yield": (of(function="async def a_test(ctx: JobContext, _: NoPayload): yield {}"), "Take the yield out"),
+    "a class": (of(function="class ATest: pass"), "Put @job above an async def"),
+    "no parameter": (of(function="async def a_test() -> Counts: return {}"), "takes 0 parameters"),
+    "no payload": (of(function="async def a_test(ctx: JobContext) -> Counts: return {}"), "takes 1 parameter "),
+    "a third": (of(function="async def a_test(ctx: JobContext, _: NoPayload, n: int): return {}"), "3 parameters"),
+    "a keyword": (of(function="async def a_test(ctx: JobContext, _: NoPayload, *, n: int): return {}"), "3 param"),
+    "swapped": (of(function="async def a_test(_: NoPayload, ctx: JobContext) -> Counts: return {}"), "are swapped"),
+    "no annotation": (of(function="async def a_test(ctx, payload): return {}"), 'Nothing says what "payload"'),
+    "a model of its own": (of(function="async def a_test(ctx: JobContext, p: Model): return {}"), "Model, which is no"),
+    "a dataclass": (of(function="async def a_test(ctx: JobContext, p: Data): return {}"), "Data, which is no Payload"),
+    "a dict": (of(function="async def a_test(ctx: JobContext, p: dict): return {}"), "dict, which is no Payload"),
+    "maybe": (of(function="async def a_test(ctx: JobContext, p: NoPayload | None): return {}"), "is no Payload"),
+    "an unknown name": (of(function='async def a_test(ctx: JobContext, p: "Later"): return {}'), '"Later" is not def'),
+    "None as counts": (of(function="async def a_test(ctx: JobContext, _: NoPayload) -> None: ..."), "Return counts"),
+}
+
+
+def execute(source: str, path: Path) -> None:
+    path.write_text(source, "utf-8")
+    spec = importlib.util.spec_from_file_location("a_mistake", path)
+    assert spec
+    assert spec.loader
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_with_its_place_its_job_and_the_remedy(mistake: str, tmp_path: Path) -> None:
+    source, remedy = MISTAKES[mistake]
+    path = tmp_path / "a_mistake.py"
+    with pytest.raises(JobDeclarationError) as raised:
+        execute(source, path)
+    told = str(raised.value)
+    assert remedy in told
+    if mistake == "a class":
+        assert "a_mistake" in told
+    else:
+        assert told.startswith(f"{path}:{LINE}: ")
+    if '"a-test"' in source:
+        assert 'job "a-test": ' in told
+
+
+def test_every_mistake_of_a_declaration_is_told_at_once(tmp_path: Path) -> None:
+    source = of('@job("A test", schedule="daily", timeout=5)', "def a_test(ctx: JobContext): return {}")
+    with pytest.raises(JobDeclarationError) as raised:
+        execute(source, tmp_path / "a_mistake.py")
+    assert len(raised.value.faults) == 5
+
+
+def test_every_job_in_handlers_is_listed_and_usable() -> None:
+    assert declared.FAULTS == ()
+    assert declared.unlisted() == []
+
+
+@pytest.fixture
+def handlers(tmp_path: Path) -> Path:
+    """A copy of handlers that a test may spoil."""
+    return Path(shutil.copytree(ROOT / "handlers", tmp_path / "handlers", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def spoil(file: Path, before: str, after: str) -> int:
+    """Replace a text that stands in the file; return the line it began in."""
+    text = file.read_text("utf-8")
+    assert before in text
+    file.write_text(text.replace(before, after, 1), "utf-8")
+    return text[: text.index(before)].count("\n") + 1
+
+
+async def command(handlers: Path, *arguments: str, **environ: str) -> Finished:
+    """Run a command of the program with other handlers."""
+    path = f"{handlers.parent}:{ROOT}"
+    return await run_program(sys.executable, "-P", "-m", "bon_scheduler", *arguments, PYTHONPATH=path, **environ)
+
+
+async def test_a_broken_job_is_named_and_the_others_go_on(handlers: Path, database_url: str) -> None:
+    file = handlers / "session_cleanup.py"
+    spoil(
+        file,
+        'schedule=Cron("0 4 * * *", catch_up=CatchUp.LATEST, grace=timedelta(hours=24))',
+        'schedule="0 4 * * *"',
+    )
+    for arguments in (["jobs"], ["runs"], ["audit"], ["timeline"], ["enqueue", "draft-cleanup"]):
+        done = await command(handlers, *arguments, DATABASE_URL=database_url)
+        assert done.status == 0, done.err
+        assert f'{file}:47: job "session-cleanup": Its schedule is' in done.err
+    listed = await command(handlers, "jobs", "--json", DATABASE_URL=database_url)
+    rows = {row["job"]: row["summary"] for row in listed.document["jobs"]}
+    assert rows["session-cleanup"].startswith("broken: ")
+    assert rows["draft-cleanup"].startswith("Delete")
+    checked = await command(handlers, "check", "--json", DATABASE_URL=database_url)
+    assert checked.status == 1
+    found = [each for each in checked.document["findings"] if each["name"] == "jobs"]
+    assert [each["level"] for each in found] == ["failure"]
+    done = await command(handlers, "run-once", "draft-cleanup", DATABASE_URL=database_url)
+    assert done.status == 0
+    done = await command(handlers, "run-once", "session-cleanup", DATABASE_URL=database_url)
+    assert done.status == 2
+    assert f'Job "session-cleanup" cannot be used. {file}:47' in done.err
+    # Its variable is no unknown one.
+    done = await command(handlers, "runs", DATABASE_URL=database_url, SCHEDULE_SESSION_CLEANUP="0 5 * * *")
+    assert done.status == 0
+
+
+@pytest.mark.parametrize("arguments", [["serve"], ["migrate"]])
+async def test_what_needs_every_job_is_refused_while_one_is_broken(
+    handlers: Path, database_url: str, arguments: list[str]
+) -> None:
+    line = spoil(handlers / "session_cleanup.py", "async def session_cleanup(", "async def session_cleanup(ctx) = (")
+    done = await command(handlers, *arguments, DATABASE_URL=database_url)
+    assert done.status == 2
+    assert f'session_cleanup.py:{line}: job "session-cleanup": It cannot be imported: SyntaxError' in done.err
+    assert "One job is broken" in done.err
+
+
+SPOILED = {
+    "an exception": (
+        "session_cleanup.py",
+        "IN_TIME = timedelta(minutes=8)",
+        "IN_TIME = timedelta(eons=8)",
+        "TypeError",
+    ),
+    "a name": ("session_cleanup.py", "IN_TIME = timedelta(minutes=8)", "IN_TIME = span(8)", "name 'span'"),
+    "an exit": ("session_cleanup.py", "IN_TIME = timedelta(minutes=8)", "raise SystemExit(3)", "SystemExit: 3"),
+    "cron": ("session_cleanup.py", '"0 4 * * *"', '"0 25 * * *"', '"0 25 * * *" is not a cron expression'),
+    "never": ("session_cleanup.py", '"0 4 * * *"', '"0 4 30 2 *"', "bad day-of-month"),
+    "not decorated": (
+        "session_cleanup.py",
+        "@job(",
+        "@(lambda *_, **__: lambda f: f)(",
+        "stands in JOBS and is no job",
+    ),
+    "no such name": ("__init__.py", "import session_cleanup", "import session_clean", "cannot import name"),
+    "no such module": ("__init__.py", "handlers.session_cleanup", "handlers.session_clean", "ModuleNotFoundError"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+async def test_whatever_breaks_a_module_takes_only_its_jobs_away(handlers: Path, database_url: str, how: str) -> None:
+    name, before, after, told = SPOILED[how]
+    line = spoil(handlers / name, before, after)
+    done = await command(handlers, "jobs", "--json", DATABASE_URL=database_url)
+    assert done.status == 0, done.err
+    assert told in done.err
+    place = next(each for each in done.err.split() if ".py:" in each).rstrip(":")
+    assert place.startswith(f"{handlers / name}:")
+    assert abs(int(place.rpartition(":")[2]) - line) <= 4
+    assert sum(not row["summary"].startswith(("broken", "its")) for row in done.document["jobs"]) == 8
+
+
+async def test_what_imports_a_broken_module_is_named_with_it(handlers: Path, database_url: str) -> None:
+    line = spoil(handlers / "send_overdue_digest.py", "async def send_overdue_digest(", "def send_overdue_digest(")
+    done = await command(handlers, "runs", DATABASE_URL=database_url)
+    told = [text for text in done.err.splitlines() if ".py:" in text]
+    assert len(told) == 3
+    assert 'job "send-overdue-digest": It cannot be imported: SyntaxError: ' in done.err
+    assert 'overdue_detection.py:1: job "overdue-detection": It imports what cannot be used' in done.err
+    assert 'Write "async def"' in done.err
+    assert line
+
+
+async def test_two_jobs_of_one_name_are_both_named_and_neither_runs(handlers: Path, database_url: str) -> None:
+    spoil(handlers / "session_cleanup.py", '"session-cleanup"', '"draft-cleanup"')
+    done = await command(handlers, "jobs", "--json", DATABASE_URL=database_url)
+    assert "session_cleanup.py:47: " in done.err
+    assert "draft_cleanup.py:" in done.err
+    assert "Another job has this name" in done.err
+    done = await command(handlers, "run-once", "draft-cleanup", DATABASE_URL=database_url)
+    assert done.status == 2
+
+
+async def test_a_job_that_is_not_listed_is_found(handlers: Path, database_url: str) -> None:
+    (handlers / "extra.py").write_text(of('@job("extra")'), "utf-8")
+    done = await command(handlers, "run-once", "extra", DATABASE_URL=database_url)
+    assert done.status == 2
+    assert f'extra.py:{LINE}: job "extra": a_test is not in handlers.JOBS' in done.err
+    checked = await command(handlers, "check", "--json", DATABASE_URL=database_url)
+    found = [each for each in checked.document["findings"] if each["name"] == "jobs"]
+    assert [(each["level"], "extra.py" in each["what"]) for each in found] == [("warning", True)]
