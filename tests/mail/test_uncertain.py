@@ -261,7 +261,7 @@ async def test_check_logs_in_where_it_may_and_says_what_is_wrong(
     mail = {"SMTP_HOST": sink.host, "SMTP_PORT": str(sink.port)}
     good = await run_command("check", "--json", DATABASE_URL=database_url, SMTP_TLS="none", **mail)
     bad = await run_command("check", "--json", DATABASE_URL=database_url, SMTP_TLS="starttls", **mail)
-    unset = await run_command("check", "--json", DATABASE_URL=database_url)
+    unset = await run_command("check", "--json", DATABASE_URL=database_url, EMAIL_MODE="")
 
     def of(name: str, document: Any) -> Any:
         return next((f for f in document["findings"] if f["name"] == name), None)
