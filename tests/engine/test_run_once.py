@@ -116,3 +116,29 @@ async def test_who_was_heard_within_its_lease_is_not_waited_for(run_job: RunJob,
     await hold_nightly(connection, "now()", lease_seconds=600)
     with pytest.raises(engine.AlreadyRunningError, match="already running on elsewhere"):
         await run_job(nightly, jobs=[nightly])
+
+
+async def test_what_a_run_that_has_ended_caused_is_worked_through_as_well(
+    run_job: RunJob, connection: Connection
+) -> None:
+    """The look at what has not ended passes over an ended run, and so over what that caused."""
+
+    @job("last")
+    async def last(_: JobContext, __: NoPayload) -> Counts:
+        return {}
+
+    @job("middle")
+    async def middle(ctx: JobContext, _: NoPayload) -> Counts:
+        async with ctx.transaction() as tx:
+            await ctx.enqueue(last, NoPayload(), on=tx)
+            return await ctx.finish({}, on=tx)
+
+    @job("first")
+    async def first(ctx: JobContext, _: NoPayload) -> Counts:
+        async with ctx.transaction() as tx:
+            await ctx.enqueue(middle, NoPayload(), on=tx)
+            return await ctx.finish({}, on=tx)
+
+    report = await run_job(first, jobs=[first, middle, last])
+    assert [(run["job"], run["state"]) for run in report.caused] == [("middle", "succeeded"), ("last", "succeeded")]
+    assert await connection.fetchval("select count(*) from bon_scheduler.runs") == 3
