@@ -6,21 +6,30 @@ What a command needs is imported when it runs: `--help` and a wrong call are ans
 
 import importlib.util
 import sys
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bon_scheduler import __version__
 from bon_scheduler.calling import as_started
+from bon_scheduler.cli.options import (
+    AsJson,
+    BusinessId,
+    JobName,
+    MaybeJobName,
+    PayloadText,
+    Reason,
+    RunId,
+    RunIds,
+    perform,
+)
 from bon_scheduler.cli.streams import flushing, keep_streams
 from bon_scheduler.cli.telling import complain, require_text, tell
 from bon_scheduler.cli.usage import INTERRUPTED, STATES, UsageError
 
 if TYPE_CHECKING:
-    from bon_scheduler.config import Settings
-    from bon_scheduler.report import Report
+    pass
 
 __all__ = ["app", "main"]
 
@@ -33,48 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-RunId = Annotated[
-    str,
-    typer.Argument(metavar="RUN_ID|JOB", help="List them with: runs. Its first characters do; a job's: its last run."),
-]
-JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's name; list them with: jobs")]
-MaybeJobName = Annotated[str | None, typer.Argument(metavar="JOB", help="A job's name; list them with: jobs")]
-BusinessId = Annotated[
-    str | None,
-    typer.Option("--business", metavar="UUID", help="A business; its first characters do."),
-]
-PayloadText = Annotated[str, typer.Option("--payload", metavar="JSON", help="The run's arguments.")]
-
-Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; it is recorded.")]
-RunIds = Annotated[
-    list[str] | None, typer.Argument(metavar="RUN_ID…", help="List them with: runs. First characters do.")
-]
-
-
-def _run(
-    as_json: bool,
-    call: "Callable[[Settings, Report], Coroutine[Any, Any, int]]",
-    *,
-    logs: bool = True,
-    needs_all: bool = False,
-) -> None:
-    """Run a command. One that `needs_all` jobs is refused where one is broken; the others go on without it."""
-    from bon_scheduler import declared
-    from bon_scheduler.cli.signals import run
-    from bon_scheduler.log import configure_logging, silence_logging
-    from bon_scheduler.report import Report
-
-    if needs_all:
-        declared.require_sound()
-    for fault in declared.FAULTS:
-        complain(f"{fault} Going on without it.")
-    settings = declared.read_settings()
-    configure_logging(settings.log_level, settings.log_format)
-    if not logs and sys.stderr.isatty():
-        silence_logging()
-    raise typer.Exit(run(call(settings, Report(as_json=as_json, zone=settings.bon_timezone))))
 
 
 def _tell_version(wanted: bool) -> None:
@@ -97,7 +64,7 @@ def serve() -> None:
     """Run the service: triggers, worker, probes. SIGTERM or SIGINT drains and exits 0."""
     from bon_scheduler.cli import work
 
-    _run(False, lambda settings, _: work.serve(settings), needs_all=True)
+    perform(False, lambda settings, _: work.serve(settings), needs_all=True)
 
 
 @app.command("run-once")
@@ -134,7 +101,7 @@ def run_once(
         release_brake=release_brake,
         reason=reason,
     )
-    _run(
+    perform(
         as_json,
         lambda settings, report: work.run_once(settings, report, SystemClock(), told),
         logs=verbose,
@@ -146,7 +113,7 @@ def rehearse(as_json: AsJson = False) -> None:
     """Count what tonight's jobs would touch, and warn where the brake would hold them. Changes no row of BON's."""
     from bon_scheduler.cli import rehearse as rehearsing
 
-    _run(as_json, rehearsing.rehearse)
+    perform(as_json, rehearsing.rehearse)
 
 
 @app.command()
@@ -155,7 +122,7 @@ def jobs(as_json: AsJson = False) -> None:
     from bon_scheduler.cli import look
     from bon_scheduler.clock import SystemClock
 
-    _run(as_json, lambda settings, report: look.jobs(settings, report, SystemClock()))
+    perform(as_json, lambda settings, report: look.jobs(settings, report, SystemClock()))
 
 
 @app.command()
@@ -174,7 +141,7 @@ def enqueue(
     from bon_scheduler.clock import SystemClock
 
     told = work.Enqueue(name=job, payload=payload, key=key, after=after, priority=priority)
-    _run(as_json, lambda settings, report: work.enqueue(settings, report, SystemClock(), told))
+    perform(as_json, lambda settings, report: work.enqueue(settings, report, SystemClock(), told))
 
 
 @app.command()
@@ -191,7 +158,7 @@ def runs(
     from bon_scheduler.clock import SystemClock
 
     which = look.Which(job=job, state=state, since=since, limit=limit, business=business)
-    _run(as_json, lambda settings, report: look.runs(settings, report, SystemClock(), which))
+    perform(as_json, lambda settings, report: look.runs(settings, report, SystemClock(), which))
 
 
 @app.command()
@@ -207,9 +174,9 @@ def show(
     from bon_scheduler.clock import SystemClock
 
     if rows:
-        _run(as_json, lambda settings, report: evidence.show_rows(settings, report, run=run_id))
+        perform(as_json, lambda settings, report: evidence.show_rows(settings, report, run=run_id))
         return
-    _run(as_json, lambda settings, report: show(settings, report, SystemClock(), run=run_id, business=business))
+    perform(as_json, lambda settings, report: show(settings, report, SystemClock(), run=run_id, business=business))
 
 
 @app.command()
@@ -220,7 +187,7 @@ def history(
     """List the invoices of a business that runs have deleted, marked or cleared."""
     from bon_scheduler.cli import evidence
 
-    _run(as_json, lambda settings, report: evidence.history(settings, report, business=business))
+    perform(as_json, lambda settings, report: evidence.history(settings, report, business=business))
 
 
 @app.command()
@@ -238,7 +205,7 @@ def migrate(
 
         sys.stdout.write(migration_sql())
         return
-    _run(as_json, act.migrate, needs_all=True)
+    perform(as_json, act.migrate, needs_all=True)
 
 
 @app.command()
@@ -250,7 +217,7 @@ def audit(
     from bon_scheduler.cli import ticks
     from bon_scheduler.clock import SystemClock
 
-    _run(as_json, lambda settings, report: ticks.audit(settings, report, SystemClock(), since=since))
+    perform(as_json, lambda settings, report: ticks.audit(settings, report, SystemClock(), since=since))
 
 
 @app.command()
@@ -264,7 +231,7 @@ def timeline(
     from bon_scheduler.cli import ticks
     from bon_scheduler.clock import SystemClock
 
-    _run(
+    perform(
         as_json,
         lambda settings, report: ticks.timeline(settings, report, SystemClock(), start=start, days=days, job=job),
     )
@@ -282,7 +249,7 @@ def pause(
     from bon_scheduler.cli import act
 
     told = act.Target(job=job, business=business, until=until)
-    _run(as_json, lambda settings, report: act.pause(settings, report, told, reason=reason))
+    perform(as_json, lambda settings, report: act.pause(settings, report, told, reason=reason))
 
 
 @app.command()
@@ -291,7 +258,7 @@ def resume(reason: Reason, job: MaybeJobName = None, business: BusinessId = None
     from bon_scheduler.cli import act
 
     told = act.Target(job=job, business=business)
-    _run(as_json, lambda settings, report: act.resume(settings, report, told, reason=reason))
+    perform(as_json, lambda settings, report: act.resume(settings, report, told, reason=reason))
 
 
 @app.command()
@@ -303,7 +270,7 @@ def resend(
     """Send an uncertain letter once more. Its owner may get it twice."""
     from bon_scheduler.cli import act
 
-    _run(as_json, lambda settings, report: act.resend(settings, report, delivery=delivery_id, reason=reason))
+    perform(as_json, lambda settings, report: act.resend(settings, report, delivery=delivery_id, reason=reason))
 
 
 @app.command()
@@ -317,7 +284,7 @@ def retry(
     """Run dead, partial or cancelled runs again. All of those named or none, with as many attempts as new ones."""
     from bon_scheduler.cli import act
 
-    _run(
+    perform(
         as_json,
         lambda settings, report: act.retry(settings, report, runs=run_ids or [], dead=dead, job=job, reason=reason),
     )
@@ -334,7 +301,7 @@ def cancel(
     """Cancel runs that wait, run, are held or dead. All of those named or none, wherever they run."""
     from bon_scheduler.cli import act
 
-    _run(
+    perform(
         as_json,
         lambda settings, report: act.cancel(
             settings, report, runs=run_ids or [], waiting=waiting, job=job, reason=reason
@@ -347,7 +314,7 @@ def release(reason: Reason, run_ids: RunIds = None, as_json: AsJson = False) -> 
     """Let runs go on that the brake holds, once. All of those named or none."""
     from bon_scheduler.cli import act
 
-    _run(as_json, lambda settings, report: act.release(settings, report, runs=run_ids or [], reason=reason))
+    perform(as_json, lambda settings, report: act.release(settings, report, runs=run_ids or [], reason=reason))
 
 
 @app.command()
@@ -355,7 +322,7 @@ def adopt(reason: Reason, as_json: AsJson = False) -> None:
     """End the quarantine of a copy or a restored ledger. It is worked with here from now on."""
     from bon_scheduler.cli import act
 
-    _run(as_json, lambda settings, report: act.adopt(settings, report, reason=reason))
+    perform(as_json, lambda settings, report: act.adopt(settings, report, reason=reason))
 
 
 @app.command()
@@ -364,7 +331,7 @@ def check(as_json: AsJson = False) -> None:
     from bon_scheduler.cli import check as checking
     from bon_scheduler.clock import SystemClock
 
-    _run(as_json, lambda settings, report: checking.check(settings, report, SystemClock()))
+    perform(as_json, lambda settings, report: checking.check(settings, report, SystemClock()))
 
 
 @app.command()

@@ -75,10 +75,10 @@ PRUNE_DELIVERIES = """
     )
     select count(*) from pruned
 """
-# $2 kept: interval, $3 rows: int. Indexes: business_outcomes_by_age, business_outcomes_pkey.
+# $2 kept: interval, $3 rows: int. Index: business_outcomes_by_age; then by their places, which are locked.
 PRUNE_OUTCOMES = """
     with old as (
-        select o.run_id, o.business_id
+        select o.ctid as place
           from bon_scheduler.business_outcomes o
          where o.recorded_at < (select least($1, clock_timestamp()) - $2::interval)
          order by o.recorded_at
@@ -86,8 +86,7 @@ PRUNE_OUTCOMES = """
            for update skip locked
     ), pruned as (
         delete from bon_scheduler.business_outcomes o
-         using old
-         where (o.run_id, o.business_id) = (old.run_id, old.business_id)
+         where o.ctid = any (array(select place from old))
         returning 1
     )
     select count(*) from pruned

@@ -130,3 +130,29 @@ async def test_a_claim_whose_commit_is_slow_is_not_taken_for_lost(run_job: RunJo
         report = await run_job(linger, jobs=[linger], LEASE_SECONDS="2")
         assert (report.run["state"], report.run["attempt"]) == ("succeeded", 1)
     assert await connection.fetchval(GIVEN_BACK) == 0
+
+
+async def test_what_a_run_that_has_ended_caused_is_worked_through_as_well(
+    run_job: RunJob, connection: Connection
+) -> None:
+    """The look at what has not ended passes over an ended run, and so over what that caused."""
+
+    @job("last")
+    async def last(_: JobContext, __: NoPayload) -> Counts:
+        return {}
+
+    @job("middle")
+    async def middle(ctx: JobContext, _: NoPayload) -> Counts:
+        async with ctx.transaction() as tx:
+            await ctx.enqueue(last, NoPayload(), on=tx)
+            return await ctx.finish({}, on=tx)
+
+    @job("first")
+    async def first(ctx: JobContext, _: NoPayload) -> Counts:
+        async with ctx.transaction() as tx:
+            await ctx.enqueue(middle, NoPayload(), on=tx)
+            return await ctx.finish({}, on=tx)
+
+    report = await run_job(first, jobs=[first, middle, last])
+    assert [(run["job"], run["state"]) for run in report.caused] == [("middle", "succeeded"), ("last", "succeeded")]
+    assert await connection.fetchval("select count(*) from bon_scheduler.runs") == 3

@@ -12,8 +12,10 @@ import asyncpg
 import pytest
 
 from bon_scheduler import declared, service
+from bon_scheduler.database import connections
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
-from bon_scheduler.mail.deliveries import release
+from bon_scheduler.ledger.attempts import release_lost
+from bon_scheduler.mail.deliveries import give_up_unanswered, release
 from bon_scheduler.mail.keys import read_key, recipient_hash
 from bon_scheduler.mail.mailer import Delivery
 from tests import arrange
@@ -76,6 +78,20 @@ async def test_a_letter_of_an_attempt_before_the_one_that_runs_is_nobodys(
         await serving.machinery.reconciler.make_pass()
         assert await connection.fetchval("select state::text from bon_scheduler.runs") == "running"
         assert await connection.fetchval(STATE) == "unknown"
+
+
+async def test_a_letter_of_a_dead_worker_becomes_unknown_though_its_run_cannot_be_released_yet(
+    world: World, connection: Connection, database_url: str
+) -> None:
+    """Somebody has locked the run, so that it stays `running`, of a worker that is not there."""
+    run = await a_run(world.pool)
+    await connection.execute("update bon_scheduler.runs set worker = $1, attempt = 1", uuid4())
+    await intend(world.pool, run)
+    async with connections.connect(database_url) as other, other.transaction():
+        await other.execute("select from bon_scheduler.runs for update")
+        assert await release_lost(connection) == []
+        assert len(await give_up_unanswered(connection)) == 1
+    assert await connection.fetchval(STATE) == "unknown"
 
 
 # Shown

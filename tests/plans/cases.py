@@ -191,6 +191,8 @@ EITHER: Mapping[str, set[str]] = MappingProxyType(
     {
         **{name: {"deliveries_pkey", "deliveries_run"} for name in ("mail.mailer.SETTLE", "mail.mailer.WITHDRAW")},
         **{name: {"runs_pkey", "deliveries_pkey"} for name in CASES if name.startswith("cli.ids.")},
+        "mail.deliveries.GIVE_UP_UNANSWERED": {"runs_held", "runs_pkey"},
+        "mail.mailer.GIVE_UP": {"deliveries_kind_business_id_as_of_recipient_hash_key", "deliveries_uncertain"},
         "ledger.history.READ_QUEUE": {"runs_held", "runs_by_job"},
         "shaam.consent.FLAG_WAITING": {"shaam_tokens_sealed", "shaam_tokens_pkey", "shaam_refreshes_pkey"},
     }

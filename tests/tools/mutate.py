@@ -111,7 +111,7 @@ MUTATIONS = (
         "bon_scheduler/mail/deliveries.py",
         "                          and bon_scheduler.is_alive(r.worker))",
         "                          )",
-        ["tests/mail/test_uncertain.py", "-k", "living_worker"],
+        ["tests/mail/test_uncertain.py", "-k", "dead_worker"],
     ),
     Mutation(
         "save-once-only",
@@ -167,7 +167,7 @@ MUTATIONS = (
         "bon_scheduler/engine/run_once.py",
         "                if not left:\n",
         "                if True:\n",
-        ["tests/engine/test_run_once.py"],
+        ["tests/engine/test_run_once.py", "-k", "has_ended_caused"],
     ),
 )
 
