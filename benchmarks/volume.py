@@ -1,5 +1,5 @@
 """
-BON's tables at volume, for measuring: a million invoices, as `bon-contract` plans for them, or as many as are asked for.
+BON's tables at volume, for measuring: a million invoices, as `bon-contract` plans for them, or others.
 
 Of a million invoices of 4,000 businesses: 180,000 open ones are past due and not marked, 40,000 are marked, 31,000 are
 drafts (29,000 of them untouched for more than 30 days), 130,000 are open and not due, the others are paid. Two items an
@@ -41,10 +41,11 @@ MAKE_INVOICES = """
            (case when place < 31 then 'draft' when place < 381 then 'sent' else 'paid' end)::public.invoice_status,
            place between 211 and 250,
            current_date - 60,
-           case when place < 31 then null when place < 251 then current_date - 1 - (n * 31 % 45) else current_date + 20 end,
+           case when place < 31 then null when place < 251 then current_date - 1 - (n * 31 % 45)
+                else current_date + 20 end,
            'Customer ' || n, 'Herzl ' || n % 200 || ', Tel Aviv', 'tax_document',
            case when place >= 31 then n end, case when place >= 31 then 'INV-2026-' || n end,
-           case when place < 29 then now() - interval '31 days' - n * interval '1 second' else now() - interval '1 day' end,
+           now() - case when place < 29 then interval '31 days' + n * interval '1 second' else interval '1 day' end,
            10000 + n % 5000, 11800 + n % 5000
       from places cross join shops
 """

@@ -11,8 +11,8 @@ that committed before the lock, and the lock keeps new ones out.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timedelta
 from uuid import UUID
 
 import structlog
@@ -21,26 +21,37 @@ from asyncpg import Record
 from bon_scheduler import BusinessOutcome, CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
 from bon_scheduler.database import missing_indexes
 from bon_scheduler.jobs import ChangedRow, Connection
-from handlers.batches import Changed, Sweep, Swept, sweep
+from handlers.batches import FIRST, Changed, Sweep, Swept, sweep
 from handlers.brake import Candidates, brake
 
 log = structlog.get_logger()
 UNTOUCHED = timedelta(days=30)
 IN_TIME = timedelta(minutes=12)
 """What is left then goes the next night: without BON's two missing indexes each draft costs a scan."""
+FIRST_UNINDEXED = 20
+"""Drafts of the first batch then."""
 
-# Parameters: `batches.Sweep`'s, $5 untouched since: timestamptz. Strictly older than it. A draft that is being edited
-# now is not stale. Index: invoices_draft_cleanup_idx.
-PICK_STALE = """
-    select id, business_id, updated_at::text as key, bon_scheduler.shown(updated_at) as updated
+# Parameters: `batches.Sweep`'s, $3 untouched since: timestamptz. Strictly older than it. Index:
+# invoices_draft_cleanup_idx.
+FIND_STALE = """
+    select id
       from public.invoices
      where status = 'draft'
-       and updated_at < least($5, now() - interval '30 days')
-       and (updated_at, id) > ($1::text::timestamptz, $2)
-       and id <> all ($3)
+       and updated_at < least($3, now() - interval '30 days')
+       and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
-     order by updated_at, id
-     limit $4
+     order by updated_at
+     limit $2
+"""
+# $1 drafts: uuid[], $2 untouched since: timestamptz. A draft that is being edited now is not stale.
+# Index: invoices_pkey.
+LOCK_STALE = """
+    select id, business_id, bon_scheduler.shown(updated_at) as updated
+      from public.invoices
+     where id = any ($1)
+       and status = 'draft'
+       and updated_at < least($2, now() - interval '30 days')
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
        for update skip locked
 """
 # $2 untouched since: timestamptz. Index: invoices_draft_cleanup_idx.
@@ -105,19 +116,21 @@ async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
         log.warning("drafts.unindexed", missing=list(missing), remedy=list(missing.values()))
     stale = Sweep(
         name="delete drafts",
-        pick=PICK_STALE,
+        find=FIND_STALE,
         left=LEFT_STALE,
-        change=_delete,
+        change=_deleting(since),
         arguments=(since,),
-        begin="-infinity",
+        first=FIRST_UNINDEXED if missing else FIRST,
         event="drafts.cleaned",
     )
     swept = await sweep(ctx, stale, within=IN_TIME)
     async with ctx.transaction() as tx:
+        await ctx.record_changed(on=tx)
         # What is kept only now: each attempt finds it again, and the ledger adds up.
         await ctx.record(_kept(swept), on=tx)
         await ctx.record(swept.failures(), on=tx)
-        counts = {name: swept.counts[name] for name in ("deleted", "items")} | {"kept": len(swept.kept)}
+        done = await ctx.progress({}, on=tx)
+        counts = {name: done.get(name, 0) for name in ("deleted", "items")} | {"kept": len(swept.kept)}
         paused = await tx.fetchval(COUNT_PAUSED, since)
         counts |= swept.shortfall()
         counts |= {"paused": paused} if paused else {}
@@ -128,6 +141,14 @@ def _to_delete(number: int) -> Candidates:
     return Candidates(
         number=number, count="deleted", kind="drafts", which="are older than 30 days", of_all=COUNT_DRAFTS
     )
+
+
+def _deleting(since: datetime) -> Callable[[Connection, Sequence[UUID], bool], Awaitable[Changed]]:
+    async def change(tx: Connection, ids: Sequence[UUID], with_care: bool) -> Changed:
+        del with_care  # always: what is judged is locked
+        return await _delete(tx, await tx.fetch(LOCK_STALE, ids, since))
+
+    return change
 
 
 async def _delete(tx: Connection, rows: Sequence[Record]) -> Changed:
@@ -146,6 +167,7 @@ async def _delete(tx: Connection, rows: Sequence[Record]) -> Changed:
     ]
     return Changed(
         counts,
+        len(rows),
         {row["id"]: row["business_id"] for row in rows if row["id"] not in deleted},
         evidence=("deleted", gone),
     )

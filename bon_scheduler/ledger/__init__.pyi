@@ -22,6 +22,7 @@ from .attempts import (
 from .brakes import (
     Usual as Usual,
     hold as hold,
+    record_changed as record_changed,
     record_rows as record_rows,
     rows_of_business as rows_of_business,
     rows_of_run as rows_of_run,

@@ -118,8 +118,8 @@ async def test_today_does_not_depend_on_the_time_zone_of_the_database_session(
 ) -> None:
     options = connections._options
 
-    def in_zone(**given: Any) -> dict[str, Any]:
-        whole = options(**given)
+    def in_zone(*address: Any, **given: Any) -> dict[str, Any]:
+        whole = options(*address, **given)
         return {**whole, "server_settings": {**whole["server_settings"], "TimeZone": zone}}
 
     business = await arrange.business(connection)
