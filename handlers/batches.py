@@ -30,7 +30,7 @@ __all__ = ["Changed", "NotChangedError", "Sweep", "Swept", "bounded", "sweep"]
 log = structlog.get_logger()
 FIRST, LARGEST = 2000, 5000
 """Rows of the first batch, and of any. A batch that takes long is followed by a smaller one, and the reverse."""
-SHORT_SECONDS, LONG_SECONDS = 0.08, 0.16
+SHORT_SECONDS, LONG_SECONDS = 0.1, 0.25
 FOUND_AT_ONCE = 20_000
 """How many ids are read at a time, and held in memory."""
 PASSES = 3
@@ -104,7 +104,7 @@ class Sweep:
     first: int = FIRST
     """Rows of the first batch."""
     event: str | None = None
-    """Logged with its counts for each business of a batch, once that has committed."""
+    """Logged with its counts for each business, once the attempt has gone through all rows or fails."""
 
 
 @dataclass(slots=True)
@@ -113,6 +113,8 @@ class Swept:
 
     counts: Counter[str] = field(default_factory=Counter)
     """Of this attempt. `ctx.progress` has those of the run."""
+    of_business: dict[UUID | None, Counter[str]] = field(default_factory=dict)
+    """The same by business, as far as the batches tell."""
     refused: dict[UUID, tuple[UUID | None, str]] = field(default_factory=dict)
     """Rows that the database refused to change: their business, and how it said so."""
     kept: dict[UUID, UUID | None] = field(default_factory=dict)
@@ -154,6 +156,16 @@ async def sweep(ctx: JobContext, what: Sweep, *, within: timedelta) -> Swept:
     """Go through all rows, for `within` at most; raise what the database says when it is not about single rows."""
     swept = Swept()
     ends = time.monotonic() + within.total_seconds()
+    try:
+        await _go_through(ctx, what, swept, ends)
+    finally:
+        _log(what, swept)
+    if swept.left:
+        log.warning("rows.left", change=what.name, left=swept.left, why="in use" if swept.in_time else "time is over")
+    return swept
+
+
+async def _go_through(ctx: JobContext, what: Sweep, swept: Swept, ends: float) -> None:
     for number in range(PASSES):
         if number:
             await asyncio.sleep(PAUSE_SECONDS)
@@ -164,16 +176,13 @@ async def sweep(ctx: JobContext, what: Sweep, *, within: timedelta) -> Swept:
             swept.left = await connection.fetchval(what.left, _passed_over(swept), *what.arguments)
         if not swept.left or not swept.in_time:
             break
-    if swept.left:
-        log.warning("rows.left", change=what.name, left=swept.left, why="in use" if swept.in_time else "time is over")
-    return swept
 
 
-def _log(what: Sweep, changed: Changed) -> None:
+def _log(what: Sweep, swept: Swept) -> None:
     if what.event is None:
         return
-    kept = Counter(changed.kept.values())
-    for business, counts in changed.counts.items():
+    kept = Counter(swept.kept.values())
+    for business, counts in swept.of_business.items():
         log.info(what.event, business_id=str(business), **counts, kept=kept[business])
 
 
@@ -258,7 +267,8 @@ class _Pass:
         return changed
 
     def _account(self, batch: Sequence[UUID], changed: Changed) -> None:
-        _log(self.what, changed)
+        for business, counts in changed.counts.items():
+            self.swept.of_business.setdefault(business, Counter()).update(counts)
         self.swept.counts.update(sum(changed.counts.values(), Counter[str]()))
         self.swept.kept.update(changed.kept)
         if changed.rows < len(batch):

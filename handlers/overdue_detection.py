@@ -71,7 +71,7 @@ MARK = """
     returning id, business_id
 """
 
-# Index: invoices_overdue_reset_idx; the order has it chosen.
+# Index: invoices_overdue_reset_idx.
 FIND_SETTLED = """
     select id
       from public.invoices
@@ -79,7 +79,6 @@ FIND_SETTLED = """
        and status in ('paid', 'cancelled', 'credited')
        and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
-     order by status
      limit $2
 """
 # Index: invoices_overdue_reset_idx.

@@ -8,37 +8,37 @@ and the next attempt goes on from there.
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from datetime import datetime, timedelta
 from uuid import UUID
 
 from bon_scheduler import CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
 from bon_scheduler.jobs import Connection
-from handlers.batches import Changed, NotChangedError, Sweep, bounded, sweep
+from handlers.batches import Changed, NotChangedError, Sweep, Swept, bounded, sweep
 from handlers.brake import Candidates, brake
 
 IN_TIME = timedelta(minutes=8)
 """What is left then goes the next night."""
-AT_ONCE = 20_000
+AT_ONCE = 50_000
 """Sessions of a range. Nobody waits for an expired one, and it goes in a microsecond."""
 
-# $1 and $2 the last session of the range before: text, uuid, $3 how many, $4 fire time: timestamptz. Nothing that is
-# valid by the database's clock is deleted, whatever the fire time says. Index: session_expires_idx.
+# $1 the end of the range before, which is gone: timestamptz as text, $2 how many, $3 fire time: timestamptz. Sessions
+# of one instant are in one range. Nothing that is valid by the database's clock is deleted, whatever the fire time
+# says. Index: session_expires_idx, alone.
 END_OF_RANGE = """
-    select expires_at::text as key, id
+    select expires_at::text as last
       from public.sessions
-     where expires_at < least($4, now())
-       and (expires_at, id) > ($1::text::timestamptz, $2)
-     order by expires_at, id
-    offset $3
+     where expires_at < least($3, now())
+       and expires_at >= $1::text::timestamptz
+     order by expires_at
+    offset $2
      limit 1
 """
-# $1 and $2 the last session of the range before: text, uuid, $3 and $4 of this one, $5 fire time. Index: as above.
+# $1 the end of the range before: timestamptz as text, $2 of this one, $3 fire time. Index: session_expires_idx.
 DELETE_RANGE = """
     delete from public.sessions
-     where expires_at < least($5, now())
-       and (expires_at, id) > ($1::text::timestamptz, $2)
-       and (expires_at, id) <= ($3::text::timestamptz, $4)
+     where expires_at < least($3, now())
+       and expires_at >= $1::text::timestamptz
+       and expires_at <= $2::text::timestamptz
 """
 # $1 sessions to pass over: uuid[], $2 how many, $3 fire time. Index: session_expires_idx. A session is nobody's
 # business: it is its own.
@@ -50,12 +50,12 @@ FIND_EXPIRED = """
      order by expires_at
      limit $2
 """
-# $2 fire time: timestamptz. Index: session_expires_idx.
+# $1 sessions that do not count: uuid[], $2 fire time: timestamptz. Indexes: session_expires_idx, alone, and
+# sessions_pkey for the few.
 LEFT_EXPIRED = """
-    select count(*)
+    select count(*) - (select count(*) from public.sessions where id = any ($1) and expires_at < least($2, now()))
       from public.sessions
      where expires_at < least($2, now())
-       and id <> all ($1)
 """
 # No parameters. Read only where the brake may trip.
 COUNT_SESSIONS = "select count(*) from public.sessions"
@@ -63,7 +63,6 @@ COUNT_SESSIONS = "select count(*) from public.sessions"
 LOCK = "select id from public.sessions where id = any ($1) for update skip locked"
 # $1 sessions: uuid[], $2 fire time: timestamptz. Index: sessions_pkey.
 DELETE = "delete from public.sessions where id = any ($1) and expires_at < least($2, now())"
-BEGINNING, END = ("-infinity", UUID(int=0)), ("infinity", UUID(int=2**128 - 1))
 
 
 @job(
@@ -86,30 +85,37 @@ async def session_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
     async with ctx.connection() as connection:
         number = await connection.fetchval(LEFT_EXPIRED, [], ctx.fire_time)
         await brake(ctx, _to_delete(number), on=connection)
-    if not ctx.dry_run:
-        await _delete_ranges(ctx, ends)
-    swept = await sweep(ctx, expired, within=timedelta(seconds=ends - time.monotonic()))
+    swept = Swept()
+    if ctx.dry_run or not await _delete_ranges(ctx, ends):
+        swept = await sweep(ctx, expired, within=timedelta(seconds=ends - time.monotonic()))
     async with ctx.transaction() as tx:
         done = await ctx.progress({}, on=tx)
         counts = {"deleted": done.get("deleted", 0)} | swept.shortfall()
         return await ctx.finish(counts, on=tx, undone=swept.undone)
 
 
-async def _delete_ranges(ctx: JobContext, ends: float) -> None:
+async def _delete_ranges(ctx: JobContext, ends: float) -> bool:
     """
     Delete range by range, each by one statement: a session costs so little that its id would cost as much again.
 
-    A range in which a session is in use, or cannot be deleted, is left as it is.
+    A range in which a session is in use, or cannot be deleted, is left as it is. Return whether all went.
     """
-    last: tuple[str, UUID] = BEGINNING
-    while last != END and time.monotonic() < ends:
-        with suppress(NotChangedError):
+    last, complete = "-infinity", True
+    while last != "infinity":
+        if time.monotonic() >= ends:
+            return False
+        try:
             async with ctx.transaction() as tx:
-                row = await tx.fetchrow(END_OF_RANGE, *last, AT_ONCE - 1, ctx.fire_time)
-                first, last = last, (row["key"], row["id"]) if row else END
+                end = await tx.fetchval(END_OF_RANGE, last, AT_ONCE - 1, ctx.fire_time)
+                if end == last:
+                    return False  # there is more of this instant than fits, and it could not be deleted
+                first, last = last, end or "infinity"
                 async with bounded(tx):
-                    status = await tx.execute(DELETE_RANGE, *first, *last, ctx.fire_time)
+                    status = await tx.execute(DELETE_RANGE, first, last, ctx.fire_time)
                 await ctx.progress({"deleted": int(status.split()[-1])}, on=tx)
+        except NotChangedError:
+            complete = False
+    return complete
 
 
 def _to_delete(number: int) -> Candidates:
