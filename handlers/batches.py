@@ -169,6 +169,7 @@ async def _go_through(ctx: JobContext, what: Sweep, swept: Swept, ends: float) -
     for number in range(PASSES):
         if number:
             await asyncio.sleep(PAUSE_SECONDS)
+        swept.left = 0
         complete = await _Pass(ctx, what, swept, ends).run()
         if complete or ctx.dry_run:
             break
