@@ -1,7 +1,7 @@
 """
 What is usual for a job, runs that the brake holds, and which of BON's rows each run has changed.
 
-Sizes: a changed row takes 32 bytes, a deleted draft 44, besides a row for each batch.
+Sizes: a changed row takes 34 bytes, a deleted draft 43, and each 36 in the index by business.
 """
 
 from collections.abc import Sequence
