@@ -101,6 +101,8 @@ class Sweep:
     arguments: tuple[Any, ...] = ()
     business_of: str | None = BUSINESS_OF
     """Whose a row is, by its id; None: nobody's."""
+    locks: bool = False
+    """Whether each batch is done with care, because what it judges must be locked."""
     first: int = FIRST
     """Rows of the first batch."""
     event: str | None = None
@@ -235,7 +237,7 @@ class _Pass:
 
     async def _go_through(self, ids: Sequence[UUID]) -> bool:
         """Change these, batch by batch; return False when time was over before the end."""
-        done = with_care_until = 0
+        done, with_care_until = 0, len(ids) if self.what.locks else 0
         while done < len(ids):
             began = time.monotonic()
             if began >= self.ends:

@@ -112,6 +112,7 @@ async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
         left=LEFT_STALE,
         change=_deleting(since),
         arguments=(since,),
+        locks=True,
         first=FIRST_UNINDEXED if missing else FIRST,
         event="drafts.cleaned",
     )
@@ -137,7 +138,7 @@ def _to_delete(number: int) -> Candidates:
 
 def _deleting(since: datetime) -> Callable[[Connection, Sequence[UUID], bool], Awaitable[Changed]]:
     async def change(tx: Connection, ids: Sequence[UUID], with_care: bool) -> Changed:
-        del with_care  # always: what is judged is locked
+        del with_care  # always: see `locks`
         return await _delete(tx, await tx.fetch(LOCK_STALE, ids, since))
 
     return change

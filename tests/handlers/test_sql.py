@@ -42,12 +42,13 @@ async def fault_of(connection: Connection, sql: str) -> str | None:
 
 
 def searched(plan: Any) -> set[str]:
-    """The indexes that are searched by a condition: not read through, as for their order alone."""
+    """The indexes that are searched by a condition, or hold just what is looked for: not read for their order alone."""
     if isinstance(plan, list):
         return set().union(*map(searched, plan))
     if not isinstance(plan, dict):
         return set()
-    here = {plan["Index Name"]} if "Index Cond" in plan else set()
+    finds = "Index Cond" in plan or plan.get("Node Type") == "Bitmap Index Scan"
+    here = {plan["Index Name"]} if finds else set()
     return here | searched(list(plan.values()))
 
 
