@@ -104,7 +104,7 @@ CLEAR_SETTLED = """
 
 # $3 the later of as_of and today: date. Invoices whose due date was moved after they were marked. The later date, so
 # that replaying an old tick never un-marks what became overdue since. Index: none of BON's serves it, so that the
-# invoices are read through, once; the one that `check` recommends has it read what it finds.
+# invoices are read through, once; with the one of docs/decisions/0035 only what it finds is read.
 FIND_MOVED = """
     select id
       from public.invoices
