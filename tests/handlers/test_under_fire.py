@@ -60,6 +60,13 @@ WRONG = """
         or became is null and (was).status = 'draft'
                and (was).updated_at < timestamptz '2026-10-24 04:00Z', false)
 """
+# $1 the business that goes, $2 job: roughly what the job is to change, so that the writers are in its way.
+CANDIDATES = """
+    select id from public.before
+     where business_id <> $1
+       and case when $2 = 'draft-cleanup' then status = 'draft' and updated_at < '2026-10-24 04:00Z'
+                else status in ('finalized', 'sent', 'partially_paid') and due_date < '2026-11-23' and not is_overdue end
+"""
 # Rows that nobody else has changed, and that are not what the rules make of what they were before.
 NOT_DONE = """
     select b.id
@@ -156,16 +163,18 @@ async def triples(connection: Connection, sql: str) -> list[tuple[Any, ...]]:
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("job", [overdue_detection, draft_cleanup], ids=lambda job: job.name)
 async def test_beside_writers_each_row_is_changed_by_what_it_was_at_that_moment(
-    run_job: RunJob, connection: Connection, database_url: str, job: AnyJob
+    run_job: RunJob, connection: Connection, database_url: str, monkeypatch: pytest.MonkeyPatch, job: AnyJob
 ) -> None:
-    made = [await arrange.business(connection) for _ in range(4)]
+    # All ids are read at once, so that much happens between a row's being found and its turn.
+    monkeypatch.setattr(batches, "FOUND_AT_ONCE", 10_000)
+    made = [await arrange.business(connection) for _ in range(12)]
     for business in made:
         await connection.execute(MAKE, business)
     await connection.execute(JOURNAL)
     goes = await arrange.business(connection)
     await connection.execute(MAKE, goes)
-    ids = [row["id"] for row in await connection.fetch("select id from public.before where business_id <> $1", goes)]
-    async with writers(database_url, ids):
+    ids = [row["id"] for row in await connection.fetch(CANDIDATES, goes, job.name)]
+    async with writers(database_url, ids, 5):
         run = asyncio.ensure_future(run_job(job, fire_time=FIRED))
         while not await connection.fetchval("select exists (select from bon_scheduler.changed_rows)"):
             await asyncio.sleep(0.005)
