@@ -65,7 +65,8 @@ CANDIDATES = """
     select id from public.before
      where business_id <> $1
        and case when $2 = 'draft-cleanup' then status = 'draft' and updated_at < '2026-10-24 04:00Z'
-                else status in ('finalized', 'sent', 'partially_paid') and due_date < '2026-11-23' and not is_overdue end
+                else status in ('finalized', 'sent', 'partially_paid')
+                     and due_date < '2026-11-23' and not is_overdue end
 """
 # Rows that nobody else has changed, and that are not what the rules make of what they were before.
 NOT_DONE = """
