@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from urllib.parse import urlsplit, urlunsplit
-from uuid import UUID
 
 from bon_scheduler import database, service
 from bon_scheduler.database import missing_indexes
@@ -29,7 +28,7 @@ from bon_scheduler.environment import load_settings
 from bon_scheduler.jobs import Connection
 from bon_scheduler.log import configure_logging
 from handlers.draft_cleanup import DELETE_UNREFERENCED
-from handlers.overdue_detection import LEFT_MOVED, LEFT_OVERDUE, LEFT_SETTLED, MARK, PICK_OVERDUE
+from handlers.overdue_detection import FIND_OVERDUE, LEFT_MOVED, LEFT_OVERDUE, LEFT_SETTLED, MARK
 
 AS_OF = date(2026, 11, 23)
 BATCH = 5000
@@ -131,14 +130,13 @@ async def fresh(url: str, statements: Sequence[str]) -> str:
 
 async def mark(connection: Connection) -> int:
     """Mark all that is overdue, in batches, each committed."""
-    key, last, rows = "-infinity", UUID(int=0), 0
+    rows = 0
     while True:
         async with connection.transaction():
-            picked = await connection.fetch(PICK_OVERDUE, key, last, [], BATCH, AS_OF)
-            if not picked:
+            found = await connection.fetch(FIND_OVERDUE, [], BATCH, AS_OF)
+            if not found:
                 return rows
-            rows += len(await connection.fetch(MARK, [row["id"] for row in picked]))
-        key, last = picked[-1]["key"], picked[-1]["id"]
+            rows += len(await connection.fetch(MARK, [row["id"] for row in found], AS_OF))
 
 
 async def measure_marking(url: str, statements: Sequence[str]) -> Marked:

@@ -1,17 +1,19 @@
 """
 Change many rows in batches: each commits by itself, blocks nobody for long, and one bad row stops no other.
 
-A batch locks rows that nobody else is using and changes them. When BON's database refuses a change, the batch is
-halved until the row that it refuses is alone; that row is kept as it is and reported for its business. A row that
-somebody edits meanwhile is left to a later pass of the same run. What a batch did is recorded in its transaction, so
-that an attempt that dies loses nothing and the next one goes on from there.
+The ids of what is to be changed are read first, without a lock. A batch of them is changed by one statement, which
+judges each row again. Where that waits for somebody, or BON's database refuses it, the same batch is done with care:
+rows that somebody uses are passed over, and it is halved until a row that is refused is alone; that row is kept as it
+is and reported for its business. A row that somebody edits meanwhile is left to a later pass of the same run. What a
+batch did is recorded in its transaction: an attempt that dies loses nothing, and the next one goes on from there.
 """
 
 import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -23,12 +25,14 @@ import structlog
 from bon_scheduler import BusinessOutcome, JobContext
 from bon_scheduler.jobs import ChangedRow, Connection
 
-__all__ = ["Changed", "Sweep", "Swept", "sweep"]
+__all__ = ["Changed", "NotChangedError", "Sweep", "Swept", "bounded", "sweep"]
 
 log = structlog.get_logger()
-FIRST, LARGEST = 1000, 5000
+FIRST, LARGEST = 2000, 5000
 """Rows of the first batch, and of any. A batch that takes long is followed by a smaller one, and the reverse."""
-SHORT_SECONDS, LONG_SECONDS = 0.1, 0.3
+SHORT_SECONDS, LONG_SECONDS = 0.1, 0.25
+FOUND_AT_ONCE = 20_000
+"""How many ids are read at a time, and held in memory."""
 PASSES = 3
 PAUSE_SECONDS = 1.0
 """Between two passes, for those who are editing what was left."""
@@ -36,8 +40,10 @@ MOST_REFUSED = 100
 """Rows that are kept because the database refuses to change them, before the run gives up."""
 MOST_REFUSED_AT_FIRST = 5
 """The same, while it has refused every row: then the fault is not a row's."""
+WAIT_LITTLE = "set local lock_timeout = '50ms'"
+"""Of a batch whose rows are not locked first: it waits for whoever uses one of them, and others wait for it."""
 WAIT_AT_MOST = "set local lock_timeout = '1s'"
-"""A change waits for more than the rows it has locked, as in BON's triggers."""
+"""Of a batch that is done with care: it waits for more than the rows it has locked, as in BON's triggers."""
 CHECK_ALL = "set constraints all immediate; set local lock_timeout = 0"
 """Has BON's deferred triggers speak before the commit; ends the limit, which is not for the ledger's own waits."""
 _IN_USE = (asyncpg.LockNotAvailableError, asyncpg.TransactionRollbackError)
@@ -52,12 +58,15 @@ _NOT_A_ROWS = (
 _PLACE = re.compile(r"PL/pgSQL function ([\w.]{1,100})\(")
 
 
-class _NotChangedError(Exception):
-    """The database refuses to change one of `rows`."""
+# $1 invoice. Index: invoices_pkey.
+BUSINESS_OF = "select business_id from public.invoices where id = $1"
 
-    def __init__(self, rows: Sequence[asyncpg.Record], why: asyncpg.PostgresError) -> None:
+
+class NotChangedError(Exception):
+    """The database refuses to change one of a batch's rows."""
+
+    def __init__(self, why: asyncpg.PostgresError) -> None:
         super().__init__(str(why))
-        self.rows = rows
         self.why = why
 
 
@@ -67,6 +76,8 @@ class Changed:
 
     counts: Mapping[UUID | None, Counter[str]]
     """By business; None: of rows that belong to none."""
+    rows: int
+    """How many rows it changed or kept. The others were in use, or are no longer to be changed."""
     kept: Mapping[UUID, UUID | None] = field(default_factory=dict)
     """Rows that were looked at and stay candidates, and their businesses."""
     evidence: tuple[Literal["deleted", "marked", "cleared"], Sequence[ChangedRow]] | None = None
@@ -78,21 +89,24 @@ class Sweep:
     """
     Which rows are changed, in which order, and how.
 
-    `pick` takes $1 and $2, the key (text) and the id of the last row of the batch before; $3, ids to pass over: uuid[];
-    $4, the size of the batch; then `arguments`. It returns `id`, `business_id` and `key` (text) in the order of key and
-    id, and locks them with `skip locked`. `left` takes $1, ids to pass over, then `arguments`, and counts what `pick`
-    could still find.
+    `find` takes $1, ids to pass over: uuid[]; $2, how many are wanted; then `arguments`. It returns their ids, and
+    locks nothing. `left` takes $1, ids to pass over, then `arguments`, and counts what `find` would find. `change` is
+    given ids and whether to take care: then it passes over rows that somebody uses.
     """
 
     name: str
-    pick: str
+    find: str
     left: str
-    change: Callable[[Connection, Sequence[asyncpg.Record]], Awaitable[Changed]]
+    change: Callable[[Connection, Sequence[UUID], bool], Awaitable[Changed]]
     arguments: tuple[Any, ...] = ()
-    begin: str
-    """The key that is before all others."""
+    business_of: str | None = BUSINESS_OF
+    """Whose a row is, by its id; None: nobody's."""
+    locks: bool = False
+    """Whether each batch is done with care, because what it judges must be locked."""
+    first: int = FIRST
+    """Rows of the first batch."""
     event: str | None = None
-    """Logged with its counts for each business of a batch, once that has committed."""
+    """Logged with its counts for each business, once the attempt has gone through all rows or fails."""
 
 
 @dataclass(slots=True)
@@ -100,7 +114,9 @@ class Swept:
     """What became of all rows."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """Of this run, whichever attempt did it."""
+    """Of this attempt. `ctx.progress` has those of the run."""
+    of_business: dict[UUID | None, Counter[str]] = field(default_factory=dict)
+    """The same by business, as far as the batches tell."""
     refused: dict[UUID, tuple[UUID | None, str]] = field(default_factory=dict)
     """Rows that the database refused to change: their business, and how it said so."""
     kept: dict[UUID, UUID | None] = field(default_factory=dict)
@@ -116,7 +132,7 @@ class Swept:
 
     def add(self, other: "Swept") -> None:
         """Take in what became of other rows of the same run."""
-        self.counts = self.counts | other.counts
+        self.counts.update(other.counts)
         self.refused |= other.refused
         self.kept |= other.kept
         self.left += other.left
@@ -142,34 +158,34 @@ async def sweep(ctx: JobContext, what: Sweep, *, within: timedelta) -> Swept:
     """Go through all rows, for `within` at most; raise what the database says when it is not about single rows."""
     swept = Swept()
     ends = time.monotonic() + within.total_seconds()
-    for number in range(1 if ctx.dry_run else PASSES):
-        if number:
-            await asyncio.sleep(PAUSE_SECONDS)
-        swept.in_time = await _pass(ctx, what, swept, ends)
-        if ctx.dry_run:
-            break
-        async with ctx.connection() as connection:
-            swept.left = await connection.fetchval(what.left, _passed_over(swept), *what.arguments)
-        if not swept.left or not swept.in_time:
-            break
+    try:
+        await _go_through(ctx, what, swept, ends)
+    finally:
+        _log(what, swept)
     if swept.left:
         log.warning("rows.left", change=what.name, left=swept.left, why="in use" if swept.in_time else "time is over")
     return swept
 
 
-def _outcomes(changed: Changed) -> list[BusinessOutcome]:
-    return [
-        BusinessOutcome(business, counts=dict(counts))
-        for business, counts in changed.counts.items()
-        if business is not None and counts.total()
-    ]
+async def _go_through(ctx: JobContext, what: Sweep, swept: Swept, ends: float) -> None:
+    for number in range(PASSES):
+        if number:
+            await asyncio.sleep(PAUSE_SECONDS)
+        swept.left = 0
+        complete = await _Pass(ctx, what, swept, ends).run()
+        if complete or ctx.dry_run:
+            break
+        async with ctx.connection() as connection:
+            swept.left = await connection.fetchval(what.left, _passed_over(swept), *what.arguments)
+        if not swept.left or not swept.in_time:
+            break
 
 
-def _log(what: Sweep, changed: Changed) -> None:
+def _log(what: Sweep, swept: Swept) -> None:
     if what.event is None:
         return
-    kept = Counter(changed.kept.values())
-    for business, counts in changed.counts.items():
+    kept = Counter(swept.kept.values())
+    for business, counts in swept.of_business.items():
         log.info(what.event, business_id=str(business), **counts, kept=kept[business])
 
 
@@ -177,72 +193,119 @@ def _passed_over(swept: Swept) -> list[UUID]:
     return [*swept.kept, *swept.refused]
 
 
-async def _pass(ctx: JobContext, what: Sweep, swept: Swept, ends: float) -> bool:
-    """Go through what is there now; return False when time was over before the end."""
-    size, last = min(FIRST, LARGEST), (what.begin, UUID(int=0))
-    over = _passed_over(swept)
-    while time.monotonic() < ends:
-        began = time.monotonic()
-        try:
-            async with ctx.transaction() as tx:
-                rows = await tx.fetch(what.pick, *last, over, size, *what.arguments)
-                changed = await _change(tx, what, rows)
-                await ctx.record(_outcomes(changed), on=tx)
-                if changed.evidence is not None:
-                    await ctx.keep_rows(*changed.evidence, on=tx)
-                total = await ctx.progress(sum(changed.counts.values(), Counter[str]()), on=tx)
-        except _NotChangedError as refused:
-            if len(refused.rows) > 1:
-                size = len(refused.rows) // 2
-                continue
-            rows = list(refused.rows)
-            _keep(what, swept, rows[0], refused.why)
-        else:
-            _log(what, changed)
-            swept.counts = Counter(total)
-            swept.kept.update(changed.kept)
-            if len(rows) < size:
-                return True
-            size = _next_size(size, time.monotonic() - began)
-        last = (rows[-1]["key"], rows[-1]["id"])
-    return False
-
-
-async def _change(tx: Connection, what: Sweep, rows: Sequence[asyncpg.Record]) -> Changed:
-    if not rows:
-        return Changed({})
+@asynccontextmanager
+async def bounded(tx: Connection, *, with_care: bool = False) -> AsyncIterator[None]:
+    """Limit how long a batch waits for others; raise NotChangedError where the database refuses one of its rows."""
     try:
-        await tx.execute(WAIT_AT_MOST)
-        changed = await what.change(tx, rows)
+        await tx.execute(WAIT_AT_MOST if with_care else WAIT_LITTLE)
+        yield
         await tx.execute(CHECK_ALL)
     except _NOT_A_ROWS:
         raise
     except asyncpg.PostgresError as error:
-        raise _NotChangedError(rows, error) from error
-    return changed
+        raise NotChangedError(error) from error
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One way through what is there now."""
+
+    ctx: JobContext
+    what: Sweep
+    swept: Swept
+    ends: float
+    size: int = 0
+    seen: list[UUID] = field(default_factory=list)
+    """What was tried in vain, or in a dry run at all: to be found no more in this pass."""
+    complete: bool = True
+    """Whether each row that was found is changed, kept or refused by now."""
+
+    async def run(self) -> bool:
+        """Return whether all that it found was done."""
+        self.size = min(self.what.first, LARGEST)
+        while True:
+            ids = await self._find()
+            self.swept.in_time = await self._go_through(ids)
+            if not self.swept.in_time or len(ids) < FOUND_AT_ONCE:
+                return self.complete and self.swept.in_time
+
+    async def _find(self) -> list[UUID]:
+        over = [*_passed_over(self.swept), *self.seen]
+        async with self.ctx.connection() as connection:
+            rows = await connection.fetch(self.what.find, over, FOUND_AT_ONCE, *self.what.arguments)
+        return [row["id"] for row in rows]
+
+    async def _go_through(self, ids: Sequence[UUID]) -> bool:
+        """Change these, batch by batch; return False when time was over before the end."""
+        done, with_care_until = 0, len(ids) if self.what.locks else 0
+        while done < len(ids):
+            began = time.monotonic()
+            if began >= self.ends:
+                return False
+            with_care = done < with_care_until
+            batch = ids[done : min(done + self.size, with_care_until if with_care else len(ids))]
+            try:
+                changed = await self._commit(batch, with_care=with_care)
+            except NotChangedError as refused:
+                if not with_care:
+                    with_care_until = done + len(batch)
+                    continue
+                if len(batch) > 1:
+                    self.size = len(batch) // 2
+                    continue
+                await self._keep(batch[0], refused.why)
+            else:
+                self._account(batch, changed)
+                self.size = _next_size(self.size, time.monotonic() - began)
+            done += len(batch)
+        return True
+
+    async def _commit(self, batch: Sequence[UUID], *, with_care: bool) -> Changed:
+        async with self.ctx.transaction() as tx:
+            async with bounded(tx, with_care=with_care):
+                changed = await self.what.change(tx, batch, with_care)
+            if changed.evidence is not None:
+                await self.ctx.keep_rows(*changed.evidence, on=tx)
+            await self.ctx.progress(sum(changed.counts.values(), Counter[str]()), on=tx)
+        return changed
+
+    def _account(self, batch: Sequence[UUID], changed: Changed) -> None:
+        for business, counts in changed.counts.items():
+            self.swept.of_business.setdefault(business, Counter()).update(counts)
+        self.swept.counts.update(sum(changed.counts.values(), Counter[str]()))
+        self.swept.kept.update(changed.kept)
+        if changed.rows < len(batch):
+            self.complete = False
+        if changed.rows < len(batch) or self.ctx.dry_run:
+            self.seen.extend(batch)
+
+    async def _keep(self, row: UUID, error: asyncpg.PostgresError) -> None:
+        """Pass over one row: somebody uses what it takes, or the database refuses to change it."""
+        if isinstance(error, _IN_USE):
+            self.complete = False
+            self.seen.append(row)
+            return
+        business = None
+        if self.what.business_of is not None:
+            async with self.ctx.connection() as connection:
+                business = await connection.fetchval(self.what.business_of, row)
+        self.swept.refused[row] = (business, _describe(error))
+        refused = len(self.swept.refused)
+        if refused > MOST_REFUSED or (refused > MOST_REFUSED_AT_FIRST and not self.swept.counts.total()):
+            raise error
+        log.error(
+            "row.refused",
+            change=self.what.name,
+            id=str(row),
+            business_id=str(business),
+            error=self.swept.refused[row][1],
+        )
 
 
 def _next_size(size: int, took_seconds: float) -> int:
     if took_seconds < SHORT_SECONDS:
         return min(size * 2, LARGEST)
     return max(size // 2, 1) if took_seconds > LONG_SECONDS else size
-
-
-def _keep(what: Sweep, swept: Swept, row: asyncpg.Record, error: asyncpg.PostgresError) -> None:
-    """Pass over one row: somebody uses what it takes, or the database refuses to change it."""
-    if isinstance(error, _IN_USE):
-        return
-    swept.refused[row["id"]] = (row["business_id"], _describe(error))
-    refused = len(swept.refused)
-    if refused > MOST_REFUSED or (refused > MOST_REFUSED_AT_FIRST and not swept.counts.total()):
-        raise error
-    log.error(
-        "row.refused",
-        change=what.name,
-        id=str(row["id"]),
-        business_id=str(row["business_id"]),
-        error=swept.refused[row["id"]][1],
-    )
 
 
 def _describe(error: asyncpg.PostgresError) -> str:

@@ -11,7 +11,7 @@ that committed before the lock, and the lock keeps new ones out.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -21,26 +21,37 @@ from asyncpg import Record
 from bon_scheduler import BusinessOutcome, CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
 from bon_scheduler.database import missing_indexes
 from bon_scheduler.jobs import ChangedRow, Connection
-from handlers.batches import Changed, Sweep, Swept, sweep
+from handlers.batches import FIRST, Changed, Sweep, Swept, sweep
 from handlers.brake import Candidates, brake
 
 log = structlog.get_logger()
 UNTOUCHED = timedelta(days=30)
 IN_TIME = timedelta(minutes=12)
 """What is left then goes the next night: without BON's two missing indexes each draft costs a scan."""
+FIRST_UNINDEXED = 20
+"""Drafts of the first batch then."""
 
-# Parameters: `batches.Sweep`'s, $5 untouched since: timestamptz. Strictly older than it. A draft that is being edited
-# now is not stale. Index: invoices_draft_cleanup_idx.
-PICK_STALE = """
-    select id, business_id, updated_at::text as key, bon_scheduler.shown(updated_at) as updated
+# Parameters: `batches.Sweep`'s, $3 untouched since: timestamptz. Strictly older than it. Index:
+# invoices_draft_cleanup_idx.
+FIND_STALE = """
+    select id
       from public.invoices
      where status = 'draft'
-       and updated_at < least($5, now() - interval '30 days')
-       and (updated_at, id) > ($1::text::timestamptz, $2)
-       and id <> all ($3)
+       and updated_at < least($3, now() - interval '30 days')
+       and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
-     order by updated_at, id
-     limit $4
+     order by updated_at
+     limit $2
+"""
+# $1 drafts: uuid[], $2 untouched since: timestamptz. A draft that is being edited now is not stale.
+# Index: invoices_pkey.
+LOCK_STALE = """
+    select id, business_id, bon_scheduler.shown(updated_at) as updated
+      from public.invoices
+     where id = any ($1)
+       and status = 'draft'
+       and updated_at < least($2, now() - interval '30 days')
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
        for update skip locked
 """
 # $2 untouched since: timestamptz. Index: invoices_draft_cleanup_idx.
@@ -74,16 +85,8 @@ COUNT_PAUSED = """
                       and i.updated_at < $1)
 """
 
-# $1 drafts: uuid[]. Index: unique (invoice_id, position).
-COUNT_ITEMS = """
-    select invoice_id, count(*) as items
-      from public.invoice_items
-     where invoice_id = any ($1)
-     group by invoice_id
-"""
-
 # $1 drafts: uuid[], locked by this transaction. BON has no index for three of these references; `check`
-# recommends two of them.
+# recommends two of them. The items are counted before they go. Index: unique (invoice_id, position).
 DELETE_UNREFERENCED = """
     delete from public.invoices i
      where i.id = any ($1)
@@ -92,7 +95,7 @@ DELETE_UNREFERENCED = """
        and not exists (select from public.shaam_audit_log a where a.invoice_id = i.id)
        and not exists (select from public.emergency_allocation_numbers e where e.used_for_invoice_id = i.id)
        and not exists (select from public.invoices c where c.credited_invoice_id = i.id)
-    returning i.id
+    returning i.id, (select count(*) from public.invoice_items t where t.invoice_id = i.id) as items
 """
 
 
@@ -114,19 +117,22 @@ async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
         log.warning("drafts.unindexed", missing=list(missing), remedy=list(missing.values()))
     stale = Sweep(
         name="delete drafts",
-        pick=PICK_STALE,
+        find=FIND_STALE,
         left=LEFT_STALE,
-        change=_delete,
+        change=_deleting(since),
         arguments=(since,),
-        begin="-infinity",
+        locks=True,
+        first=FIRST_UNINDEXED if missing else FIRST,
         event="drafts.cleaned",
     )
     swept = await sweep(ctx, stale, within=IN_TIME)
     async with ctx.transaction() as tx:
+        await ctx.record_changed(on=tx)
         # What is kept only now: each attempt finds it again, and the ledger adds up.
         await ctx.record(_kept(swept), on=tx)
         await ctx.record(swept.failures(), on=tx)
-        counts = {name: swept.counts[name] for name in ("deleted", "items")} | {"kept": len(swept.kept)}
+        done = await ctx.progress({}, on=tx)
+        counts = {name: done.get(name, 0) for name in ("deleted", "items")} | {"kept": len(swept.kept)}
         paused = await tx.fetchval(COUNT_PAUSED, since)
         counts |= swept.shortfall()
         counts |= {"paused": paused} if paused else {}
@@ -144,22 +150,30 @@ async def stale_drafts(connection: Connection, fire_time: datetime, *, now: date
     )
 
 
+def _deleting(since: datetime) -> Callable[[Connection, Sequence[UUID], bool], Awaitable[Changed]]:
+    async def change(tx: Connection, ids: Sequence[UUID], with_care: bool) -> Changed:
+        del with_care  # always: see `locks`
+        return await _delete(tx, await tx.fetch(LOCK_STALE, ids, since))
+
+    return change
+
+
 async def _delete(tx: Connection, rows: Sequence[Record]) -> Changed:
     drafts = [row["id"] for row in rows]
-    items = {row["invoice_id"]: row["items"] for row in await tx.fetch(COUNT_ITEMS, drafts)}
-    deleted = {row["id"] for row in await tx.fetch(DELETE_UNREFERENCED, drafts)}
+    deleted: dict[UUID, int] = {row["id"]: row["items"] for row in await tx.fetch(DELETE_UNREFERENCED, drafts)}
     counts: dict[UUID | None, Counter[str]] = {}
     for row in rows:
         found = counts.setdefault(row["business_id"], Counter(deleted=0, items=0))
         if row["id"] in deleted:
-            found.update(deleted=1, items=items.get(row["id"], 0))
+            found.update(deleted=1, items=deleted[row["id"]])
     gone = [
-        ChangedRow(row["id"], row["business_id"], items.get(row["id"], 0), row["updated"])
+        ChangedRow(row["id"], row["business_id"], deleted[row["id"]], row["updated"])
         for row in rows
         if row["id"] in deleted
     ]
     return Changed(
         counts,
+        len(rows),
         {row["id"]: row["business_id"] for row in rows if row["id"] not in deleted},
         evidence=("deleted", gone),
     )

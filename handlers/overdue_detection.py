@@ -8,12 +8,10 @@ overdue: a run that dies in between is tried again, marks the rest, and asks for
 """
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from datetime import date, datetime, timedelta
 from typing import Literal
 from uuid import UUID
-
-from asyncpg import Record
 
 from bon_scheduler import CatchUp, Counts, Cron, JobContext, Payload, Retry, job
 from bon_scheduler.jobs import ChangedRow, Connection
@@ -24,23 +22,21 @@ from handlers.overdue_digest import OverdueDigest, overdue_digest
 IN_TIME = timedelta(minutes=8)
 """For all changes together; what is left then goes with the next run."""
 
-# Parameters of PICK and LEFT: `batches.Sweep`'s. A row whose mark or status BON changes meanwhile is judged again
-# when it is locked.
+# Parameters of FIND and LEFT: `batches.Sweep`'s. What FIND found is judged again by the statement that changes it: a
+# row that BON has changed meanwhile is left alone.
 
-# $5 as_of: date. Index: invoices_overdue_candidates_idx.
-PICK_OVERDUE = """
-    select id, business_id, due_date::text as key
+# $3 as_of: date. Index: invoices_overdue_candidates_idx.
+FIND_OVERDUE = """
+    select id
       from public.invoices
      where status in ('finalized', 'sent', 'partially_paid')
        and due_date is not null
-       and due_date < least($5, (now() at time zone 'UTC')::date + 1)
+       and due_date < least($3, (now() at time zone 'UTC')::date + 1)
        and not is_overdue
-       and (due_date, id) > ($1::text::date, $2)
-       and id <> all ($3)
+       and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
-     order by due_date, id
-     limit $4
-       for no key update skip locked
+     order by due_date
+     limit $2
 """
 # $2 as_of: date. Index: invoices_overdue_candidates_idx.
 LEFT_OVERDUE = """
@@ -71,26 +67,30 @@ COUNT_UNMARKED = """
      where status in ('finalized', 'sent', 'partially_paid')
        and not is_overdue
 """
-# $1 invoices: uuid[], locked by this transaction. Index: invoices_pkey.
+# $1 invoices: uuid[]. Index: invoices_pkey.
+LOCK = "select id from public.invoices where id = any ($1) for no key update skip locked"
+# $1 invoices: uuid[], $2 as_of: date. Index: invoices_pkey.
 MARK = """
     update public.invoices
        set is_overdue = true, updated_at = now()
      where id = any ($1)
+       and status in ('finalized', 'sent', 'partially_paid')
+       and due_date is not null
+       and due_date < least($2, (now() at time zone 'UTC')::date + 1)
+       and not is_overdue
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
     returning id, business_id
 """
 
 # Index: invoices_overdue_reset_idx.
-PICK_SETTLED = """
-    select id, business_id, '' as key
+FIND_SETTLED = """
+    select id
       from public.invoices
      where is_overdue = true
        and status in ('paid', 'cancelled', 'credited')
-       and ($1::text, id) > ('', $2)
-       and id <> all ($3)
+       and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
-     order by id
-     limit $4
-       for no key update skip locked
+     limit $2
 """
 # Index: invoices_overdue_reset_idx.
 LEFT_SETTLED = """
@@ -102,23 +102,31 @@ LEFT_SETTLED = """
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
 
-# $5 the later of as_of and today: date. Invoices whose due date was moved after they were marked. The later date, so
-# that replaying an old tick never un-marks what became overdue since. Index: none of BON's serves it, so that each
-# batch reads the open invoices through; there are few such rows, as a rule one batch.
-PICK_MOVED = """
-    select id, business_id, '' as key
+# $1 invoices: uuid[]. Index: invoices_pkey.
+CLEAR_SETTLED = """
+    update public.invoices
+       set is_overdue = false, updated_at = now()
+     where id = any ($1)
+       and is_overdue = true
+       and status in ('paid', 'cancelled', 'credited')
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+    returning id, business_id
+"""
+
+# $3 the later of as_of and today: date. Invoices whose due date was moved after they were marked. The later date, so
+# that replaying an old tick never un-marks what became overdue since. Index: none of BON's serves it, so that the
+# invoices are read through, once; with the one of docs/decisions/0035 only what it finds is read.
+FIND_MOVED = """
+    select id
       from public.invoices
      where is_overdue
        and status in ('finalized', 'sent', 'partially_paid')
-       and (due_date is null or due_date >= $5)
-       and ($1::text, id) > ('', $2)
-       and id <> all ($3)
+       and (due_date is null or due_date >= $3)
+       and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
-     order by id
-     limit $4
-       for no key update skip locked
+     limit $2
 """
-# $2 the later of as_of and today: date. Index: as PICK_MOVED.
+# $2 the later of as_of and today: date. Index: as FIND_MOVED.
 LEFT_MOVED = """
     select count(*)
       from public.invoices
@@ -128,11 +136,15 @@ LEFT_MOVED = """
        and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
-# $1 invoices: uuid[], locked by this transaction. Index: invoices_pkey.
-CLEAR = """
+# $1 invoices: uuid[], $2 the later of as_of and today: date. Index: invoices_pkey.
+CLEAR_MOVED = """
     update public.invoices
        set is_overdue = false, updated_at = now()
      where id = any ($1)
+       and is_overdue
+       and status in ('finalized', 'sent', 'partially_paid')
+       and (due_date is null or due_date >= $2)
+       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
     returning id, business_id
 """
 
@@ -167,23 +179,9 @@ async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Count
     """Mark invoices overdue, clear the mark of settled ones, and have the owners told."""
     as_of, latest = ctx.business_date, max(ctx.business_date, ctx.today)
     sweeps = (
-        Sweep(
-            name="mark",
-            pick=PICK_OVERDUE,
-            left=LEFT_OVERDUE,
-            change=_setting(MARK, "marked"),
-            arguments=(as_of,),
-            begin="-infinity",
-        ),
-        Sweep(name="clear", pick=PICK_SETTLED, left=LEFT_SETTLED, change=_setting(CLEAR, "cleared"), begin=""),
-        Sweep(
-            name="clear",
-            pick=PICK_MOVED,
-            left=LEFT_MOVED,
-            change=_setting(CLEAR, "cleared"),
-            arguments=(latest,),
-            begin="",
-        ),
+        _sweep("marked", (FIND_OVERDUE, LEFT_OVERDUE, MARK), as_of),
+        _sweep("cleared", (FIND_SETTLED, LEFT_SETTLED, CLEAR_SETTLED)),
+        _sweep("cleared", (FIND_MOVED, LEFT_MOVED, CLEAR_MOVED), latest),
     )
     async with ctx.connection() as connection:
         await brake(ctx, await unmarked_overdue(connection, as_of), on=connection)
@@ -192,10 +190,12 @@ async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Count
         swept.add(await sweep(ctx, each, within=IN_TIME / len(sweeps)))
     async with ctx.transaction() as tx:
         paused = await tx.fetchval(COUNT_PAUSED, as_of, latest)
+        await ctx.record_changed(on=tx)
         await ctx.record(swept.failures(), on=tx)
         if payload.send or not (ctx.replay and as_of < ctx.today):
             await ctx.enqueue(overdue_digest, OverdueDigest(as_of=as_of), on=tx, dedupe_key=str(ctx.run_id))
-        counts = {name: swept.counts[name] for name in ("marked", "cleared")}
+        done = await ctx.progress({}, on=tx)
+        counts = {name: done.get(name, 0) for name in ("marked", "cleared")}
         counts |= swept.shortfall()
         counts |= {"paused": paused} if paused else {}
         return await ctx.finish(counts, on=tx, undone=swept.undone)
@@ -212,15 +212,15 @@ async def unmarked_overdue(connection: Connection, as_of: date, *, now: datetime
     )
 
 
-def _setting(
-    statement: str, counted_as: Literal["marked", "cleared"]
-) -> Callable[[Connection, Sequence[Record]], Awaitable[Changed]]:
-    async def change(tx: Connection, rows: Sequence[Record]) -> Changed:
-        changed = await tx.fetch(statement, [row["id"] for row in rows])
-        number = Counter[UUID](row["business_id"] for row in changed)
-        return Changed(
-            {business: Counter({counted_as: rows}) for business, rows in number.items()},
-            evidence=(counted_as, [ChangedRow(row["id"], row["business_id"]) for row in changed]),
-        )
+def _sweep(counted_as: Literal["marked", "cleared"], statements: tuple[str, str, str], *arguments: date) -> Sweep:
+    """Return how to find, to count and to change what is counted as this."""
+    find, left, statement = statements
 
-    return change
+    async def change(tx: Connection, ids: Sequence[UUID], with_care: bool) -> Changed:
+        if with_care:
+            ids = [row["id"] for row in await tx.fetch(LOCK, ids)]
+        rows = await tx.fetch(statement, ids, *arguments)
+        changed = [ChangedRow(row["id"], row["business_id"]) for row in rows]
+        return Changed({None: Counter({counted_as: len(rows)})}, len(rows), evidence=(counted_as, changed))
+
+    return Sweep(name=counted_as, find=find, left=left, change=change, arguments=arguments)

@@ -5,38 +5,57 @@ Delete expired sessions each night, in batches, so that no lock is held for long
 and the next attempt goes on from there.
 """
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
-
-from asyncpg import Record
+from uuid import UUID
 
 from bon_scheduler import CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
 from bon_scheduler.jobs import Connection
-from handlers.batches import Changed, Sweep, sweep
+from handlers.batches import Changed, NotChangedError, Sweep, Swept, bounded, sweep
 from handlers.brake import Candidates, brake
 
 IN_TIME = timedelta(minutes=8)
 """What is left then goes the next night."""
+AT_ONCE = 50_000
+"""Sessions of a range. Nobody waits for an expired one, and it goes in a microsecond."""
 
-# Parameters: `batches.Sweep`'s, $5 fire time: timestamptz. Nothing that is valid by the database's clock is deleted,
-# whatever the fire time says. Index: session_expires_idx. A session is nobody's business: it is its own.
-PICK_EXPIRED = """
-    select id, null::uuid as business_id, expires_at::text as key
+# $1 the end of the range before, which is gone: timestamptz as text, $2 how many, $3 fire time: timestamptz. Sessions
+# of one instant are in one range. Nothing that is valid by the database's clock is deleted, whatever the fire time
+# says. Index: session_expires_idx, alone.
+END_OF_RANGE = """
+    select expires_at::text as last
       from public.sessions
-     where expires_at < least($5, now())
-       and (expires_at, id) > ($1::text::timestamptz, $2)
-       and id <> all ($3)
-     order by expires_at, id
-     limit $4
-       for update skip locked
+     where expires_at < least($3, now())
+       and expires_at >= $1::text::timestamptz
+     order by expires_at
+    offset $2
+     limit 1
 """
-# $2 fire time: timestamptz. Index: session_expires_idx.
+# $1 the end of the range before: timestamptz as text, $2 of this one, $3 fire time. Index: session_expires_idx.
+DELETE_RANGE = """
+    delete from public.sessions
+     where expires_at < least($3, now())
+       and expires_at >= $1::text::timestamptz
+       and expires_at <= $2::text::timestamptz
+"""
+# $1 sessions to pass over: uuid[], $2 how many, $3 fire time. Index: session_expires_idx. A session is nobody's
+# business: it is its own.
+FIND_EXPIRED = """
+    select id
+      from public.sessions
+     where expires_at < least($3, now())
+       and id <> all ($1)
+     order by expires_at
+     limit $2
+"""
+# $1 sessions that do not count: uuid[], $2 fire time: timestamptz. Indexes: session_expires_idx, alone, and
+# sessions_pkey for the few.
 LEFT_EXPIRED = """
-    select count(*)
+    select count(*) - (select count(*) from public.sessions where id = any ($1) and expires_at < least($2, now()))
       from public.sessions
      where expires_at < least($2, now())
-       and id <> all ($1)
 """
 # $1 fire time: timestamptz, $2 the instant that a rehearsal takes for now: timestamptz; null: the database's own.
 # Index: session_expires_idx.
@@ -47,8 +66,10 @@ COUNT_EXPIRED = """
 """
 # No parameters. Read only where the brake may trip, and in a rehearsal.
 COUNT_SESSIONS = "select count(*) from public.sessions"
-# $1 sessions: uuid[], locked by this transaction. Index: sessions_pkey.
-DELETE = "delete from public.sessions where id = any ($1)"
+# $1 sessions: uuid[]. Index: sessions_pkey.
+LOCK = "select id from public.sessions where id = any ($1) for update skip locked"
+# $1 sessions: uuid[], $2 fire time: timestamptz. Index: sessions_pkey.
+DELETE = "delete from public.sessions where id = any ($1) and expires_at < least($2, now())"
 
 
 @job(
@@ -59,20 +80,48 @@ DELETE = "delete from public.sessions where id = any ($1)"
 )
 async def session_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
     """Delete sessions that have expired."""
+    ends = time.monotonic() + IN_TIME.total_seconds()
     expired = Sweep(
         name="delete sessions",
-        pick=PICK_EXPIRED,
+        find=FIND_EXPIRED,
         left=LEFT_EXPIRED,
-        change=_delete,
+        change=_deleting(ctx.fire_time),
         arguments=(ctx.fire_time,),
-        begin="-infinity",
+        business_of=None,
     )
     async with ctx.connection() as connection:
         await brake(ctx, await expired_sessions(connection, ctx.fire_time), on=connection)
-    swept = await sweep(ctx, expired, within=IN_TIME)
+    swept = Swept()
+    if ctx.dry_run or not await _delete_ranges(ctx, ends):
+        swept = await sweep(ctx, expired, within=timedelta(seconds=ends - time.monotonic()))
     async with ctx.transaction() as tx:
-        counts = {"deleted": swept.counts["deleted"]} | swept.shortfall()
+        done = await ctx.progress({}, on=tx)
+        counts = {"deleted": done.get("deleted", 0)} | swept.shortfall()
         return await ctx.finish(counts, on=tx, undone=swept.undone)
+
+
+async def _delete_ranges(ctx: JobContext, ends: float) -> bool:
+    """
+    Delete range by range, each by one statement: a session costs so little that its id would cost as much again.
+
+    A range in which a session is in use, or cannot be deleted, is left as it is. Return whether all went.
+    """
+    last, complete = "-infinity", True
+    while last != "infinity":
+        if time.monotonic() >= ends:
+            return False
+        try:
+            async with ctx.transaction() as tx:
+                end = await tx.fetchval(END_OF_RANGE, last, AT_ONCE - 1, ctx.fire_time)
+                if end == last:
+                    return False  # there is more of this instant than fits, and it could not be deleted
+                first, last = last, end or "infinity"
+                async with bounded(tx):
+                    status = await tx.execute(DELETE_RANGE, first, last, ctx.fire_time)
+                await ctx.progress({"deleted": int(status.split()[-1])}, on=tx)
+        except NotChangedError:
+            complete = False
+    return complete
 
 
 async def expired_sessions(connection: Connection, fire_time: datetime, *, now: datetime | None = None) -> Candidates:
@@ -81,6 +130,11 @@ async def expired_sessions(connection: Connection, fire_time: datetime, *, now: 
     return Candidates(number=number, count="deleted", kind="sessions", which="have expired", of_all=COUNT_SESSIONS)
 
 
-async def _delete(tx: Connection, rows: Sequence[Record]) -> Changed:
-    status = await tx.execute(DELETE, [row["id"] for row in rows])
-    return Changed({None: Counter(deleted=int(status.split()[-1]))})
+def _deleting(fire_time: datetime) -> Callable[[Connection, Sequence[UUID], bool], Awaitable[Changed]]:
+    async def change(tx: Connection, ids: Sequence[UUID], with_care: bool) -> Changed:
+        if with_care:
+            ids = [row["id"] for row in await tx.fetch(LOCK, ids)]
+        number = int((await tx.execute(DELETE, ids, fire_time)).split()[-1])
+        return Changed({None: Counter(deleted=number)}, number)
+
+    return change

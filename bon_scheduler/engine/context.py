@@ -181,6 +181,10 @@ class AttemptContext:
         """Keep which of BON's rows this run has changed."""
         await ledger.record_rows(on, self.run_id, change, rows)
 
+    async def record_changed(self, *, on: Connection) -> None:
+        """Record for each business how many of its rows this run has changed."""
+        await ledger.record_changed(on, self.run_id)
+
     async def progress(self, counts: Counts, *, on: Connection) -> Counts:
         """Add to what this run has done; return the counts of all its attempts."""
         return await ledger.add_progress(on, self.ref, counts)

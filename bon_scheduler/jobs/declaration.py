@@ -279,6 +279,10 @@ class JobContext(Protocol):
         """Keep, in the transaction that changed them, which of BON's rows this run has changed."""
         ...
 
+    async def record_changed(self, *, on: Connection) -> None:
+        """Record for each business how many of its rows this run has changed, as far as `keep_rows` was told."""
+        ...
+
     async def progress(self, counts: Counts, *, on: Connection) -> Counts:
         """
         Add to what this run has done so far, in the transaction that did it; return the counts of all its attempts,

@@ -33,6 +33,7 @@ from .brakes import (
     Usual as Usual,
     end_held as end_held,
     hold as hold,
+    record_changed as record_changed,
     record_rows as record_rows,
     rows_of_business as rows_of_business,
     rows_of_run as rows_of_run,

@@ -20,6 +20,7 @@ USERS = {
     "handlers.overdue_digest": ("overdue-digest",),
     "handlers.draft_cleanup": ("draft-cleanup",),
     "handlers.session_cleanup": ("session-cleanup",),
+    "handlers.batches": ("overdue-detection", "draft-cleanup"),
     "handlers.notify_reauth": ("notify-reauth",),
     **{
         f"handlers.{module}.{name}": (job, "rehearsal")

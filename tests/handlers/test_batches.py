@@ -234,6 +234,29 @@ async def test_a_run_that_has_no_time_left_says_what_it_left(
     assert (report.run["state"], report.run["counts"]["left"]) == ("partial", 20 - gone)
 
 
+async def test_without_bons_indexes_drafts_go_in_small_batches_for_its_time_and_the_others_the_next_night(
+    run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("handlers.draft_cleanup"), "IN_TIME", timedelta(seconds=0.3))
+    business = await arrange.business(connection)
+    for _ in range(50):
+        await draft(connection, business)
+    await connection.execute(
+        """
+        create function public.slow() returns trigger language plpgsql as $$
+        begin perform pg_sleep(0.02); return old; end $$;
+        create trigger slow before delete on public.invoices for each row execute function public.slow()
+        """
+    )
+    first = await run_job(draft_cleanup, fire_time=FIRED)
+    assert first.run["state"] == "partial"
+    assert (first.run["counts"]["deleted"], first.run["counts"]["left"]) == (20, 30)
+    await connection.execute("drop trigger slow on public.invoices")
+    monkeypatch.undo()
+    night = await run_job(draft_cleanup, fire_time=FIRED + timedelta(days=1))
+    assert (night.run["state"], night.run["counts"]) == ("succeeded", {"deleted": 30, "items": 0, "kept": 0})
+
+
 async def test_a_lost_connection_is_no_rows_fault(
     run_job: RunJob, connection: Connection, logged: Callable[[], str]
 ) -> None:

@@ -1,11 +1,11 @@
 """Session clean-up on real PostgreSQL."""
 
+import importlib
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
 
-from handlers import batches
 from handlers.session_cleanup import session_cleanup
 from tests import arrange
 from tests.conftest import Connection, RunJob
@@ -43,7 +43,7 @@ async def test_what_expired_since_the_fire_time_is_left_to_the_next_night(
 async def test_more_than_a_batch_is_deleted_batch_by_batch(
     run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch, expired: int
 ) -> None:
-    monkeypatch.setattr(batches, "LARGEST", 3)
+    monkeypatch.setattr(importlib.import_module("handlers.session_cleanup"), "AT_ONCE", 3)
     user = await arrange.user(connection)
     for age in range(expired):
         await arrange.session(connection, user, FIRED - timedelta(minutes=age + 1))

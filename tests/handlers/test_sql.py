@@ -15,9 +15,9 @@ import bon_scheduler
 import handlers
 import health
 from bon_scheduler.ledger.history import ACTIONS_ON
-from handlers.draft_cleanup import COUNT_STALE, LEFT_STALE, PICK_STALE
-from handlers.overdue_detection import COUNT_OVERDUE, LEFT_OVERDUE, PICK_OVERDUE, PICK_SETTLED
-from handlers.session_cleanup import COUNT_EXPIRED, LEFT_EXPIRED, PICK_EXPIRED
+from handlers.draft_cleanup import COUNT_STALE, FIND_STALE, LEFT_STALE
+from handlers.overdue_detection import COUNT_OVERDUE, FIND_OVERDUE, FIND_SETTLED, LEFT_OVERDUE
+from handlers.session_cleanup import COUNT_EXPIRED, DELETE_RANGE, END_OF_RANGE, FIND_EXPIRED, LEFT_EXPIRED
 from tests.conftest import Connection
 
 STATEMENT = re.compile(r"\b(select|update|insert|delete)\b", re.IGNORECASE)
@@ -44,12 +44,13 @@ async def fault_of(connection: Connection, sql: str) -> str | None:
 
 
 def searched(plan: Any) -> set[str]:
-    """The indexes that are searched by a condition: not read through, as for their order alone."""
+    """The indexes that are searched by a condition, or hold just what is looked for: not read for their order alone."""
     if isinstance(plan, list):
         return set().union(*map(searched, plan))
     if not isinstance(plan, dict):
         return set()
-    here = {plan["Index Name"]} if "Index Cond" in plan else set()
+    finds = "Index Cond" in plan or plan.get("Node Type") == "Bitmap Index Scan"
+    here = {plan["Index Name"]} if finds else set()
     return here | searched(list(plan.values()))
 
 
@@ -65,7 +66,7 @@ def test_the_search_for_statements_finds_those_of_every_kind_of_module() -> None
         "bon_scheduler.ledger.entries.ENQUEUE",
         "bon_scheduler.mail.mailer.INTEND",
         "handlers.digest.statement.READ_STATEMENT",
-        "handlers.draft_cleanup.PICK_STALE",
+        "handlers.draft_cleanup.FIND_STALE",
     }
 
 
@@ -84,12 +85,14 @@ def test_the_search_for_parameters_finds_them_however_they_are_written(condition
 @pytest.mark.parametrize(
     ("sql", "arguments", "index"),
     [
-        (PICK_OVERDUE, "('2026-11-23', gen_random_uuid(), '{}', 500, '2026-11-23')", "invoices_overdue_candidates_idx"),
+        (FIND_OVERDUE, "('{}', 500, '2026-11-23')", "invoices_overdue_candidates_idx"),
         (LEFT_OVERDUE, "('{}', '2026-11-23')", "invoices_overdue_candidates_idx"),
-        (PICK_SETTLED, "('', gen_random_uuid(), '{}', 500)", "invoices_overdue_reset_idx"),
-        (PICK_STALE, "('1970-01-01', gen_random_uuid(), '{}', 500, '2026-11-23')", "invoices_draft_cleanup_idx"),
+        (FIND_SETTLED, "('{}', 500)", "invoices_overdue_reset_idx"),
+        (FIND_STALE, "('{}', 500, '2026-11-23')", "invoices_draft_cleanup_idx"),
         (LEFT_STALE, "('{}', '2026-11-23')", "invoices_draft_cleanup_idx"),
-        (PICK_EXPIRED, "('1970-01-01', gen_random_uuid(), '{}', 500, '2026-11-23')", "session_expires_idx"),
+        (FIND_EXPIRED, "('{}', 500, '2026-11-23')", "session_expires_idx"),
+        (END_OF_RANGE, "('1970-01-01', 500, '2026-11-23')", "session_expires_idx"),
+        (DELETE_RANGE, "('1970-01-01', '1970-01-02', '2026-11-23')", "session_expires_idx"),
         (LEFT_EXPIRED, "('{}', '2026-11-23')", "session_expires_idx"),
         (COUNT_OVERDUE, "('2026-11-23', null)", "invoices_overdue_candidates_idx"),
         (COUNT_STALE, "('2026-11-23', '2026-11-23')", "invoices_draft_cleanup_idx"),
@@ -97,12 +100,14 @@ def test_the_search_for_parameters_finds_them_however_they_are_written(condition
         (ACTIONS_ON, "('00000000-0000-0000-0000-000000000000')", "operator_actions_target"),
     ],
     ids=[
-        "PICK_OVERDUE",
+        "FIND_OVERDUE",
         "LEFT_OVERDUE",
-        "PICK_SETTLED",
-        "PICK_STALE",
+        "FIND_SETTLED",
+        "FIND_STALE",
         "LEFT_STALE",
-        "PICK_EXPIRED",
+        "FIND_EXPIRED",
+        "END_OF_RANGE",
+        "DELETE_RANGE",
         "LEFT_EXPIRED",
         "COUNT_OVERDUE",
         "COUNT_STALE",
