@@ -76,6 +76,12 @@ class FatedConnection:
         self._connection = connection
         self._fate = fate
 
+    def is_in_transaction(self) -> bool:
+        return bool(self._connection.is_in_transaction())
+
+    def query_logger(self, callback: Any) -> Any:
+        return self._connection.query_logger(callback)
+
     async def fetchval(self, *args: Any, **options: Any) -> Any:
         return await self._fate.statement(lambda: self._connection.fetchval(*args, **options))
 

@@ -130,19 +130,19 @@ async def command(handlers: Path, *arguments: str, **environ: str) -> Finished:
 
 
 async def test_a_broken_job_is_named_and_the_others_go_on(handlers: Path, database_url: str) -> None:
-    file = handlers / "session_cleanup.py"
+    file = handlers / "ledger_pruning.py"
     spoil(
         file,
-        'schedule=Cron("0 4 * * *", catch_up=CatchUp.LATEST, grace=timedelta(hours=24))',
-        'schedule="0 4 * * *"',
+        'schedule=Cron("30 4 * * *", catch_up=CatchUp.LATEST, grace=timedelta(hours=24))',
+        'schedule="30 4 * * *"',
     )
     for arguments in (["jobs"], ["runs"], ["audit"], ["timeline"], ["enqueue", "draft-cleanup"]):
         done = await command(handlers, *arguments, DATABASE_URL=database_url)
         assert done.status == 0, done.err
-        assert f'{file}:47: job "session-cleanup": Its schedule is' in done.err
+        assert f'{file}:24: job "ledger-pruning": Its schedule is' in done.err
     listed = await command(handlers, "jobs", "--json", DATABASE_URL=database_url)
     rows = {row["job"]: row["summary"] for row in listed.document["jobs"]}
-    assert rows["session-cleanup"].startswith("broken: ")
+    assert rows["ledger-pruning"].startswith("broken: ")
     assert rows["draft-cleanup"].startswith("Delete")
     checked = await command(handlers, "check", "--json", DATABASE_URL=database_url)
     assert checked.status == 1
@@ -150,11 +150,11 @@ async def test_a_broken_job_is_named_and_the_others_go_on(handlers: Path, databa
     assert [each["level"] for each in found] == ["failure"]
     done = await command(handlers, "run-once", "draft-cleanup", DATABASE_URL=database_url)
     assert done.status == 0
-    done = await command(handlers, "run-once", "session-cleanup", DATABASE_URL=database_url)
+    done = await command(handlers, "run-once", "ledger-pruning", DATABASE_URL=database_url)
     assert done.status == 2
-    assert f'Job "session-cleanup" cannot be used. {file}:47' in done.err
+    assert f'Job "ledger-pruning" cannot be used. {file}:24' in done.err
     # Its variable is no unknown one.
-    done = await command(handlers, "runs", DATABASE_URL=database_url, SCHEDULE_SESSION_CLEANUP="0 5 * * *")
+    done = await command(handlers, "runs", DATABASE_URL=database_url, SCHEDULE_LEDGER_PRUNING="0 5 * * *")
     assert done.status == 0
 
 
@@ -162,32 +162,32 @@ async def test_a_broken_job_is_named_and_the_others_go_on(handlers: Path, databa
 async def test_what_needs_every_job_is_refused_while_one_is_broken(
     handlers: Path, database_url: str, arguments: list[str]
 ) -> None:
-    line = spoil(handlers / "session_cleanup.py", "async def session_cleanup(", "async def session_cleanup(ctx) = (")
+    line = spoil(handlers / "ledger_pruning.py", "async def ledger_pruning(", "async def ledger_pruning(ctx) = (")
     done = await command(handlers, *arguments, DATABASE_URL=database_url)
     assert done.status == 2
-    assert f'session_cleanup.py:{line}: job "session-cleanup": It cannot be imported: SyntaxError' in done.err
+    assert f'ledger_pruning.py:{line}: job "ledger-pruning": It cannot be imported: SyntaxError' in done.err
     assert "One job is broken" in done.err
 
 
 SPOILED = {
     "an exception": (
-        "session_cleanup.py",
-        "IN_TIME = timedelta(minutes=8)",
+        "ledger_pruning.py",
+        '__all__ = ["ledger_pruning"]',
         "IN_TIME = timedelta(eons=8)",
         "TypeError",
     ),
-    "a name": ("session_cleanup.py", "IN_TIME = timedelta(minutes=8)", "IN_TIME = span(8)", "name 'span'"),
-    "an exit": ("session_cleanup.py", "IN_TIME = timedelta(minutes=8)", "raise SystemExit(3)", "SystemExit: 3"),
-    "cron": ("session_cleanup.py", '"0 4 * * *"', '"0 25 * * *"', '"0 25 * * *" is not a cron expression'),
-    "never": ("session_cleanup.py", '"0 4 * * *"', '"0 4 30 2 *"', "bad day-of-month"),
+    "a name": ("ledger_pruning.py", '__all__ = ["ledger_pruning"]', "IN_TIME = span(8)", "name 'span'"),
+    "an exit": ("ledger_pruning.py", '__all__ = ["ledger_pruning"]', "raise SystemExit(3)", "SystemExit: 3"),
+    "cron": ("ledger_pruning.py", '"30 4 * * *"', '"0 25 * * *"', '"0 25 * * *" is not a cron expression'),
+    "never": ("ledger_pruning.py", '"30 4 * * *"', '"0 4 30 2 *"', "bad day-of-month"),
     "not decorated": (
-        "session_cleanup.py",
+        "ledger_pruning.py",
         "@job(",
         "@(lambda *_, **__: lambda f: f)(",
         "stands in JOBS and is no job",
     ),
-    "no such name": ("__init__.py", "import session_cleanup", "import session_clean", "cannot import name"),
-    "no such module": ("__init__.py", "handlers.session_cleanup", "handlers.session_clean", "ModuleNotFoundError"),
+    "no such name": ("__init__.py", "import ledger_pruning", "import session_clean", "cannot import name"),
+    "no such module": ("__init__.py", "handlers.ledger_pruning", "handlers.session_clean", "ModuleNotFoundError"),
 }
 
 
@@ -201,14 +201,14 @@ async def test_whatever_breaks_a_module_takes_only_its_jobs_away(handlers: Path,
     place = next(each for each in done.err.split() if ".py:" in each).rstrip(":")
     assert place.startswith(f"{handlers / name}:")
     assert abs(int(place.rpartition(":")[2]) - line) <= 4
-    assert sum(not row["summary"].startswith(("broken", "its")) for row in done.document["jobs"]) == 8
+    assert sum(not row["summary"].startswith(("broken", "its")) for row in done.document["jobs"]) == 9
 
 
 async def test_what_imports_a_broken_module_is_named_with_it(handlers: Path, database_url: str) -> None:
     line = spoil(handlers / "send_overdue_digest.py", "async def send_overdue_digest(", "def send_overdue_digest(")
     done = await command(handlers, "runs", DATABASE_URL=database_url)
     told = [text for text in done.err.splitlines() if ".py:" in text]
-    assert len(told) == 3
+    assert len(told) == 4
     assert 'job "send-overdue-digest": It cannot be imported: SyntaxError: ' in done.err
     assert 'overdue_detection.py:1: job "overdue-detection": It imports what cannot be used' in done.err
     assert 'Write "async def"' in done.err
@@ -216,9 +216,9 @@ async def test_what_imports_a_broken_module_is_named_with_it(handlers: Path, dat
 
 
 async def test_two_jobs_of_one_name_are_both_named_and_neither_runs(handlers: Path, database_url: str) -> None:
-    spoil(handlers / "session_cleanup.py", '"session-cleanup"', '"draft-cleanup"')
+    spoil(handlers / "ledger_pruning.py", '"ledger-pruning"', '"draft-cleanup"')
     done = await command(handlers, "jobs", "--json", DATABASE_URL=database_url)
-    assert "session_cleanup.py:47: " in done.err
+    assert "ledger_pruning.py:24: " in done.err
     assert "draft_cleanup.py:" in done.err
     assert "Another job has this name" in done.err
     done = await command(handlers, "run-once", "draft-cleanup", DATABASE_URL=database_url)

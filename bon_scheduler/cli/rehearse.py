@@ -1,17 +1,17 @@
-"""What tonight's jobs would touch: the command `rehearse`, and a rehearsal beside the runs that came after it."""
+"""What tonight's jobs would touch: the command `rehearse`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from uuid import UUID
 
 from bon_scheduler import engine, ledger, service
 from bon_scheduler.cli.parsing import BADLY, DONE, HELD, find_job, person, reading
+from bon_scheduler.cli.rehearsed import number
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.config import Settings
-from bon_scheduler.report import Column, Report
+from bon_scheduler.report import Report
 from bon_scheduler.schedule import Clocks
 
-__all__ = ["rehearse", "runs_of", "show_comparison"]
+__all__ = ["rehearse"]
 
 JOB = "rehearsal"
 PUBLIC = ("job", "fire_time", "candidates", "of", "usual", "verdict", "reason")
@@ -53,7 +53,7 @@ def _tell(report: Report, rows: Sequence[Mapping[str, Any]], result: engine.RunR
                 f"{row['fire_time'].astimezone(report.zone):%m-%d %H:%M}",
                 f"{row['candidates']:,}",
                 f"{row['of']:,}",
-                _number(row["usual"]),
+                number(row["usual"]),
                 row["verdict"],
             )
             for row in rows
@@ -68,33 +68,3 @@ def _tell(report: Report, rows: Sequence[Mapping[str, Any]], result: engine.RunR
         report.say(f"Left out, because a person has paused them: {counts['paused']}. See: bon-scheduler jobs")
     if not result.went_well:
         report.say(f"Not all could be counted: {result.why or 'see the log, and: bon-scheduler check'}")
-
-
-def runs_of(rows: Sequence[Mapping[str, Any]]) -> list[UUID]:
-    """Return the runs that rehearsals name."""
-    return [run for row in rows for run in (row["rehearsal"], row["compared_with"]) if run is not None]
-
-
-def show_comparison(report: Report, rows: Sequence[Mapping[str, Any]], short: Mapping[Any, str]) -> None:
-    """Show, of a run, what its rehearsal said; of a rehearsal, what there was to do when its runs came."""
-    if not rows:
-        return
-    report.table(
-        ["job", "rehearsal", "rehearsed", "run", "found", Column("verdict", importance=1)],
-        [
-            (
-                row["job"],
-                short.get(row["rehearsal"], row["rehearsal"]),
-                f"{row['candidates']:,}",
-                short.get(row["compared_with"], row["compared_with"]) if row["compared_with"] else "to come",
-                _number(row["found"]),
-                row["verdict"],
-            )
-            for row in rows
-        ],
-        title="\nRehearsed",
-    )
-
-
-def _number(value: int | None) -> str:
-    return "—" if value is None else f"{value:,}"

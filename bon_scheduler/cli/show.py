@@ -6,7 +6,7 @@ from typing import Any
 from uuid import UUID
 
 from bon_scheduler import declared, ledger, mail
-from bon_scheduler.cli import rehearse as rehearsing
+from bon_scheduler.cli import rehearsed as rehearsing
 from bon_scheduler.cli.ids import Kind, find_ids, find_run_id, shorten
 from bon_scheduler.cli.in_force import tell_pause, who_serves
 from bon_scheduler.cli.look import describe

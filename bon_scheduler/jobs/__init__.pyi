@@ -17,7 +17,6 @@ from .declaration import (
     Payload as Payload,
     Retry as Retry,
     Usual as Usual,
-    explain_payload as explain_payload,
     job as job,
 )
 from .errors import (
@@ -26,6 +25,9 @@ from .errors import (
     NeverRetryError as NeverRetryError,
     NotNowError as NotNowError,
     RetryLaterError as RetryLaterError,
+)
+from .explaining import (
+    explain_payload as explain_payload,
 )
 from .mistakes import (
     JobDeclarationError as JobDeclarationError,

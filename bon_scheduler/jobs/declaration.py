@@ -12,7 +12,7 @@ from uuid import UUID
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from bon_scheduler.jobs.mistakes import (
     JobDeclarationError,
@@ -41,7 +41,6 @@ __all__ = [
     "Payload",
     "Retry",
     "Usual",
-    "explain_payload",
     "job",
 ]
 
@@ -383,20 +382,3 @@ def job(
         )
 
     return declare
-
-
-MOST_FAULTS, LONGEST_NAME = 10, 80
-"""What is told of an unusable payload: its names are somebody else's, and may be of any length and number."""
-
-
-def explain_payload(job: AnyJob, error: ValidationError) -> str:
-    """Return which fields of a payload are wrong, without their values."""
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    faults = "; ".join(
-        f"{'.'.join(map(str, item['loc']))[:LONGEST_NAME] or 'payload'}: {item['msg'][:1].lower()}{item['msg'][1:200]}"
-        for item in found[:MOST_FAULTS]
-    )
-    if len(found) > MOST_FAULTS:
-        faults += f"; and {len(found) - MOST_FAULTS:,} more"
-    known = ", ".join(job.payload.model_fields) or "no fields"
-    return f'The payload of "{job.name}" is not usable: {faults}. It takes: {known}.'

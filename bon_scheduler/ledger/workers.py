@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from uuid import UUID, uuid4
 
+import orjson
+
 from bon_scheduler import __version__
 from bon_scheduler.clock import seconds_since_boot
 from bon_scheduler.database import Outage
@@ -34,10 +36,10 @@ __all__ = [
 ]
 
 # $1 worker, $2 host, $3 process id, $4 version, $5 whether it is a `serve`: boolean, $6 lease: interval,
-# $7 settings: jsonb.
+# $7 settings: text of a JSON object, because the heartbeat's connection knows no codecs.
 REGISTER_WORKER = """
     insert into bon_scheduler.workers (id, host, pid, version, serves, lease, settings)
-    values ($1, $2, $3, $4, $5, $6, $7)
+    values ($1, $2, $3, $4, $5, $6, $7::text::jsonb)
     on conflict (id) do update set seen_at = clock_timestamp(), last_word = gen_random_uuid()
 """
 # $1 worker.
@@ -144,7 +146,8 @@ class Watch:
 
 async def register_worker(connection: Connection, worker: Worker) -> None:
     """Make this process a living worker."""
-    values = worker.id, worker.host, worker.pid, worker.version, worker.serves, worker.lease, dict(worker.settings)
+    told = orjson.dumps(dict(worker.settings)).decode()
+    values = worker.id, worker.host, worker.pid, worker.version, worker.serves, worker.lease, told
     await connection.execute(REGISTER_WORKER, *values, timeout=CALL_TIMEOUT_SECONDS)
 
 

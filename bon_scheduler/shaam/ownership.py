@@ -20,9 +20,13 @@ from bon_scheduler.database import Pool
 from bon_scheduler.jobs import Connection
 from bon_scheduler.shaam.cipher import TokenCipher, UnreadableTokenError
 
-__all__ = ["CENSUS_TIMEOUT_SECONDS", "Census", "find_owner"]
+__all__ = ["CENSUS_TIMEOUT_SECONDS", "SEVERAL_HOLD", "Census", "find_owner"]
 
 CENSUS_TIMEOUT_SECONDS = 60.0
+
+SEVERAL_HOLD = (
+    "token.foreign: when the stored token was first seen, another row held it too, or it was stored as an access token"
+)
 
 # One census at a time: two at once could wait for each other. It keeps out nobody but VACUUM.
 LOCK = "lock table bon_scheduler.shaam_tokens in share update exclusive mode"

@@ -43,7 +43,7 @@ from bon_scheduler.shaam.client import (
 )
 from bon_scheduler.shaam.consent import Asked
 from bon_scheduler.shaam.limiter import Limiter
-from bon_scheduler.shaam.ownership import Census, find_owner
+from bon_scheduler.shaam.ownership import SEVERAL_HOLD, Census, find_owner
 from bon_scheduler.shaam.refreshes import (
     CALL_TIMEOUT_SECONDS,
     Claimed,
@@ -73,9 +73,6 @@ SAVE_WAITS_SECONDS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SPOOLED_SAVE_WAITS_SECONDS = (0.25,)
 """Where a spool is, a process that dies meanwhile is the greater risk."""
 REFUSED = "not called: its new tokens are kept, and the database refuses them"
-SEVERAL_HOLD = (
-    "token.foreign: when the stored token was first seen, another row held it too, or it was stored as an access token"
-)
 WAITS_BECAUSE = {
     Verdict.UNKNOWN: "its row changed while the ledger looked whose its token is",
     Verdict.WAITS: "an answer to an earlier request may lie in the spool of a replica that is not there",

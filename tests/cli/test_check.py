@@ -272,6 +272,7 @@ async def test_what_needs_no_database_is_looked_at_without_one(make_settings: Ma
     found = await check_deployment(settings, SystemClock())
     assert [(each.name, each.level) for each in found] == [
         ("settings", Level.OK),
+        ("jobs", Level.OK),
         ("encryption", Level.OK),
         ("database", Level.FAILURE),
         ("shaam", Level.OK),
