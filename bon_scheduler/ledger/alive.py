@@ -35,16 +35,18 @@ HEARTBEATS = """
 """
 # $1 job. The newest that was to run; else the newest. Index: runs_by_job.
 LATEST_RUN = """
-    select id
-      from (select id, state not in ('missed', 'paused') as ran, enqueued_at
-              from bon_scheduler.runs
-             where job = $1 and not dry_run
-             order by enqueued_at desc
-             limit 1000) as recent
-     order by ran desc, enqueued_at desc
+    select newest.id
+      from unnest(enum_range(null::bon_scheduler.run_state)) as s (state)
+     cross join lateral (
+               select r.id, r.enqueued_at
+                 from bon_scheduler.runs r
+                where r.job = $1 and r.state = s.state and not r.dry_run
+                order by r.enqueued_at desc
+                limit 1) as newest
+     order by s.state not in ('missed', 'paused') desc, newest.enqueued_at desc
      limit 1
 """
-# $1 run. Indexes: runs_pkey, runs_exclusive.
+# $1 run. Indexes: runs_pkey, runs_exclusive, attempts_pkey.
 OBSTACLE = """
     select r.ready, bon_scheduler.shown(r.run_at) as run_at,
            other.id as behind, a.host as behind_on, bon_scheduler.shown(a.started_at) as behind_since
@@ -55,19 +57,22 @@ OBSTACLE = """
      where r.id = $1 and r.state in ('queued', 'retrying')
      limit 1
 """
-# $1 job. Indexes: runs_oldest, runs_timed, runs_held.
+# $1 job. Index: runs_by_job.
 OPEN_COUNTS = """
     select count(*) filter (where state <> 'running') as waiting, count(*) filter (where state = 'running') as running
       from bon_scheduler.runs
      where job = $1 and state in ('queued', 'retrying', 'running')
 """
-# Index: runs_for_a_person.
+# Index: runs_by_job.
 HELD_COUNTS = """
-    select job, count(*) filter (where state = 'dead') as dead, count(*) filter (where state = 'held') as held
-      from bon_scheduler.runs
-     where state in ('dead', 'held') and not dry_run
-     group by job
-     order by job
+    select j.name as job, counted.dead, counted.held
+      from bon_scheduler.jobs j
+     cross join lateral (
+               select count(*) filter (where r.state = 'dead') as dead, count(*) filter (where r.state = 'held') as held
+                 from bon_scheduler.runs r
+                where r.job = j.name and r.state in ('dead', 'held') and not r.dry_run) as counted
+     where counted.dead + counted.held > 0
+     order by j.name
 """
 # $1 business: uuid, $2 since: timestamptz, $3 job or null, $4 state or null, $5 limit: int. Runs that did something for
 # it, were asked for it, or did nothing for anybody because they are dead or held. Indexes: runs_newest,

@@ -70,7 +70,8 @@ RECORD_ROWS = """
     insert into bon_scheduler.changed_rows (run_id, change, ids, businesses, items, updated)
     values ($1, $2, $3, $4, $5, $6)
 """
-# $1 run. Of all its attempts: what one of them did not come to record, the next one does. Index: changed_rows_pkey.
+# $1 run. Of all its attempts: what one of them did not come to record, the next one does. Indexes:
+# changed_rows_pkey, business_outcomes_pkey, runs_pkey.
 RECORD_CHANGED = """
     with changed as (
         select r.business_id, c.change, r.items

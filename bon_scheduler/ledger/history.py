@@ -189,27 +189,28 @@ JOB_OVERVIEW = """
                 limit 1) last on true
      order by j.name
 """
-# No parameters. Of a job's newest thousand runs; one that has not done what it is for has an error. Index: runs_by_job.
+# No parameters. Of a job's newest hundred runs of either state; one that has not done what it is for has an error.
+# Index: runs_by_job.
 LAST_SUCCESSES = """
-    select j.name, last.finished_at
+    select j.name, max(recent.finished_at) as finished_at
       from bon_scheduler.jobs j
+     cross join unnest(array['succeeded', 'partial']::bon_scheduler.run_state[]) as s (state)
      cross join lateral (
-               select max(recent.finished_at) as finished_at
-                 from (select r.finished_at, r.state, r.error, r.dry_run
-                         from bon_scheduler.runs r
-                        where r.job = j.name
-                        order by r.enqueued_at desc
-                        limit 1000) as recent
-                where recent.state in ('succeeded', 'partial') and recent.error is null and not recent.dry_run) as last
-     where last.finished_at is not null
+               select r.finished_at, r.error, r.dry_run
+                 from bon_scheduler.runs r
+                where r.job = j.name and r.state = s.state
+                order by r.enqueued_at desc
+                limit 100) as recent
+     where recent.error is null and not recent.dry_run
+     group by j.name
 """
-# No parameters. Index: runs_for_a_person.
+# No parameters. Index: runs_by_job.
 COUNT_HELD = """
-    select job, count(*) as runs
-      from bon_scheduler.runs
-     where state = 'held'
-     group by job
-     order by job
+    select j.name as job, count(*) as runs
+      from bon_scheduler.jobs j
+      join bon_scheduler.runs r on r.job = j.name and r.state = 'held'
+     group by j.name
+     order by j.name
 """
 # $1 how many runs of a kind are read at most: int. Indexes: runs_oldest, runs_timed, runs_held, runs_by_job.
 READ_QUEUE = "select job, state::text as state, runs, due_seconds from bon_scheduler.read_queue($1)"

@@ -27,7 +27,9 @@ GROWING = (
     "|enqueue_run|enqueue_many|claim|claim_one|claim_new|record_tick|release_lost|make_overtaken_ready|read_queue"
 )
 READS_WHAT_GROWS = re.compile(rf"\b(bon_scheduler|public)\.({GROWING})\b")
-FEW_ROWS = re.compile(r"^(jobs|workers|pauses|business_pauses|schedules|mail_gate|pruning|consent_brake|businesses)_")
+FEW_ROWS = re.compile(
+    r"^(jobs|workers|pauses|business_pauses|schedules|mail_gate|pruning|consent_brake|businesses|rehearsals)_"
+)
 OURS = """
     select c.relname, t.relname as of
       from pg_class c
