@@ -43,13 +43,13 @@ FIND_STALE = """
      order by updated_at
      limit $2
 """
-# $1 drafts: uuid[], $2 untouched since: timestamptz. A draft that is being edited now is not stale.
-# Index: invoices_pkey.
+# $1 drafts: uuid[], $2 untouched since: timestamptz. A draft that is being edited now is not stale. The status as text,
+# otherwise all drafts are read for it. Index: invoices_pkey.
 LOCK_STALE = """
     select id, business_id, bon_scheduler.shown(updated_at) as updated
       from public.invoices
      where id = any ($1)
-       and status = 'draft'
+       and status::text = 'draft'
        and updated_at < least($2, now() - interval '30 days')
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
        for update skip locked

@@ -223,7 +223,6 @@ EITHER: Mapping[str, set[str]] = MappingProxyType(
             "deliveries_kind_business_id_as_of_recipient_hash_key",
             "deliveries_run",
         },
-        "handlers.draft_cleanup.LOCK_STALE": {"invoices_pkey", "invoices_draft_cleanup_idx"},
         "mail.mailer.GIVE_UP": {"deliveries_kind_business_id_as_of_recipient_hash_key", "deliveries_uncertain"},
         "ledger.history.READ_QUEUE": {"runs_held", "runs_by_job"},
         "shaam.consent.FLAG_WAITING": {"shaam_tokens_sealed", "shaam_tokens_pkey", "shaam_refreshes_pkey"},

@@ -96,7 +96,7 @@ async def test_each_index_serves_a_statement_or_keeps_a_rule(full: Connection) -
         for index in indexes_in(" ".join(re.findall(r"^-- (.*)$", path.read_text(), re.MULTILINE)))
     }
     indexes = {row["relname"] for row in await full.fetch(OURS)}
-    assert indexes - served == set()
+    assert {index for index in indexes - served if not FEW_ROWS.match(index)} == set()
 
 
 @pytest.mark.parametrize(
