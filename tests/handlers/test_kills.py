@@ -94,7 +94,9 @@ KINDS: dict[str, tuple[str, Make, str, str, dict[str, int]]] = {
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["before the change", "before its record"])
-@pytest.mark.parametrize("done", range(0, ROWS, BATCH))
+@pytest.mark.parametrize(
+    "done", [pytest.param(done, marks=() if done == BATCH else pytest.mark.long) for done in range(0, ROWS, BATCH)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 async def test_killed_within_a_batch_another_process_goes_on_from_there_and_counts_each_row_once(
     connection: Connection, database_url: str, kind: str, done: int, recorded: bool
