@@ -136,7 +136,8 @@ async def machinery(
             await ledger.register_jobs(connection, jobs, scheduled=schedules, anew=serves)
             if serves:
                 await _introduce(connection, settings, metrics)
-        quarantine = await stack.enter_async_context(Quarantine(settings, control, serves=serves).watching())
+        looking = Quarantine(settings, control, serves=serves).watching(worker.outage)
+        quarantine = await stack.enter_async_context(looking)
         await stack.enter_async_context(_registered(control, worker))
         heartbeat = await stack.enter_async_context(Heartbeat(url=settings.listen_url, worker=worker).running())
         outside = await stack.enter_async_context(_outside(settings, pools, metrics, clock, quarantine, worker.outage))

@@ -129,7 +129,8 @@ async def copy(connection: Connection, database_url: str, server_url: str, tmp_p
         encrypt=TokenCipher(secrets.token_hex(32)).encrypt,
     )
     keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    urls = {"DATABASE_URL": database_url, "TEST_DATABASE_URL": server_url}
+    # What the documents export, with the address of this database.
+    urls = {"DATABASE_URL": database_url, "EMAIL_MODE": "log", "SHAAM_MODE": "mock", "TEST_DATABASE_URL": server_url}
     environ = {**keep, **urls, "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     made = Copy(root, environ)
     status, told = await made.bash("python3 dev.py run-once session-cleanup")

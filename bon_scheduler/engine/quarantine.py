@@ -22,7 +22,7 @@ import structlog
 from bon_scheduler import ledger
 from bon_scheduler.clock import seconds_since_boot
 from bon_scheduler.config import Settings
-from bon_scheduler.database import Pool
+from bon_scheduler.database import Outage, Pool
 from bon_scheduler.files import WrongFileError, read_file, write_private
 from bon_scheduler.jobs import Connection, NotNowError
 from bon_scheduler.ledger import CALL_TIMEOUT_SECONDS, REMEDY, Caller, Found, Place
@@ -119,16 +119,16 @@ class Quarantine:
         return self.reason is None
 
     @asynccontextmanager
-    async def watching(self) -> AsyncIterator["Quarantine"]:
+    async def watching(self, outage: Outage) -> AsyncIterator["Quarantine"]:
         """
-        Look once, and then again until the block ends.
+        Look once, and then again until the block ends; `outage` is told whether the database answers.
 
         Raises what a database that is away raises, and QuarantinedError in a person's process, which is not to wait.
         """
         await self.look()
         if not self._serves:
             self.refuse()
-        loop = asyncio.create_task(self._repeat(), name="quarantine")
+        loop = asyncio.create_task(self._repeat(outage), name="quarantine")
         try:
             yield self
         finally:
@@ -137,13 +137,14 @@ class Quarantine:
             if self._serves and self.reason is None:
                 await asyncio.to_thread(self._write, self._memory.floor)
 
-    async def _repeat(self) -> None:
+    async def _repeat(self, outage: Outage) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:
                 await self.look()
+                outage.answered("place")
             except Exception as error:  # noqa: BLE001 - whatever failed, the next look is made: a copy may come any time
-                log.warning("place.unseen", error=describe_error(error))
+                outage.failed("place", error)
 
     async def look(self) -> None:
         """Compare, and remember; while others look wait for them, and look anew."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bon_scheduler import Counts, JobContext, NoPayload, job, ledger
+from bon_scheduler.database import Outage
 from bon_scheduler.database.connections import Pool
 from bon_scheduler.engine import Quarantine, QuarantinedError
 from bon_scheduler.ledger.claims import Claimant, claim_new
@@ -136,6 +137,6 @@ async def test_a_damaged_file_in_the_spool_is_no_reason(
     for content in (b"", b"\xff\xfe", b"bon_scheduler-mark-1 x 99999\n", b"9" * 1000):
         (tmp_path / "ledger.mark").write_bytes(content)
         quarantine = Quarantine(settings, pool, serves=True, elapsed=elapsed)
-        async with quarantine.watching():
+        async with quarantine.watching(Outage()):
             assert quarantine.reason is None
     assert "place.unread" in logged()
