@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo
 from bon_scheduler import ledger
 from bon_scheduler.database import Pool
 from bon_scheduler.engine.awaited import require_awaited
+from bon_scheduler.engine.mistakes import are_counts
 from bon_scheduler.engine.timings import Timings
 from bon_scheduler.jobs import (
     BusinessOutcome,
@@ -198,6 +199,10 @@ class AttemptContext:
             raise NeverRetryError(
                 "ctx.finish was called outside a transaction. Call it inside `async with ctx.transaction() as tx`, "
                 "with on=tx."
+            )
+        if not are_counts(counts):
+            raise NeverRetryError(
+                'ctx.finish was not given counts. Give a mapping of names to whole numbers from 0, as {"deleted": 2}.'
             )
         self.why_undone = undone if isinstance(undone, str) else None
         self._finished[on] = await ledger.finish(on, self.ref, counts, undone=undone)

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType, TracebackType
 
 import asyncpg
@@ -11,7 +11,9 @@ import asyncpg
 from bon_scheduler.jobs import AnyJob, code_of, shown
 from bon_scheduler.log import describe_error, frames_now
 
-__all__ = ["explain", "waits_at"]
+__all__ = ["are_counts", "explain", "waits_at"]
+
+LARGEST_COUNT = 2**63 - 1
 
 
 def explain(error: BaseException, job: AnyJob) -> str:
@@ -91,3 +93,11 @@ def _begins(query: str, file: str) -> int | None:
         return None
     start = text.find(query)
     return None if start < 0 else text.count("\n", 0, start) + 1
+
+
+def are_counts(result: object) -> bool:
+    """Whether it is what a handler may return and finish with: names, and whole numbers from 0 that a bigint holds."""
+    return isinstance(result, Mapping) and all(
+        isinstance(name, str) and isinstance(number, int) and 0 <= number <= LARGEST_COUNT
+        for name, number in result.items()
+    )

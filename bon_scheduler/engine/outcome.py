@@ -7,7 +7,6 @@ cancellation of its own making is an error like any other.
 
 import asyncio
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -15,7 +14,7 @@ import asyncpg
 import structlog
 
 from bon_scheduler.engine.awaited import noticing_unawaited
-from bon_scheduler.engine.mistakes import explain
+from bon_scheduler.engine.mistakes import are_counts, explain
 from bon_scheduler.jobs import (
     AnyJob,
     Counts,
@@ -33,7 +32,6 @@ from bon_scheduler.log import describe_error, is_out_of_descriptors, where
 __all__ = ["Outcome", "invoke", "judge"]
 
 log = structlog.get_logger()
-LARGEST_COUNT = 2**63 - 1
 # BON altered a table since a statement was planned; the server or the role has no connection left.
 MENDED_BY_ANOTHER_TRY = (
     asyncpg.InvalidCachedStatementError | asyncpg.OutdatedSchemaCacheError | asyncpg.TooManyConnectionsError
@@ -78,19 +76,12 @@ async def invoke(job: AnyJob, ctx: JobContext, payload: Payload) -> Counts:
             f'The handler of "{job.name}" at {declared_at(job.handler)} returned {counts.__qualname__} and did not '
             'await it, so that it was not done. Write "return await".'
         )
-    if not _are_counts(counts):
+    if not are_counts(counts):
         raise NeverRetryError(
             f'The handler of "{job.name}" did not return counts. It is to return a mapping of names to whole numbers '
             'from 0, as in {"deleted": 2}, or what ctx.finish returned.'
         )
     return counts
-
-
-def _are_counts(result: object) -> bool:
-    return isinstance(result, Mapping) and all(
-        isinstance(name, str) and isinstance(number, int) and 0 <= number <= LARGEST_COUNT
-        for name, number in result.items()
-    )
 
 
 def judge(job: AnyJob, handler: asyncio.Task[Counts], wait: timedelta | None) -> Outcome:

@@ -149,6 +149,16 @@ async def test_finish_after_finish_has_committed_is_logged(run_job: RunJob, logg
     assert "called twice" in told[0]
 
 
+@pytest.mark.parametrize("counts", [{"notes": -1}, {"notes": 2**63}, {"notes": "1"}, {1: 1}])
+async def test_finish_without_counts_is_told_and_nothing_commits(error_of: ErrorOf, counts: Any) -> None:
+    async def body(ctx: JobContext) -> Counts:
+        async with ctx.transaction() as tx:
+            await tx.execute(ADD_NOTE)
+            return await ctx.finish(counts, on=tx)
+
+    assert "ctx.finish was not given counts" in await error_of(body)
+
+
 async def test_finish_outside_a_transaction_is_told(error_of: ErrorOf) -> None:
     async def body(ctx: JobContext) -> Counts:
         async with ctx.connection() as connection:
