@@ -277,7 +277,7 @@ async def until_refused(mail: QuotingMail, connection: Connection, stage: str, n
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("client_auth", ["body", "basic"])
+@pytest.mark.parametrize("client_auth", ["basic", pytest.param("body", marks=pytest.mark.long)])
 async def test_no_canary_is_in_anything_that_can_be_read(
     database_url: str, connection: Connection, client_auth: str, tmp_path: Path
 ) -> None:

@@ -107,7 +107,10 @@ async def all_ended(connection: Connection) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("say", [b"", REQUEST, UNENDED, SCRAPE * 50])
+@pytest.mark.parametrize(
+    "say",
+    [pytest.param(b"", marks=pytest.mark.long), REQUEST, pytest.param(UNENDED, marks=pytest.mark.long), SCRAPE * 50],
+)
 async def test_three_hundred_held_connections_keep_nothing_from_the_service(
     database_url: str, connection: Connection, tmp_path: Path, say: bytes
 ) -> None:

@@ -169,6 +169,7 @@ async def start_again(backup: Backup) -> None:
     backup.proxy.reset()
 
 
+@pytest.mark.slow
 async def test_files_that_were_put_back_while_nobody_ran_are_noticed_by_what_the_spool_remembers(
     backup: Backup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
