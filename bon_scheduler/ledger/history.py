@@ -201,7 +201,7 @@ LAST_SUCCESSES = """
                 where r.job = j.name and r.state = s.state
                 order by r.enqueued_at desc
                 limit 100) as recent
-     where recent.error is null and not recent.dry_run
+     where recent.error is null and recent.finished_at is not null and not recent.dry_run
      group by j.name
 """
 # No parameters. Index: runs_by_job.
