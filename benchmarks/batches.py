@@ -75,12 +75,12 @@ MOVED_INDEX = """
 """
 # Into the server's memory, for both alike.
 WARM = "select count(i.updated_at), (select count(s.expires_at) from public.sessions s) from public.invoices i"
-# $1 how many stay unmarked: int.
+# $1 how many stay unmarked: int. Those that are due last, as on the morning after.
 LEAVE = """
     update public.invoices set is_overdue = true
      where id in (select id from public.invoices
                    where status = 'sent' and due_date < current_date and not is_overdue
-                   order by id offset $1::int)
+                   order by due_date desc, id offset $1::int)
 """
 # $1 how many are marked and paid: int.
 SETTLE = """

@@ -27,12 +27,16 @@ MAKE_BUSINESSES = """
     insert into public.user_businesses (user_id, business_id, role)
     select created_by_user_id, id, 'owner' from shops
 """
-# $1 invoices: int. `place` spreads the kinds over businesses and pages, from 0 to 999.
+# $1 invoices: int. `place` spreads the kinds over businesses and pages, from 0 to 999. As in a table that grew, an
+# invoice stands behind those of earlier days; it is payable at once, or after some weeks.
 MAKE_INVOICES = """
     with shops as (
         select array_agg(id) as ids from public.businesses
     ), places as (
-        select n, (n * 7919::bigint + n / 1000) % 1000 as place from generate_series(1, $1::int) n
+        select n, (n * 7919::bigint + n / 1000) % 1000 as place,
+               current_date - (4 * 365 * (1 - n::float8 / $1::int))::int as made,
+               (array[0, 15, 30, 30, 45, 60])[1 + n % 6] as days
+          from generate_series(1, $1::int) n
     )
     insert into public.invoices (business_id, document_type, status, is_overdue, invoice_date, due_date, customer_name,
                                  customer_address, sequence_group, sequence_number, document_number, updated_at,
@@ -40,9 +44,9 @@ MAKE_INVOICES = """
     select ids[1 + n % cardinality(ids)], 'tax_invoice',
            (case when place < 31 then 'draft' when place < 381 then 'sent' else 'paid' end)::public.invoice_status,
            place between 211 and 250,
-           current_date - 60,
-           case when place < 31 then null when place < 251 then current_date - 1 - (n * 31 % 45)
-                else current_date + 20 end,
+           made,
+           case when place < 31 then null when place < 251 then least(made + days, current_date - 1 - n % 45)
+                when place < 381 then greatest(made + days, current_date + 1 + n % 60) else made + days end,
            'Customer ' || n, 'Herzl ' || n % 200 || ', Tel Aviv', 'tax_document',
            case when place >= 31 then n end, case when place >= 31 then 'INV-2026-' || n end,
            now() - case when place < 29 then interval '31 days' + n * interval '1 second' else interval '1 day' end,

@@ -16,16 +16,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
 import asyncpg
 import structlog
 
 from bon_scheduler import BusinessOutcome, JobContext
-from bon_scheduler.jobs import ChangedRow, Connection
+from bon_scheduler.jobs import Connection
 
-__all__ = ["Changed", "NotChangedError", "Sweep", "Swept", "bounded", "sweep"]
+__all__ = ["LARGEST", "Changed", "NotChangedError", "Sweep", "Swept", "bounded", "next_size", "sweep"]
 
 log = structlog.get_logger()
 FIRST, LARGEST = 2000, 5000
@@ -80,8 +80,6 @@ class Changed:
     """How many rows it changed or kept. The others were in use, or are no longer to be changed."""
     kept: Mapping[UUID, UUID | None] = field(default_factory=dict)
     """Rows that were looked at and stay candidates, and their businesses."""
-    evidence: tuple[Literal["deleted", "marked", "cleared"], Sequence[ChangedRow]] | None = None
-    """What was done to which rows, where the ledger is to keep it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +254,7 @@ class _Pass:
                 await self._keep(batch[0], refused.why)
             else:
                 self._account(batch, changed)
-                self.size = _next_size(self.size, time.monotonic() - began)
+                self.size = next_size(self.size, time.monotonic() - began)
             done += len(batch)
         return True
 
@@ -264,8 +262,6 @@ class _Pass:
         async with self.ctx.transaction() as tx:
             async with bounded(tx, with_care=with_care):
                 changed = await self.what.change(tx, batch, with_care)
-            if changed.evidence is not None:
-                await self.ctx.keep_rows(*changed.evidence, on=tx)
             await self.ctx.progress(sum(changed.counts.values(), Counter[str]()), on=tx)
         return changed
 
@@ -302,7 +298,8 @@ class _Pass:
         )
 
 
-def _next_size(size: int, took_seconds: float) -> int:
+def next_size(size: int, took_seconds: float) -> int:
+    """Return how many rows go at once after a batch of `size` that took so long."""
     if took_seconds < SHORT_SECONDS:
         return min(size * 2, LARGEST)
     return max(size // 2, 1) if took_seconds > LONG_SECONDS else size

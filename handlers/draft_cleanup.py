@@ -16,11 +16,10 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 import structlog
-from asyncpg import Record
 
 from bon_scheduler import BusinessOutcome, CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
 from bon_scheduler.database import missing_indexes
-from bon_scheduler.jobs import ChangedRow, Connection
+from bon_scheduler.jobs import Connection
 from handlers.batches import FIRST, Changed, Sweep, Swept, sweep
 from handlers.brake import Candidates, brake
 
@@ -46,7 +45,7 @@ FIND_STALE = """
 # $1 drafts: uuid[], $2 untouched since: timestamptz. A draft that is being edited now is not stale. The status as text,
 # otherwise all drafts are read for it. Index: invoices_pkey.
 LOCK_STALE = """
-    select id, business_id, bon_scheduler.shown(updated_at) as updated
+    select id
       from public.invoices
      where id = any ($1)
        and status::text = 'draft'
@@ -85,18 +84,31 @@ COUNT_PAUSED = """
                       and i.updated_at < $1)
 """
 
-# $1 drafts: uuid[], locked by this transaction. BON has no index for three of these references; `check`
-# recommends two of them. The items are counted before they go. Index: unique (invoice_id, position).
+# $1 run, $2 drafts: uuid[], locked by this transaction. BON has no index for three of these references; `check`
+# recommends two of them. The items are counted before they go. Which drafts went is kept, in the same step.
+# Index: unique (invoice_id, position).
 DELETE_UNREFERENCED = """
-    delete from public.invoices i
-     where i.id = any ($1)
-       and i.status = 'draft'
-       and not exists (select from public.invoice_payments p where p.invoice_id = i.id)
-       and not exists (select from public.shaam_audit_log a where a.invoice_id = i.id)
-       and not exists (select from public.emergency_allocation_numbers e where e.used_for_invoice_id = i.id)
-       and not exists (select from public.invoices c where c.credited_invoice_id = i.id)
-    returning i.id, (select count(*) from public.invoice_items t where t.invoice_id = i.id) as items
+    with deleted as (
+        delete from public.invoices i
+         where i.id = any ($2)
+           and i.status = 'draft'
+           and not exists (select from public.invoice_payments p where p.invoice_id = i.id)
+           and not exists (select from public.shaam_audit_log a where a.invoice_id = i.id)
+           and not exists (select from public.emergency_allocation_numbers e where e.used_for_invoice_id = i.id)
+           and not exists (select from public.invoices c where c.credited_invoice_id = i.id)
+        returning i.id, i.business_id, i.updated_at,
+                  (select count(*) from public.invoice_items t where t.invoice_id = i.id)::int as items
+    ), kept as (
+        insert into bon_scheduler.changed_rows (run_id, change, ids, businesses, items, updated)
+        select $1, 'deleted', array_agg(id), array_agg(business_id), array_agg(items),
+               array_agg(bon_scheduler.shown(updated_at))
+          from deleted
+        having count(*) > 0
+    )
+    select business_id, count(*) as deleted, sum(items)::bigint as items from deleted group by business_id
 """
+# $1 drafts: uuid[], those that are not deleted are returned. Index: invoices_pkey.
+FIND_KEPT = "select id, business_id from public.invoices where id = any ($1)"
 
 
 @job(
@@ -119,7 +131,7 @@ async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
         name="delete drafts",
         find=FIND_STALE,
         left=LEFT_STALE,
-        change=_deleting(since),
+        change=_deleting(ctx.run_id, since),
         arguments=(since,),
         locks=True,
         first=FIRST_UNINDEXED if missing else FIRST,
@@ -150,33 +162,22 @@ async def stale_drafts(connection: Connection, fire_time: datetime, *, now: date
     )
 
 
-def _deleting(since: datetime) -> Callable[[Connection, Sequence[UUID], bool], Awaitable[Changed]]:
+def _deleting(run: UUID, since: datetime) -> Callable[[Connection, Sequence[UUID], bool], Awaitable[Changed]]:
     async def change(tx: Connection, ids: Sequence[UUID], with_care: bool) -> Changed:
         del with_care  # always: see `locks`
-        return await _delete(tx, await tx.fetch(LOCK_STALE, ids, since))
+        locked = [row["id"] for row in await tx.fetch(LOCK_STALE, ids, since)]
+        gone = await tx.fetch(DELETE_UNREFERENCED, run, locked)
+        counts: dict[UUID | None, Counter[str]] = {
+            row["business_id"]: Counter(deleted=row["deleted"], items=row["items"]) for row in gone
+        }
+        kept: dict[UUID, UUID | None] = {}
+        if sum(row["deleted"] for row in gone) < len(locked):
+            kept = {row["id"]: row["business_id"] for row in await tx.fetch(FIND_KEPT, locked)}
+            for business in kept.values():
+                counts.setdefault(business, Counter(deleted=0, items=0))
+        return Changed(counts, len(locked), kept)
 
     return change
-
-
-async def _delete(tx: Connection, rows: Sequence[Record]) -> Changed:
-    drafts = [row["id"] for row in rows]
-    deleted: dict[UUID, int] = {row["id"]: row["items"] for row in await tx.fetch(DELETE_UNREFERENCED, drafts)}
-    counts: dict[UUID | None, Counter[str]] = {}
-    for row in rows:
-        found = counts.setdefault(row["business_id"], Counter(deleted=0, items=0))
-        if row["id"] in deleted:
-            found.update(deleted=1, items=deleted[row["id"]])
-    gone = [
-        ChangedRow(row["id"], row["business_id"], deleted[row["id"]], row["updated"])
-        for row in rows
-        if row["id"] in deleted
-    ]
-    return Changed(
-        counts,
-        len(rows),
-        {row["id"]: row["business_id"] for row in rows if row["id"] not in deleted},
-        evidence=("deleted", gone),
-    )
 
 
 def _kept(swept: Swept) -> list[BusinessOutcome]:

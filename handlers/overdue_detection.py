@@ -7,6 +7,7 @@ ends, in one transaction, with the request for the digest, which tells of all th
 overdue: a run that dies in between is tried again, marks the rest, and asks for it.
 """
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import date, datetime, timedelta
@@ -14,13 +15,14 @@ from typing import Literal
 from uuid import UUID
 
 from bon_scheduler import CatchUp, Counts, Cron, JobContext, Payload, Retry, job
-from bon_scheduler.jobs import ChangedRow, Connection
+from bon_scheduler.jobs import Connection
 from handlers.batches import Changed, Sweep, Swept, sweep
 from handlers.brake import Candidates, brake
 from handlers.overdue_digest import OverdueDigest, overdue_digest
+from handlers.ranges import Key, change_ranges
 
-IN_TIME = timedelta(minutes=8)
-"""For all changes together; what is left then goes with the next run."""
+IN_TIME = timedelta(minutes=2)
+"""For each kind of change, and for what is left of it; what is left then goes with the next run."""
 
 # Parameters of FIND and LEFT: `batches.Sweep`'s. What FIND found is judged again by the statement that changes it: a
 # row that BON has changed meanwhile is left alone.
@@ -49,16 +51,19 @@ LEFT_OVERDUE = """
        and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
-# $1 as_of: date, $2 the instant that a rehearsal takes for now: timestamptz; null: the database's own.
+# $1 as_of: date, $2 the instant that a rehearsal takes for now: timestamptz; null: the database's own. How many there
+# are of each due date, in order; a date as text, because it may be one that Python has not.
 # Index: invoices_overdue_candidates_idx.
 COUNT_OVERDUE = """
-    select count(*)
+    select due_date::text, count(*) as number
       from public.invoices
      where status in ('finalized', 'sent', 'partially_paid')
        and due_date is not null
        and due_date < least($1, (coalesce($2, now()) at time zone 'UTC')::date + 1)
        and not is_overdue
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+     group by invoices.due_date
+     order by invoices.due_date
 """
 # No parameters. No index: it reads the invoices through. Read only where the brake may trip, and in a rehearsal.
 COUNT_UNMARKED = """
@@ -69,17 +74,41 @@ COUNT_UNMARKED = """
 """
 # $1 invoices: uuid[]. Index: invoices_pkey.
 LOCK = "select id from public.invoices where id = any ($1) for no key update skip locked"
-# $1 invoices: uuid[], $2 as_of: date. Index: invoices_pkey.
+# Each statement that changes invoices keeps which they were, in the same step; it returns how many. $1 run.
+
+# $2 due dates from, $3 to: dates as text, $4 as_of: date. Index: invoices_overdue_candidates_idx.
+MARK_RANGE = """
+    with marked as (
+        update public.invoices
+           set is_overdue = true, updated_at = now()
+         where status in ('finalized', 'sent', 'partially_paid')
+           and due_date is not null
+           and due_date between $2::text::date and $3::text::date
+           and due_date < least($4, (now() at time zone 'UTC')::date + 1)
+           and not is_overdue
+           and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+        returning id, business_id
+    )
+    insert into bon_scheduler.changed_rows (run_id, change, ids, businesses)
+    select $1, 'marked', array_agg(id), array_agg(business_id) from marked having count(*) > 0
+    returning cardinality(ids)
+"""
+# $2 invoices: uuid[], $3 as_of: date. Index: invoices_pkey.
 MARK = """
-    update public.invoices
-       set is_overdue = true, updated_at = now()
-     where id = any ($1)
-       and status in ('finalized', 'sent', 'partially_paid')
-       and due_date is not null
-       and due_date < least($2, (now() at time zone 'UTC')::date + 1)
-       and not is_overdue
-       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
-    returning id, business_id
+    with marked as (
+        update public.invoices
+           set is_overdue = true, updated_at = now()
+         where id = any ($2)
+           and status in ('finalized', 'sent', 'partially_paid')
+           and due_date is not null
+           and due_date < least($3, (now() at time zone 'UTC')::date + 1)
+           and not is_overdue
+           and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+        returning id, business_id
+    )
+    insert into bon_scheduler.changed_rows (run_id, change, ids, businesses)
+    select $1, 'marked', array_agg(id), array_agg(business_id) from marked having count(*) > 0
+    returning cardinality(ids)
 """
 
 # Index: invoices_overdue_reset_idx.
@@ -102,15 +131,20 @@ LEFT_SETTLED = """
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
 
-# $1 invoices: uuid[]. Index: invoices_pkey.
+# $2 invoices: uuid[]. Index: invoices_pkey.
 CLEAR_SETTLED = """
-    update public.invoices
-       set is_overdue = false, updated_at = now()
-     where id = any ($1)
-       and is_overdue = true
-       and status in ('paid', 'cancelled', 'credited')
-       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
-    returning id, business_id
+    with cleared as (
+        update public.invoices
+           set is_overdue = false, updated_at = now()
+         where id = any ($2)
+           and is_overdue = true
+           and status in ('paid', 'cancelled', 'credited')
+           and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+        returning id, business_id
+    )
+    insert into bon_scheduler.changed_rows (run_id, change, ids, businesses)
+    select $1, 'cleared', array_agg(id), array_agg(business_id) from cleared having count(*) > 0
+    returning cardinality(ids)
 """
 
 # $3 the later of as_of and today: date. Invoices whose due date was moved after they were marked. The later date, so
@@ -136,16 +170,21 @@ LEFT_MOVED = """
        and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
-# $1 invoices: uuid[], $2 the later of as_of and today: date. Index: invoices_pkey.
+# $2 invoices: uuid[], $3 the later of as_of and today: date. Index: invoices_pkey.
 CLEAR_MOVED = """
-    update public.invoices
-       set is_overdue = false, updated_at = now()
-     where id = any ($1)
-       and is_overdue
-       and status in ('finalized', 'sent', 'partially_paid')
-       and (due_date is null or due_date >= $2)
-       and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
-    returning id, business_id
+    with cleared as (
+        update public.invoices
+           set is_overdue = false, updated_at = now()
+         where id = any ($2)
+           and is_overdue
+           and status in ('finalized', 'sent', 'partially_paid')
+           and (due_date is null or due_date >= $3)
+           and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+        returning id, business_id
+    )
+    insert into bon_scheduler.changed_rows (run_id, change, ids, businesses)
+    select $1, 'cleared', array_agg(id), array_agg(business_id) from cleared having count(*) > 0
+    returning cardinality(ids)
 """
 
 # $1 as_of: date, $2 the later of as_of and today: date. How many paused businesses were left as they are.
@@ -178,16 +217,19 @@ class OverdueDetection(Payload):
 async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Counts:
     """Mark invoices overdue, clear the mark of settled ones, and have the owners told."""
     as_of, latest = ctx.business_date, max(ctx.business_date, ctx.today)
-    sweeps = (
-        _sweep("marked", (FIND_OVERDUE, LEFT_OVERDUE, MARK), as_of),
-        _sweep("cleared", (FIND_SETTLED, LEFT_SETTLED, CLEAR_SETTLED)),
-        _sweep("cleared", (FIND_MOVED, LEFT_MOVED, CLEAR_MOVED), latest),
-    )
     async with ctx.connection() as connection:
-        await brake(ctx, await unmarked_overdue(connection, as_of), on=connection)
+        days = await days_overdue(connection, as_of)
+        await brake(ctx, candidates(days), on=connection)
+    sweeps = [
+        _sweep(ctx, "cleared", (FIND_SETTLED, LEFT_SETTLED, CLEAR_SETTLED)),
+        _sweep(ctx, "cleared", (FIND_MOVED, LEFT_MOVED, CLEAR_MOVED), latest),
+    ]
+    # A dry run's ranges are rolled back, so that all of them would be found again.
+    if ctx.dry_run or not await _mark_ranges(ctx, days, as_of):
+        sweeps.insert(0, _sweep(ctx, "marked", (FIND_OVERDUE, LEFT_OVERDUE, MARK), as_of))
     swept = Swept()
     for each in sweeps:
-        swept.add(await sweep(ctx, each, within=IN_TIME / len(sweeps)))
+        swept.add(await sweep(ctx, each, within=IN_TIME))
     async with ctx.transaction() as tx:
         paused = await tx.fetchval(COUNT_PAUSED, as_of, latest)
         await ctx.record_changed(on=tx)
@@ -201,10 +243,15 @@ async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Count
         return await ctx.finish(counts, on=tx, undone=swept.undone)
 
 
-async def unmarked_overdue(connection: Connection, as_of: date, *, now: datetime | None = None) -> Candidates:
-    """Count the invoices that a run of this day would mark; `now`: as if it were then."""
+async def days_overdue(connection: Connection, as_of: date, *, now: datetime | None = None) -> list[Key]:
+    """Count, by due date, the invoices that a run of this day would mark; `now`: as if it were then."""
+    return [(row["due_date"], row["number"]) for row in await connection.fetch(COUNT_OVERDUE, as_of, now)]
+
+
+def candidates(days: Sequence[Key]) -> Candidates:
+    """Return what the brake judges of them."""
     return Candidates(
-        number=await connection.fetchval(COUNT_OVERDUE, as_of, now),
+        number=sum(number for _, number in days),
         count="marked",
         kind="open invoices without the mark",
         which="are overdue",
@@ -212,15 +259,23 @@ async def unmarked_overdue(connection: Connection, as_of: date, *, now: datetime
     )
 
 
-def _sweep(counted_as: Literal["marked", "cleared"], statements: tuple[str, str, str], *arguments: date) -> Sweep:
+async def _mark_ranges(ctx: JobContext, days: Sequence[Key], as_of: date) -> bool:
+    async def mark(first: str, last: str, tx: Connection) -> Counts:
+        return {"marked": await tx.fetchval(MARK_RANGE, ctx.run_id, first, last, as_of) or 0}
+
+    return await change_ranges(ctx, days, mark, ends=time.monotonic() + IN_TIME.total_seconds())
+
+
+def _sweep(
+    ctx: JobContext, counted_as: Literal["marked", "cleared"], statements: tuple[str, str, str], *arguments: date
+) -> Sweep:
     """Return how to find, to count and to change what is counted as this."""
     find, left, statement = statements
 
     async def change(tx: Connection, ids: Sequence[UUID], with_care: bool) -> Changed:
         if with_care:
             ids = [row["id"] for row in await tx.fetch(LOCK, ids)]
-        rows = await tx.fetch(statement, ids, *arguments)
-        changed = [ChangedRow(row["id"], row["business_id"]) for row in rows]
-        return Changed({None: Counter({counted_as: len(rows)})}, len(rows), evidence=(counted_as, changed))
+        number = await tx.fetchval(statement, ctx.run_id, ids, *arguments) or 0
+        return Changed({None: Counter({counted_as: number})}, number)
 
     return Sweep(name=counted_as, find=find, left=left, change=change, arguments=arguments)

@@ -9,16 +9,18 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from uuid import UUID
 
 from bon_scheduler import CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
 from bon_scheduler.jobs import Connection
-from handlers.batches import Changed, NotChangedError, Sweep, Swept, bounded, sweep
+from handlers.batches import Changed, Sweep, Swept, sweep
 from handlers.brake import Candidates, brake
+from handlers.ranges import commit_range
 
 IN_TIME = timedelta(minutes=8)
 """What is left then goes the next night."""
-AT_ONCE = 50_000
+AT_ONCE = 100_000
 """Sessions of a range. Nobody waits for an expired one, and it goes in a microsecond."""
 
 # $1 the end of the range before, which is gone: timestamptz as text, $2 how many, $3 fire time: timestamptz. Sessions
@@ -90,9 +92,10 @@ async def session_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
         business_of=None,
     )
     async with ctx.connection() as connection:
-        await brake(ctx, await expired_sessions(connection, ctx.fire_time), on=connection)
+        found = await expired_sessions(connection, ctx.fire_time)
+        await brake(ctx, found, on=connection)
     swept = Swept()
-    if ctx.dry_run or not await _delete_ranges(ctx, ends):
+    if ctx.dry_run or not await _delete_ranges(ctx, found.number, ends):
         swept = await sweep(ctx, expired, within=timedelta(seconds=ends - time.monotonic()))
     async with ctx.transaction() as tx:
         done = await ctx.progress({}, on=tx)
@@ -100,7 +103,7 @@ async def session_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
         return await ctx.finish(counts, on=tx, undone=swept.undone)
 
 
-async def _delete_ranges(ctx: JobContext, ends: float) -> bool:
+async def _delete_ranges(ctx: JobContext, left: int, ends: float) -> bool:
     """
     Delete range by range, each by one statement: a session costs so little that its id would cost as much again.
 
@@ -110,18 +113,19 @@ async def _delete_ranges(ctx: JobContext, ends: float) -> bool:
     while last != "infinity":
         if time.monotonic() >= ends:
             return False
-        try:
-            async with ctx.transaction() as tx:
-                end = await tx.fetchval(END_OF_RANGE, last, AT_ONCE - 1, ctx.fire_time)
-                if end == last:
-                    return False  # there is more of this instant than fits, and it could not be deleted
-                first, last = last, end or "infinity"
-                async with bounded(tx):
-                    status = await tx.execute(DELETE_RANGE, first, last, ctx.fire_time)
-                await ctx.progress({"deleted": int(status.split()[-1])}, on=tx)
-        except NotChangedError:
-            complete = False
+        first, last = last, "infinity"
+        if left > AT_ONCE:
+            async with ctx.connection() as connection:
+                last = await connection.fetchval(END_OF_RANGE, first, AT_ONCE - 1, ctx.fire_time) or "infinity"
+        if last == first:
+            return False  # there is more of this instant than fits, and it could not be deleted
+        complete &= await commit_range(ctx, partial(_delete_range, first, last, ctx.fire_time)) is not None
+        left -= AT_ONCE
     return complete
+
+
+async def _delete_range(first: str, last: str, fire_time: datetime, tx: Connection) -> Counts:
+    return {"deleted": int((await tx.execute(DELETE_RANGE, first, last, fire_time)).split()[-1])}
 
 
 async def expired_sessions(connection: Connection, fire_time: datetime, *, now: datetime | None = None) -> Candidates:

@@ -88,6 +88,13 @@ TRANSIENT_ERRORS = (
 """What a database that is restarting, away, full or failed over raises: worth the same call again."""
 
 
+# No parameters. Nothing is read: asyncpg learns these types, once for a connection, and not in the midst of a run.
+KNOW_ARRAYS = """
+    select array[]::uuid[], array[]::text[], array[]::name[], array[]::bool[], array[]::int[], array[]::bigint[],
+           array[]::timestamptz[], array[]::bytea[], array[]::jsonb[], array[]::record[]
+"""
+
+
 class SessionConnection(asyncpg.Connection):
     """A connection whose session is set back to ours, not to what the role and the database say."""
 
@@ -107,6 +114,7 @@ class SessionlessConnection(asyncpg.Connection):
 async def _set_codecs(connection: Connection) -> None:
     for name in ("json", "jsonb"):
         await connection.set_type_codec(name, schema="pg_catalog", encoder=write_json, decoder=_from_json)
+    await connection.fetch(KNOW_ARRAYS)
 
 
 def _from_json(text: str) -> object:

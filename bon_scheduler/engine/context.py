@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from typing import Literal, TypeVar
+from typing import TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -17,7 +17,6 @@ from bon_scheduler.engine.mistakes import are_counts
 from bon_scheduler.engine.timings import Timings
 from bon_scheduler.jobs import (
     BusinessOutcome,
-    ChangedRow,
     Connection,
     Counts,
     Cron,
@@ -175,12 +174,6 @@ class AttemptContext:
     async def compare_with_rehearsal(self, candidates: int, *, on: Connection) -> int | None:
         """Keep what there is to do beside the last rehearsal's number; return that."""
         return await ledger.compare_with_rehearsal(on, self.job_name, self.run_id, candidates)
-
-    async def keep_rows(
-        self, change: Literal["deleted", "marked", "cleared"], rows: Sequence[ChangedRow], *, on: Connection
-    ) -> None:
-        """Keep which of BON's rows this run has changed."""
-        await ledger.record_rows(on, self.run_id, change, rows)
 
     async def record_changed(self, *, on: Connection) -> None:
         """Record for each business how many of its rows this run has changed."""

@@ -8,12 +8,11 @@ is one row of the ledger, when all has ended, marked `dry_run`. Nothing is opene
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
-from typing import Literal
 from uuid import UUID, uuid4
 
 import structlog
@@ -28,7 +27,7 @@ from bon_scheduler.engine.mistakes import explain
 from bon_scheduler.engine.outcome import invoke
 from bon_scheduler.engine.run_once import Order, RunReport
 from bon_scheduler.files import write_private
-from bon_scheduler.jobs import AnyJob, BusinessOutcome, ChangedRow, Connection, Counts, Cron, HeldError, Job, P, Payload
+from bon_scheduler.jobs import AnyJob, BusinessOutcome, Connection, Counts, Cron, HeldError, Job, P, Payload
 from bon_scheduler.ledger import DryRun, Row, RunRef
 from bon_scheduler.log import where
 from bon_scheduler.mail import Delivery, Letter, Mailer, find_settled, read_key, recipient_hash, write
@@ -144,23 +143,14 @@ class DryContext(AttemptContext):
                 )
             self.outcomes[new.business_id] = new
 
-    async def keep_rows(
-        self, change: Literal["deleted", "marked", "cleared"], rows: Sequence[ChangedRow], *, on: Connection
-    ) -> None:
-        """Keep rows as a run would, have their businesses' counts recorded, and remember them for the report."""
-        await AttemptContext.keep_rows(self, change, rows, on=on)
-        await AttemptContext.record_changed(self, on=on)
-        counts: dict[UUID, Counter[str]] = {}
-        for row in rows:
-            counts.setdefault(row.business_id, Counter()).update({change: 1, "items": row.items or 0})
-        self._remember(BusinessOutcome(business, counts=dict(number)) for business, number in counts.items())
-
     async def record_changed(self, *, on: Connection) -> None:
-        """Do nothing: `keep_rows` has, in the transaction that knew of the rows."""
+        """Do nothing: `progress` has, in the transaction that changed the rows."""
 
     async def progress(self, counts: Counts, *, on: Connection) -> Counts:
-        """Try to add to the run's counts, and remember them: each transaction is rolled back."""
+        """Try to add to the run's counts and to record its changes, and remember them: all of it is rolled back."""
         await AttemptContext.progress(self, counts, on=on)
+        await AttemptContext.record_changed(self, on=on)
+        self._remember(await ledger.count_changed(on, self.run_id))
         self.done.update(counts)
         return dict(self.done)
 

@@ -4,7 +4,6 @@ from .declaration import (
     AnyJob as AnyJob,
     BusinessOutcome as BusinessOutcome,
     CatchUp as CatchUp,
-    ChangedRow as ChangedRow,
     Connection as Connection,
     Counts as Counts,
     Cron as Cron,

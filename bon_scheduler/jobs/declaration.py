@@ -28,7 +28,6 @@ __all__ = [
     "AnyJob",
     "BusinessOutcome",
     "CatchUp",
-    "ChangedRow",
     "Connection",
     "Counts",
     "Cron",
@@ -135,18 +134,6 @@ class BusinessOutcome:
     outcome: Literal["done", "kept", "failed"] = "done"
     counts: Counts = field(default_factory=dict)
     error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ChangedRow:
-    """One of BON's rows that a run has changed: evidence, without names and amounts."""
-
-    id: UUID
-    business_id: UUID
-    items: int | None = None
-    """How many items went with it."""
-    updated: datetime | None = None
-    """When it was last touched before (UTC, aware)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,14 +259,8 @@ class JobContext(Protocol):
         """Keep what there is to do beside the last rehearsal's number; return that, None without a rehearsal."""
         ...
 
-    async def keep_rows(
-        self, change: Literal["deleted", "marked", "cleared"], rows: Sequence[ChangedRow], *, on: Connection
-    ) -> None:
-        """Keep, in the transaction that changed them, which of BON's rows this run has changed."""
-        ...
-
     async def record_changed(self, *, on: Connection) -> None:
-        """Record for each business how many of its rows this run has changed, as far as `keep_rows` was told."""
+        """Record for each business how many of its rows this run has changed, as `changed_rows` tells."""
         ...
 
     async def progress(self, counts: Counts, *, on: Connection) -> Counts:

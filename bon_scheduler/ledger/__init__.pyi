@@ -31,10 +31,10 @@ from .attempts import (
 )
 from .brakes import (
     Usual as Usual,
+    count_changed as count_changed,
     end_held as end_held,
     hold as hold,
     record_changed as record_changed,
-    record_rows as record_rows,
     rows_of_business as rows_of_business,
     rows_of_run as rows_of_run,
     usual as usual,

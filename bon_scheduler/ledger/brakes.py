@@ -4,21 +4,19 @@ What is usual for a job, runs that the brake holds, and which of BON's rows each
 Sizes: a changed row takes 34 bytes, a deleted draft 43, and each 36 in the index by business.
 """
 
-from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from bon_scheduler.jobs import ChangedRow, Connection, Counts, LostRunError, Usual
+from bon_scheduler.jobs import BusinessOutcome, Connection, Counts, LostRunError, Usual
 from bon_scheduler.ledger.attempts import RunRef
 from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
 
 __all__ = [
     "Usual",
+    "count_changed",
     "end_held",
     "hold",
     "record_changed",
-    "record_rows",
     "rows_of_business",
     "rows_of_run",
     "usual",
@@ -65,11 +63,6 @@ END_HELD = """
      where id = $1 and state = 'held'
     returning true
 """
-# $1 run, $2 change, $3 ids: uuid[], $4 businesses: uuid[], $5 items: int[] or null, $6 updated: timestamptz[] or null.
-RECORD_ROWS = """
-    insert into bon_scheduler.changed_rows (run_id, change, ids, businesses, items, updated)
-    values ($1, $2, $3, $4, $5, $6)
-"""
 # $1 run. Of all its attempts: what one of them did not come to record, the next one does. Indexes:
 # changed_rows_pkey, business_outcomes_pkey, runs_pkey.
 RECORD_CHANGED = """
@@ -92,6 +85,14 @@ RECORD_CHANGED = """
         on conflict (run_id, business_id) do update
        set outcome = excluded.outcome, error = null, attempt = excluded.attempt,
            counts = o.counts || excluded.counts
+"""
+# $1 run. Index: changed_rows_pkey.
+COUNT_CHANGED = """
+    select r.business_id, c.change, count(*) as rows, sum(r.items)::bigint as items
+      from bon_scheduler.changed_rows c
+     cross join lateral unnest(c.businesses, c.items) as r (business_id, items)
+     where c.run_id = $1
+     group by r.business_id, c.change
 """
 # $1 run. Index: changed_rows_pkey.
 ROWS_OF_RUN = """
@@ -135,22 +136,20 @@ async def end_held(connection: Connection, run_id: UUID, why: str) -> bool:
     return bool(await connection.fetchval(END_HELD, run_id, why, timeout=CALL_TIMEOUT_SECONDS))
 
 
-async def record_rows(connection: Connection, run_id: UUID, change: str, rows: Sequence[ChangedRow]) -> None:
-    """Keep which of BON's rows a batch of a run has changed."""
-    if not rows:
-        return
-    items: list[int | None] | None = [row.items for row in rows]
-    updated: list[datetime | None] | None = [row.updated for row in rows]
-    if all(row.items is None and row.updated is None for row in rows):
-        items = updated = None
-    await connection.execute(
-        RECORD_ROWS, run_id, change, [row.id for row in rows], [row.business_id for row in rows], items, updated
-    )
-
-
 async def record_changed(connection: Connection, run_id: UUID) -> None:
     """Record for each business how many of its rows a run has changed, in all its attempts."""
     await connection.execute(RECORD_CHANGED, run_id)
+
+
+async def count_changed(connection: Connection, run_id: UUID) -> list[BusinessOutcome]:
+    """Return for each business, and each kind of change, how many of its rows a run has changed."""
+    return [
+        BusinessOutcome(
+            row["business_id"],
+            counts={row["change"]: row["rows"]} | ({} if row["items"] is None else {"items": row["items"]}),
+        )
+        for row in await connection.fetch(COUNT_CHANGED, run_id)
+    ]
 
 
 async def rows_of_run(connection: Connection, run_id: UUID) -> list[dict[str, Any]]:

@@ -89,7 +89,8 @@ RECORD_DRY_RUN = """
     insert into bon_scheduler.runs
            (id, job, payload, fire_time, origin, asked_by, state, attempt, enqueued_at, started_at, finished_at,
             counts, error, dry_run)
-    values ($1, $2, $3, $4, 'person', $5, $6, 1, $7, $7, clock_timestamp(), $8, $9, true)
+    values ($1, $2, $3, $4, 'person', $5, $6::text::bon_scheduler.run_state, 1, $7, $7, clock_timestamp(), $8, $9,
+            true)
 """
 
 

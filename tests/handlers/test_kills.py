@@ -43,6 +43,11 @@ RUN = "select state::text, counts, attempt from bon_scheduler.runs where job = $
 
 
 async def late(connection: Connection) -> None:
+    due = datetime.now(UTC).date() - timedelta(days=next(arrange.numbers))
+    await arrange.invoice(connection, await arrange.business(connection), due_date=due)
+
+
+async def late_on_one_day(connection: Connection) -> None:
     due = datetime.now(UTC).date() - timedelta(days=10)
     await arrange.invoice(connection, await arrange.business(connection), due_date=due)
 
@@ -65,6 +70,13 @@ KINDS: dict[str, tuple[str, Make, str, str, dict[str, int]]] = {
     "mark": (
         "overdue-detection",
         late,
+        "(select count(*) from public.invoices where is_overdue)",
+        "update on public.invoices",
+        {"marked": ROWS},
+    ),
+    "mark a day that is too large": (
+        "overdue-detection",
+        late_on_one_day,
         "(select count(*) from public.invoices where is_overdue)",
         "update on public.invoices",
         {"marked": ROWS},
