@@ -104,7 +104,7 @@ class Sweep:
     first: int = FIRST
     """Rows of the first batch."""
     event: str | None = None
-    """Logged with its counts for each business, once the attempt has gone through all rows or fails."""
+    """What `Swept.log` is told when the attempt fails. One that goes well logs once it has committed all of it."""
 
 
 @dataclass(slots=True)
@@ -146,6 +146,14 @@ class Swept:
             if business is not None
         ]
 
+    def log(self, event: str | None) -> None:
+        """Log the counts of each business under this name."""
+        if event is None:
+            return
+        kept = Counter(self.kept.values())
+        for business, counts in self.of_business.items():
+            log.info(event, business_id=str(business), **counts, kept=kept[business])
+
     def shortfall(self) -> dict[str, int]:
         """Return how many rows were refused and left, as far as any were."""
         numbers = {"refused": len(self.refused), "left": self.left}
@@ -158,8 +166,9 @@ async def sweep(ctx: JobContext, what: Sweep, *, within: timedelta) -> Swept:
     ends = time.monotonic() + within.total_seconds()
     try:
         await _go_through(ctx, what, swept, ends)
-    finally:
-        _log(what, swept)
+    except BaseException:
+        swept.log(what.event)
+        raise
     if swept.left:
         log.warning("rows.left", change=what.name, left=swept.left, why="in use" if swept.in_time else "time is over")
     return swept
@@ -177,14 +186,6 @@ async def _go_through(ctx: JobContext, what: Sweep, swept: Swept, ends: float) -
             swept.left = await connection.fetchval(what.left, _passed_over(swept), *what.arguments)
         if not swept.left or not swept.in_time:
             break
-
-
-def _log(what: Sweep, swept: Swept) -> None:
-    if what.event is None:
-        return
-    kept = Counter(swept.kept.values())
-    for business, counts in swept.of_business.items():
-        log.info(what.event, business_id=str(business), **counts, kept=kept[business])
 
 
 def _passed_over(swept: Swept) -> list[UUID]:

@@ -29,6 +29,7 @@ IN_TIME = timedelta(minutes=12)
 """What is left then goes the next night: without BON's two missing indexes each draft costs a scan."""
 FIRST_UNINDEXED = 20
 """Drafts of the first batch then."""
+CLEANED = "drafts.cleaned"
 
 # Parameters: `batches.Sweep`'s, $3 untouched since: timestamptz. Strictly older than it. Index:
 # invoices_draft_cleanup_idx.
@@ -135,7 +136,7 @@ async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
         arguments=(since,),
         locks=True,
         first=FIRST_UNINDEXED if missing else FIRST,
-        event="drafts.cleaned",
+        event=CLEANED,
     )
     swept = await sweep(ctx, stale, within=IN_TIME)
     async with ctx.transaction() as tx:
@@ -148,7 +149,9 @@ async def draft_cleanup(ctx: JobContext, _: NoPayload) -> Counts:
         paused = await tx.fetchval(COUNT_PAUSED, since)
         counts |= swept.shortfall()
         counts |= {"paused": paused} if paused else {}
-        return await ctx.finish(counts, on=tx, undone=swept.undone)
+        await ctx.finish(counts, on=tx, undone=swept.undone)
+    swept.log(CLEANED)
+    return counts
 
 
 async def stale_drafts(connection: Connection, fire_time: datetime, *, now: datetime | None = None) -> Candidates:
