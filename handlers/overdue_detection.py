@@ -149,7 +149,7 @@ CLEAR_SETTLED = """
 
 # $3 the later of as_of and today: date. Invoices whose due date was moved after they were marked. The later date, so
 # that replaying an old tick never un-marks what became overdue since. Index: none of BON's serves it, so that the
-# invoices are read through, once; with the one of docs/decisions/0035 only what it finds is read.
+# invoices are read through, once: see docs/decisions/0035.
 FIND_MOVED = """
     select id
       from public.invoices
