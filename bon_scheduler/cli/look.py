@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from bon_scheduler import declared, ledger
-from bon_scheduler.cli.ids import Kind, find_ids, shorten
+from bon_scheduler.cli.ids import Kind, find_ids, mark, shorten
 from bon_scheduler.cli.in_force import read_in_force, tell_liveness, tell_pause
 from bon_scheduler.cli.parsing import (
     DONE,
@@ -234,12 +234,12 @@ def _business_row(
     now: datetime,
 ) -> list[object]:
     found = [
-        f"{state} ({letters[key]})" if state == "unknown" else state
+        f"{state} ({mark(letters[key])})" if state == "unknown" else state
         for key, state in zip(row["delivery_ids"], row["letters"], strict=True)
     ]
     did = describe(row)
     return [
-        short[row["run_id"]],
+        mark(short[row["run_id"]]),
         row["job"],
         report.day_and_time(row["at"], now),
         row["state"],
@@ -250,7 +250,7 @@ def _business_row(
 
 def _run_row(row: ledger.Row, short: Mapping[UUID | None, str], report: Report, now: datetime) -> list[object]:
     return [
-        short[row["run_id"]],
+        mark(short[row["run_id"]]),
         row["job"],
         report.day_and_time(row["fire_time"], now),
         f"{row['state']} (dry run)" if row["dry_run"] else row["state"],

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from bon_scheduler import declared, ledger, mail
 from bon_scheduler.cli import rehearsed as rehearsing
-from bon_scheduler.cli.ids import Kind, find_ids, find_run_id, shorten
+from bon_scheduler.cli.ids import Kind, find_ids, find_run_id, mark, shorten
 from bon_scheduler.cli.in_force import tell_pause, who_serves
 from bon_scheduler.cli.look import describe
 from bon_scheduler.cli.parsing import DONE, UsageError, reading
@@ -85,7 +85,8 @@ def _obstacles(
     if waits is not None and waits.behind is not None:
         since = f" since {waits.behind_since:%Y-%m-%d %H:%M:%S} UTC" if waits.behind_since else ""
         behind = (
-            f"It waits for run {short[waits.behind]}, which must not run beside it and runs on {waits.behind_on}{since}"
+            f"It waits for run {mark(short[waits.behind])}, which must not run beside it "
+            f"and runs on {waits.behind_on}{since}"
         )
         found.append(f"{behind}: bon-scheduler show {short[waits.behind]}")
     if waits is not None and not waits.ready and waits.run_at is not None:
@@ -169,7 +170,7 @@ def _show_lists(
             "Letters",
             ["delivery", "business", "day", "state", Column("reply", wraps=12)],
             lambda row: (
-                short[row["delivery_id"]],
+                mark(short[row["delivery_id"]]),
                 row["business_id"],
                 row["as_of"],
                 row["state"],
@@ -180,7 +181,12 @@ def _show_lists(
             "caused",
             "Caused",
             ["run", "job", "state", Column("counts", wraps=20)],
-            lambda row: (short[row["run_id"]], row["job"], row["state"], format_counts(row["counts"], brief=True)),
+            lambda row: (
+                mark(short[row["run_id"]]),
+                row["job"],
+                row["state"],
+                format_counts(row["counts"], brief=True),
+            ),
         ),
         (
             "actions",

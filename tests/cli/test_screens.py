@@ -68,7 +68,7 @@ async def test_a_run_behind_an_exclusive_one_says_what_it_waits_for(connection: 
     second = await make(connection, "queued")
     await connection.execute("update bon_scheduler.runs set concurrency_key = 'draft-cleanup'")
     shown = await run_command("show", second, DATABASE_URL=database_url)
-    assert f"It waits for run {first[:8]}, which must not run beside it" in shown.out
+    assert f"It waits for run {first[:8]}…, which must not run beside it" in shown.out
     assert f"show {first[:8]}" in shown.out
     document = (await run_command("show", second, "--json", DATABASE_URL=database_url)).document
     assert any(first[:8] in each for each in document["waits_for"])
@@ -86,9 +86,9 @@ async def test_one_command_says_what_recent_runs_did_for_a_business(connection: 
     await connection.execute(LETTER, other, "hmac:b", "sent", UUID(elsewhere))
     dead = await make(connection, "dead", "overdue-digest", error="no such column")
     listed = await run_command("runs", "--business", str(mine)[:8], DATABASE_URL=database_url)
-    lines = {line.split()[0]: line for line in listed.out.splitlines() if line}
+    lines = {line.split()[0].rstrip("…"): line for line in listed.out.splitlines() if line}
     assert "done: marked 3" in lines[marked[:8]]
-    assert f"unknown ({letter[:8]})" in lines[sent[:8]]
+    assert f"unknown ({letter[:8]}…)" in lines[sent[:8]]
     assert "no such column" in lines[dead[:8]]
     assert elsewhere[:8] not in lines
     assert f"resend {letter[:8]} --reason" in listed.out
