@@ -79,7 +79,7 @@ async def find_ids(connection: Connection, kind: Kind, texts: Sequence[str]) -> 
             ids[found[0]] = None
         elif found:
             some = ", ".join(str(each) for each in found[:MOST_NAMED])
-            faults.append(f'"{text}" begins the ids of several: {some}{", …" if len(found) > MOST_NAMED else ""}')
+            faults.append(f'"{text}" begins the ids of several: {some}{" and more" if len(found) > MOST_NAMED else ""}')
         else:
             faults.append(f'No {kind}\'s id begins with "{text}"')
     if faults:

@@ -1,6 +1,6 @@
 """Commands that list what the ledger holds: jobs, runs. They change nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import islice
@@ -51,6 +51,12 @@ BUSINESS_COLUMNS = (
     *("run", "job", "at", "state"),
     *(Column("for it, or why not", wraps=12), Column("letters", wraps=7)),
 )
+FOR_ALL_COLUMNS = (
+    *("run", "job", "at", "state"),
+    *("runs", Column("why", wraps=24)),
+)
+MOST_FOR_ALL = 5
+"""Of the runs that did nothing for any business."""
 BUSINESS_SPAN = "7d"
 """How far back `runs --business` looks without --since."""
 
@@ -176,10 +182,11 @@ async def runs(settings: Settings, report: Report, clock: Clock, which: Which) -
         beats = await ledger.heartbeats(connection)
         if job is not None:
             await require_known(connection, job)
-        rows = await ledger.list_runs(connection, job=job, state=state, since=started, limit=which.limit)
+        rows = await ledger.list_runs(connection, job=job, state=state, since=started, limit=which.limit + 1)
+        rows, more = rows[: which.limit], len(rows) > which.limit
         short = await shorten(connection, Kind.RUN, [row["run_id"] for row in rows])
     if report.as_json:
-        report.document({"runs": rows})
+        report.document({"runs": rows, "more": more})
         return DONE
     asked = [f"{name} {value}" for name, value in (("job", job), ("state", state), ("since", since)) if value]
     report.table(
@@ -187,33 +194,45 @@ async def runs(settings: Settings, report: Report, clock: Clock, which: Which) -
         [_run_row(row, short, report, clock.now()) for row in rows],
         empty=f"No run matches: {', '.join(asked)}." if asked else "No runs yet.",
     )
+    _tell_more(report, which, more)
     tell_liveness(report, beats)
     return DONE
 
 
+def _tell_more(report: Report, which: Which, more: bool) -> None:
+    if more:
+        many = f"These are the newest {which.limit:,}, and there are more."
+        report.say(f"\n{many} List them with a higher --limit, or fewer with --job, --state or --since.")
+
+
 async def _runs_for_business(settings: Settings, report: Report, clock: Clock, which: Which) -> int:
-    """List what recent runs did for a business, letters included, and those that did nothing for anybody."""
-    span = parse_span(which.since or BUSINESS_SPAN)
+    """List what recent runs did for a business, letters included; apart, those that did nothing for anybody."""
+    since = clock.now() - parse_span(which.since or BUSINESS_SPAN)
     async with reading(settings) as connection:
         if which.job is not None:
             await require_known(connection, which.job)
         (business_id,) = await find_ids(connection, Kind.BUSINESS, [which.business or ""])
         rows = await ledger.runs_for_business(
-            connection, business_id, since=clock.now() - span, job=which.job, state=which.state, limit=which.limit
+            connection, business_id, since=since, job=which.job, state=which.state, limit=which.limit + 1
         )
+        rows, more = rows[: which.limit], len(rows) > which.limit
+        for_all = await ledger.stopped_for_all(connection, since=since, job=which.job, state=which.state)
         pause = (await ledger.paused_businesses(connection)).get(business_id)
         known = await ledger.knows_business(connection, business_id)
-        short = await shorten(connection, Kind.RUN, [row["run_id"] for row in rows])
+        short = await shorten(connection, Kind.RUN, [row["run_id"] for row in [*rows, *for_all]])
         letters = await shorten(connection, Kind.DELIVERY, [each for row in rows for each in row["delivery_ids"]])
         beats = await ledger.heartbeats(connection)
     if report.as_json:
-        report.document({"business_id": business_id, "paused": asdict(pause) if pause else None, "runs": rows})
+        paused = asdict(pause) if pause else None
+        found = {"runs": rows, "more": more, "stopped_for_all": for_all}
+        report.document({"business_id": business_id, "paused": paused, **found})
         return DONE
     report.table(
         BUSINESS_COLUMNS,
         [_business_row(row, short, letters, report, clock.now()) for row in rows],
         empty=f"No run of the last {which.since or BUSINESS_SPAN} did anything for business {business_id}.",
     )
+    _tell_more(report, which, more)
     if not known:
         report.say(f"\nBON has no business {business_id}.")
     if pause is not None:
@@ -222,8 +241,37 @@ async def _runs_for_business(settings: Settings, report: Report, clock: Clock, w
         for delivery, state in zip(row["delivery_ids"], row["letters"], strict=True):
             if state == "unknown":
                 report.say(f"\nSend the letter again, knowingly: bon-scheduler resend {letters[delivery]} --reason …")
+    _tell_stopped(report, for_all, short, clock.now())
     tell_liveness(report, beats)
     return DONE
+
+
+def _tell_stopped(
+    report: Report, rows: Sequence[Mapping[str, Any]], short: Mapping[UUID | None, str], now: datetime
+) -> None:
+    """List, of each job, the newest run that did nothing for any business, and how many there are."""
+    if not rows:
+        return
+    report.table(
+        FOR_ALL_COLUMNS,
+        [
+            (
+                mark(short[row["run_id"]]),
+                row["job"],
+                report.day_and_time(row["at"], now),
+                row["state"],
+                f"{row['alike']:,}",
+                row["error"] or "—",
+            )
+            for row in rows[:MOST_FOR_ALL]
+        ],
+        title="\nStopped for all businesses, the newest of each job",
+    )
+    if any(row["alike"] > 1 for row in rows) or len(rows) > MOST_FOR_ALL:
+        jobs = f"and {len(rows) - MOST_FOR_ALL} more jobs; " if len(rows) > MOST_FOR_ALL else ""
+        report.say(
+            f"{jobs}list each with: bon-scheduler runs --state {max(rows, key=lambda row: int(row['alike']))['state']}"
+        )
 
 
 def _business_row(

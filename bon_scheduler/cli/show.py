@@ -123,8 +123,12 @@ def next_steps(
     }.get(run["state"], [])
     unknown = [short[row["delivery_id"]] for row in lists["deliveries"] if row["state"] == "unknown"]
     steps += [f"Send a letter again, knowingly: bon-scheduler resend {key} --reason …" for key in unknown[:MOST_NAMED]]
+    if len(unknown) > MOST_NAMED:
+        steps.append(f"And {len(unknown) - MOST_NAMED:,} more letters that are unknown, listed above.")
     ill = [row for row in lists["caused"] if row["state"] in {"dead", "partial", "held"}]
     steps += [f"It caused a {row['state']} run: bon-scheduler show {short[row['run_id']]}" for row in ill[:MOST_NAMED]]
+    if len(ill) > MOST_NAMED:
+        steps.append(f"And {len(ill) - MOST_NAMED:,} more that it caused, listed above.")
     return steps
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -93,7 +94,8 @@ async def test_one_command_says_what_recent_runs_did_for_a_business(connection: 
     assert elsewhere[:8] not in lines
     assert f"resend {letter[:8]} --reason" in listed.out
     document = (await run_command("runs", "--business", str(mine), "--json", DATABASE_URL=database_url)).document
-    assert {row["run_id"] for row in document["runs"]} == {marked, sent, dead}
+    assert {row["run_id"] for row in document["runs"]} == {marked, sent}
+    assert [row["run_id"] for row in document["stopped_for_all"]] == [dead]
     shown = await run_command("show", marked, "--business", str(mine), DATABASE_URL=database_url)
     assert ("marked 3" in shown.out, "marked 7" in shown.out) == (True, False)
     nothing = await run_command("show", elsewhere, "--business", str(mine), DATABASE_URL=database_url)
@@ -101,6 +103,58 @@ async def test_one_command_says_what_recent_runs_did_for_a_business(connection: 
     quiet = await run_command("runs", "--business", str(uuid4()), "--state", "running", DATABASE_URL=database_url)
     assert "did anything for business" in quiet.out
     assert "BON has no business" in quiet.out
+
+
+async def test_unrelated_dead_runs_do_not_hide_those_of_a_business(connection: Connection, database_url: str) -> None:
+    mine = await arrange.business(connection)
+    sent = await make(connection, "succeeded", "send-overdue-digest")
+    await connection.execute("update bon_scheduler.runs set business = $2 where id = $1", UUID(sent), str(mine))
+    unrelated = [await make(connection, "dead", "draft-cleanup", error="no such column") for _ in range(25)]
+    await make(connection, "held", "overdue-detection", error="too many")
+    arguments = ("runs", "--business", str(mine))
+    listed = await run_command(*arguments, DATABASE_URL=database_url)
+    lines = listed.out.splitlines()
+    assert lines[1].startswith(sent[:8])
+    assert "more" not in lines[2]
+    (apart,) = [line for line in lines if "draft-cleanup" in line]
+    assert apart.split()[0] == f"{unrelated[-1][:8]}…"
+    assert " dead   25 " in apart
+    assert lines.index(apart) > 2
+    document = (await run_command(*arguments, "--json", DATABASE_URL=database_url)).document
+    assert ([row["run_id"] for row in document["runs"]], document["more"]) == ([sent], False)
+    assert {row["job"]: row["alike"] for row in document["stopped_for_all"]} == {
+        "draft-cleanup": 25,
+        "overdue-detection": 1,
+    }
+
+
+@pytest.mark.parametrize(("count", "limit", "cut"), [(3, 2, True), (2, 2, False)])
+async def test_a_list_that_a_limit_cuts_says_so(
+    connection: Connection, database_url: str, count: int, limit: int, cut: bool
+) -> None:
+    mine = await arrange.business(connection)
+    for _ in range(count):
+        await make(connection, "succeeded")
+    await connection.execute("update bon_scheduler.runs set business = $1", str(mine))
+    for command in (["runs"], ["runs", "--business", str(mine)], ["runs", "--job", "draft-cleanup"]):
+        told = (*command, "--limit", str(limit))
+        listed = await run_command(*told, DATABASE_URL=database_url)
+        assert ("These are the newest 2, and there are more. List them with a higher --limit" in listed.out) is cut
+        document = (await run_command(*told, "--json", DATABASE_URL=database_url)).document
+        assert (len(document["runs"]), document["more"]) == (limit, cut)
+
+
+async def test_what_a_screen_names_only_some_of_is_counted(connection: Connection, database_url: str) -> None:
+    business, run = await arrange.business(connection), await make(connection, "partial")
+    for number in range(5):
+        await connection.fetchval(LETTER, business, f"hmac:{number}", "unknown", UUID(run))
+        caused = await make(connection, "dead", "send-overdue-digest")
+        await connection.execute("update bon_scheduler.runs set caused_by = $2 where id = $1", UUID(caused), UUID(run))
+    shown = await run_command("show", run, DATABASE_URL=database_url)
+    assert "And 2 more letters that are unknown, listed above." in shown.out
+    assert "And 2 more that it caused, listed above." in shown.out
+    checked = await run_command("check", DATABASE_URL=database_url)
+    assert re.search(r"5 of the last seven days .*, and 2 more ", checked.out)
 
 
 async def test_piped_one_record_is_one_line_and_no_line_has_padding(connection: Connection, database_url: str) -> None:

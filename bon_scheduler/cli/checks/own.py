@@ -140,12 +140,13 @@ async def check_letters(connection: Connection) -> list[Finding]:
     if not unknown:
         return [*findings, ok("deliveries", "none of the last seven days is uncertain")]
     named = ", ".join(str(letter.id) for letter in await mail.some_unknown(connection, MOST_NAMED))
+    rest = f", and {unknown - MOST_NAMED:,} more" if unknown > MOST_NAMED else ""
     return [
         *findings,
         Finding(
             "deliveries",
             Level.WARNING,
-            f"{unknown} of the last seven days may or may not have arrived, the latest: {named}",
+            f"{unknown} of the last seven days may or may not have arrived, the latest: {named}{rest}",
             "Ask the owner, or send it again knowingly: bon-scheduler resend DELIVERY_ID --reason …",
         ),
     ]
