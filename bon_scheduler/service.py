@@ -124,7 +124,8 @@ async def machinery(
     clock = clock or Clocks(SystemClock())
     lease = timedelta(seconds=settings.lease_seconds)
     schedules = schedules_of(settings, jobs)
-    worker = Worker(serves=serves, lease=lease, settings=settings.readable())
+    takes = sorted(job.name for job in jobs) if serves else ()
+    worker = Worker(serves=serves, lease=lease, settings=settings.readable(), jobs=takes)
     metrics = Metrics([job.name for job in jobs], version=worker.version)
     await require_endpoints(settings)
     async with AsyncExitStack() as stack:

@@ -9,7 +9,14 @@ from uuid import UUID
 
 from bon_scheduler import declared, ledger
 from bon_scheduler.cli.ids import Kind, find_ids, mark, shorten
-from bon_scheduler.cli.in_force import read_in_force, tell_liveness, tell_pause
+from bon_scheduler.cli.in_force import (
+    is_handled,
+    read_in_force,
+    tell_liveness,
+    tell_pause,
+    tell_unhandled,
+    unhandled,
+)
 from bon_scheduler.cli.parsing import (
     DONE,
     UsageError,
@@ -55,8 +62,11 @@ FOR_ALL_COLUMNS = (
     *("run", "job", "at", "state"),
     *("runs", Column("why", wraps=24)),
 )
+OTHER_WORK = "its handler comes with other work"
+ELSEWHERE = "the service has its handler, this version has not"
 MOST_FOR_ALL = 5
 """Of the runs that did nothing for any business."""
+WAITS = frozenset({"queued", "retrying"})
 BUSINESS_SPAN = "7d"
 """How far back `runs --business` looks without --since."""
 
@@ -82,7 +92,8 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
                 "job": name,
                 "summary": ours[name].summary
                 if name in ours
-                else broken.get(name, "its handler comes with other work"),
+                else broken.get(name, ELSEWHERE if is_handled(name, in_force.beats) else OTHER_WORK),
+                "handled": is_handled(name, in_force.beats),
                 "schedule": cron.expression if cron else None,
                 "limits": _limits(ours[name], cron is not None) if name in ours else [],
                 "schedule_in_words": describe_cron(cron.expression) if cron else None,
@@ -115,6 +126,8 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
             "\nDead runs: see why with `bon-scheduler runs --state dead` and `bon-scheduler show RUN_ID`; mend the "
             "cause, then `bon-scheduler retry RUN_ID --reason …` or `bon-scheduler retry --dead --job JOB --reason …`."
         )
+    # Of a job that nobody has, as long as nobody asks for it, there is nothing to say.
+    tell_unhandled(report, (row["job"] for row in overview if row["waiting"] or row["job"] in ours), in_force.beats)
     tell_liveness(report, in_force.beats)
     return DONE
 
@@ -186,7 +199,8 @@ async def runs(settings: Settings, report: Report, clock: Clock, which: Which) -
         rows, more = rows[: which.limit], len(rows) > which.limit
         short = await shorten(connection, Kind.RUN, [row["run_id"] for row in rows])
     if report.as_json:
-        report.document({"runs": rows, "more": more})
+        unhandled_jobs = sorted({row["job"] for row in rows if row["state"] in WAITS and unhandled(row["job"], beats)})
+        report.document({"runs": rows, "more": more, "unhandled": unhandled_jobs})
         return DONE
     asked = [f"{name} {value}" for name, value in (("job", job), ("state", state), ("since", since)) if value]
     report.table(
@@ -195,6 +209,7 @@ async def runs(settings: Settings, report: Report, clock: Clock, which: Which) -
         empty=f"No run matches: {', '.join(asked)}." if asked else "No runs yet.",
     )
     _tell_more(report, which, more)
+    tell_unhandled(report, (row["job"] for row in rows if row["state"] in WAITS), beats)
     tell_liveness(report, beats)
     return DONE
 
@@ -242,6 +257,7 @@ async def _runs_for_business(settings: Settings, report: Report, clock: Clock, w
             if state == "unknown":
                 report.say(f"\nSend the letter again, knowingly: bon-scheduler resend {letters[delivery]} --reason …")
     _tell_stopped(report, for_all, short, clock.now())
+    tell_unhandled(report, (row["job"] for row in rows if row["state"] in WAITS), beats)
     tell_liveness(report, beats)
     return DONE
 

@@ -5,16 +5,16 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from bon_scheduler import declared, ledger, mail
+from bon_scheduler import ledger, mail
 from bon_scheduler.cli import rehearsed as rehearsing
 from bon_scheduler.cli.ids import Kind, find_ids, find_run_id, mark, shorten
-from bon_scheduler.cli.in_force import tell_pause, who_serves
+from bon_scheduler.cli.in_force import tell_pause, unhandled, who_serves
 from bon_scheduler.cli.look import describe
 from bon_scheduler.cli.parsing import DONE, UsageError, reading
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.database import write_json
-from bon_scheduler.ledger import OPEN_STATES, Obstacle, Pause
+from bon_scheduler.ledger import OPEN_STATES, Heartbeat, Obstacle, Pause
 from bon_scheduler.report import Column, Report, format_counts, format_distance, format_span
 
 __all__ = ["next_steps", "show"]
@@ -47,7 +47,7 @@ async def show(settings: Settings, report: Report, clock: Clock, *, run: str, bu
             **await shorten(connection, Kind.RUN, ids),
             **await shorten(connection, Kind.DELIVERY, [row["delivery_id"] for row in lists["deliveries"]]),
         }
-    obstacles = _obstacles(found, waits, pause, short, who_serves(beats))
+    obstacles = _obstacles(found, waits, pause, short, beats)
     if report.as_json:
         report.document({**found, **lists, "waits_for": obstacles})
         return DONE
@@ -73,7 +73,7 @@ def _obstacles(
     waits: Obstacle | None,
     pause: Pause | None,
     short: Mapping[UUID | None, str],
-    nobody: str | None,
+    beats: Sequence[Heartbeat],
 ) -> list[str]:
     """Say what a run waits for, a sentence each."""
     if run["state"] not in OPEN_STATES:
@@ -91,9 +91,9 @@ def _obstacles(
         found.append(f"{behind}: bon-scheduler show {short[waits.behind]}")
     if waits is not None and not waits.ready and waits.run_at is not None:
         found.append(f"It waits for its instant, {waits.run_at:%Y-%m-%d %H:%M:%S} UTC.")
-    if run["job"] not in {job.name for job in declared.JOBS}:
-        found.append(f"No version here has the handler of {run['job']}: it waits until one is deployed.")
-    if nobody is not None:
+    if waits is not None and (why := unhandled(run["job"], beats)) is not None:
+        found.append(f"It waits because {why}: start a `serve` of a version that has the handler of {run['job']}.")
+    if (nobody := who_serves(beats)) is not None:
         found.append(f"{nobody} Start one: bon-scheduler serve")
     return found
 

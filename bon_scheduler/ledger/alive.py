@@ -5,7 +5,7 @@ Changes nothing, and judges nobody: whoever takes over a worker's runs goes by `
 the database's clock.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -30,7 +30,7 @@ __all__ = [
 HEARTBEATS = """
     select host, pid, version, serves, bon_scheduler.shown(seen_at) as seen_at,
            greatest(extract(epoch from clock_timestamp() - seen_at), 0)::float8 as silent_seconds,
-           last_word is not null and clock_timestamp() - seen_at <= lease as alive, settings
+           last_word is not null and clock_timestamp() - seen_at <= lease as alive, settings, jobs
       from bon_scheduler.workers w
      order by serves desc, w.seen_at desc, id
 """
@@ -135,6 +135,8 @@ class Heartbeat:
     """Whether it was heard within its lease."""
     settings: Mapping[str, str]
     """Those of its settings that anybody may read, by name."""
+    jobs: Sequence[str] | None
+    """Those it takes runs of; None: its version does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,7 @@ async def heartbeats(connection: Connection) -> list[Heartbeat]:
             timedelta(seconds=min(row["silent_seconds"], timedelta.max.total_seconds() // 2)),
             row["alive"],
             row["settings"] or {},
+            row["jobs"],
         )
         for row in rows
     ]
