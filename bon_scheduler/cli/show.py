@@ -20,6 +20,8 @@ from bon_scheduler.report import Column, Report, format_counts, format_distance,
 __all__ = ["next_steps", "show"]
 
 MOST_NAMED = 3
+NOT_BEGUN = "Nobody has begun it."
+DRY_RUN = "A dry run has no attempts: whoever asked for it made it, and everything was rolled back."
 
 
 async def show(settings: Settings, report: Report, clock: Clock, *, run: str, business: str | None = None) -> int:
@@ -52,6 +54,7 @@ async def show(settings: Settings, report: Report, clock: Clock, *, run: str, bu
         report.document({**found, **lists, "waits_for": obstacles})
         return DONE
     _show_facts(report, found, clock.now())
+    _show_attempts(report, found, lists["attempts"])
     _show_lists(report, lists, short)
     rehearsing.show_comparison(report, lists["rehearsals"], short)
     if only is not None and not (lists["businesses"] or lists["deliveries"]):
@@ -143,9 +146,7 @@ def _show_facts(report: Report, run: ledger.Row, now: datetime) -> None:
     report.facts(facts)
 
 
-def _show_lists(
-    report: Report, lists: Mapping[str, Sequence[Mapping[str, Any]]], short: Mapping[UUID | None, str]
-) -> None:
+def _show_attempts(report: Report, run: ledger.Row, attempts: Sequence[Mapping[str, Any]]) -> None:
     report.table(
         ["attempt", "outcome", "started", "took", Column("host", importance=1), Column("error", wraps=16)],
         [
@@ -157,11 +158,16 @@ def _show_lists(
                 row["host"],
                 row["error"] or "",
             )
-            for row in lists["attempts"]
+            for row in attempts
         ],
         title="\nAttempts",
-        empty="\nNobody has begun it.",
+        empty=f"\n{DRY_RUN if run['dry_run'] else NOT_BEGUN}",
     )
+
+
+def _show_lists(
+    report: Report, lists: Mapping[str, Sequence[Mapping[str, Any]]], short: Mapping[UUID | None, str]
+) -> None:
     tables: list[tuple[str, str, Sequence[Column | str], Callable[[Mapping[str, Any]], Sequence[object]]]] = [
         (
             "businesses",

@@ -169,6 +169,16 @@ async def test_piped_one_record_is_one_line_and_no_line_has_padding(connection: 
     assert all(line == line.rstrip() for line in listed.out.splitlines())
 
 
+async def test_a_dry_run_is_not_said_to_be_not_begun(connection: Connection, database_url: str) -> None:
+    assert (await run_command("run-once", "session-cleanup", "--dry-run", DATABASE_URL=database_url)).status == 0
+    run_id = await connection.fetchval("select id from bon_scheduler.runs where dry_run")
+    shown = await run_command("show", str(run_id), DATABASE_URL=database_url)
+    assert "A dry run has no attempts" in shown.out
+    assert "Nobody has begun it." not in shown.out
+    waiting = await make(connection, "queued")
+    assert "Nobody has begun it." in (await run_command("show", waiting, DATABASE_URL=database_url)).out
+
+
 async def test_a_payload_is_json(connection: Connection, database_url: str) -> None:
     payload = {"on": True, "none": None, "name": "דנה", "many": 10**30}
     await make(connection, "succeeded", payload=payload)
