@@ -14,6 +14,7 @@ from .connections import (
 from .contract import (
     COLUMNS as COLUMNS,
     USES as USES,
+    tables_of as tables_of,
 )
 from .endpoints import (
     OtherDatabaseError as OtherDatabaseError,
@@ -53,8 +54,11 @@ from .usability import (
     Function as Function,
     OtherColumn as OtherColumn,
     Refusal as Refusal,
+    existing_tables as existing_tables,
     hidden_tables as hidden_tables,
     missing_columns as missing_columns,
+    missing_tables as missing_tables,
+    name_of as name_of,
     other_columns as other_columns,
     own_functions as own_functions,
     own_refusals as own_refusals,
