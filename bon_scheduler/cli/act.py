@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
+import asyncpg
+
 from bon_scheduler import database, ledger, mail, service
 from bon_scheduler.addresses import read_database_address
 from bon_scheduler.cli.ids import Kind, find_ids
@@ -34,7 +36,10 @@ BECOMES = {Action.RETRY: "queued", Action.CANCEL: "cancelled", Action.RELEASE: "
 
 async def migrate(settings: Settings, report: Report) -> int:
     """Create or upgrade schema bon_scheduler."""
-    applied = await service.prepare(settings)
+    try:
+        applied = await service.prepare(settings)
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise await database.explain_refused(settings, error, migrating=True) from error
     address = read_database_address(settings.listen_url)
     async with database.connect(settings.listen_url) as connection:
         name, missing = await database.name_of(connection), await database.missing_tables(connection)

@@ -41,6 +41,10 @@ from .migrations import (
 )
 from .outage import Outage as Outage
 from .patience import MigrationBlockedError as MigrationBlockedError
+from .refused import (
+    RoleRefusedError as RoleRefusedError,
+    explain_refused as explain_refused,
+)
 from .room import (
     Room as Room,
     how_much_room as how_much_room,
