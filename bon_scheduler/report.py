@@ -258,7 +258,8 @@ class Report:
             self.say(empty)
             return
         named = [column if isinstance(column, Column) else Column(column) for column in columns]
-        kept = [_Laid(column, [self._text(row[index]) for row in rows]) for index, column in enumerate(named)]
+        every = [_Laid(column, [self._text(row[index]) for row in rows]) for index, column in enumerate(named)]
+        kept = every
         dropped: list[Column] = []
         while _width(kept) > self.console.width and not self._one_line:
             least = [each.column for each in kept if each.column.importance is not None]
@@ -270,7 +271,8 @@ class Report:
         if self._one_line or _width(kept, folded=folded) <= self.console.width:
             self._print_rows(kept, title, folded=folded and not self._one_line)
         else:
-            self._print_records(kept, title)
+            self._print_records(every, title)
+            return
         if dropped:
             names = ", ".join(column.heading for column in dropped)
             self.say(f"Left out for want of width: {names}. See --json, or widen the terminal.")
