@@ -28,7 +28,7 @@ from bon_scheduler.cli.usage import STATES
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import AnyJob, Exclusive
-from bon_scheduler.ledger import Pause
+from bon_scheduler.ledger import MOST_COUNTED, Pause
 from bon_scheduler.report import Column, Report, format_counts, format_distance, format_span
 from bon_scheduler.schedule import describe_cron, fire_times
 
@@ -154,10 +154,15 @@ def _job_row(row: Mapping[str, Any], now: datetime) -> list[object]:
         if row["summary"].startswith("broken: ")
         else " ".join([*(["paused"] if row["paused"] else []), *upcoming]) or "—",
         f"{row['last_state']} {ended}".rstrip() if row["last_state"] else "—",
-        row["waiting"] or "—",
-        row["dead"] or "—",
+        _counted(row["waiting"]),
+        _counted(row["dead"]),
         ", ".join(row["limits"]) or "—",
     ]
+
+
+def _counted(runs: int) -> str:
+    """Return how many runs were counted; of more than are counted, that there are more."""
+    return f"{runs:,}{'+' if runs >= MOST_COUNTED else ''}" if runs else "—"
 
 
 def _limits(job: AnyJob, scheduled: bool) -> list[str]:

@@ -83,6 +83,7 @@ from .entries import (
     register_jobs as register_jobs,
 )
 from .history import (
+    MOST_COUNTED as MOST_COUNTED,
     OPEN_STATES as OPEN_STATES,
     Queue as Queue,
     Row as Row,

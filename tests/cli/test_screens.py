@@ -144,6 +144,16 @@ async def test_a_list_that_a_limit_cuts_says_so(
         assert (len(document["runs"]), document["more"]) == (limit, cut)
 
 
+async def test_a_queue_longer_than_is_counted_is_told_as_longer(connection: Connection, database_url: str) -> None:
+    query = "select bon_scheduler.enqueue('generate-pdf') from generate_series(1, 10001)"
+    await connection.execute(query)
+    await connection.execute("select bon_scheduler.enqueue('draft-cleanup') from generate_series(1, 1200)")
+    listed = await run_command("jobs", DATABASE_URL=database_url)
+    counts = {line.split()[0]: line for line in listed.out.splitlines() if line}
+    assert " 10,000+ " in counts["generate-pdf"]
+    assert " 1,200 " in counts["draft-cleanup"]
+
+
 async def test_what_a_screen_names_only_some_of_is_counted(connection: Connection, database_url: str) -> None:
     business, run = await arrange.business(connection), await make(connection, "partial")
     for number in range(5):
