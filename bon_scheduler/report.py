@@ -3,8 +3,9 @@ How commands speak: tables for people, one JSON document for programs.
 
 With JSON, standard output carries that document and nothing else: whatever else is said goes to standard error.
 Without it, tables are plain where standard output is not a terminal, one record a line, and NO_COLOR is honoured. On a
-terminal a table that is too wide leaves out its least important columns, and says so; then long texts go on in the next
-line. No cell is cut off, and an id stays in one line, to be copied.
+terminal a table that is too wide leaves out its least important columns, and says so; then texts go on in the next
+line, and where that is not enough each row is listed with a name and a value a line. No cell is cut off. An id stays in
+one line, to be copied: a whole one, or its beginning with "…" behind it, which every command takes.
 
 Instants are shown in BON_TIMEZONE with their offset, wherever they stand; in JSON they are UTC. Hints name the command
 as it was started here (`calling`).
@@ -18,15 +19,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import zip_longest
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import orjson
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.status import Status
-from rich.table import Table
+from rich.text import Text
 
 from bon_scheduler.calling import fill_in
 
@@ -58,6 +60,9 @@ MINUTE, HOUR, DAY = 60, 3_600, 86_400
 ANY_WIDTH = 100_000
 _UTC = re.compile(r"\b(\d{4}-\d\d-\d\d \d\d:\d\d(?::\d\d)?) UTC\b")
 _HINT = re.compile(r"(.*:) (bon-scheduler [a-z].*)", re.DOTALL)
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{8}[0-9a-f-]*…", re.IGNORECASE)
+GAP = 2
+"""Between two columns, as rich has it."""
 BYTE = 0xFF
 
 
@@ -145,6 +150,44 @@ class Column:
     """Left out where the table is too wide, the least first; None: always shown."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """A column with its cells as they are shown, and how wide it may be."""
+
+    column: Column
+    cells: Sequence[str]
+
+    @property
+    def widest(self) -> int:
+        """The width in which no cell is broken."""
+        return max(cell_len(line) for text in (self.column.heading, *self.cells) for line in text.split("\n"))
+
+    def least(self, *, folded: bool) -> int:
+        """Return the least width: texts that wrap may be broken, but for ids; `folded`: others too, between words."""
+        texts = self.column.heading, *self.cells
+        if self.column.wraps is None and not folded:
+            return self.widest
+        words = (word for text in texts for word in text.split() if self.column.wraps is None or _ID.search(word))
+        return min(self.widest, max(self.column.wraps or 0, *(cell_len(word) for word in words), 0))
+
+
+def _width(laid: Sequence[_Laid], *, folded: bool = False) -> int:
+    """Return the least width of a table."""
+    return sum(each.least(folded=folded) for each in laid) + GAP * (len(laid) - 1)
+
+
+def _share(laid: Sequence[_Laid], width: int, *, folded: bool) -> list[int]:
+    """Return how wide each column is: its least, and what it needs of the rest, those first that need least."""
+    widths = [each.least(folded=folded) for each in laid]
+    left = width - _width(laid, folded=folded)
+    needs = sorted((each.widest - widths[index], index) for index, each in enumerate(laid))
+    for number, (need, index) in enumerate(needs):
+        more = max(0, min(need, left // (len(needs) - number)))
+        widths[index] += more
+        left -= more
+    return widths
+
+
 class Report:
     """Where a command's answer goes."""
 
@@ -193,27 +236,14 @@ class Report:
             return found[0]
         return f"{local[: len(found[1])]}{format_offset(instant, self.zone)}"
 
-    def _cell(self, value: object) -> str:
+    def _text(self, value: object) -> str:
         text = "—" if value is None else self.for_people(str(value))
-        if self._one_line:
-            text = " ".join(text.split("\n"))
-        style = STATE_STYLES.get(text)
-        return f"[{style}]{escape(text)}[/{style}]" if style else escape(text)
+        return " ".join(text.split("\n")) if self._one_line else text
 
     @property
     def _one_line(self) -> bool:
         """Whether a record is one line, however long: for programs."""
         return self.console.width >= ANY_WIDTH
-
-    def _print(self, table: Table) -> None:
-        if not self._one_line:
-            # Not cropped: where a terminal is too narrow for the ids, it breaks the lines itself.
-            self.console.print(table, crop=False)
-            return
-        with self.console.capture() as captured:
-            self.console.print(table, crop=False)
-        for line in captured.get().splitlines():
-            self.console.out(line.rstrip(), highlight=False)
 
     def table(
         self,
@@ -227,30 +257,60 @@ class Report:
         if not rows and empty is not None:
             self.say(empty)
             return
-        shown = [(column if isinstance(column, Column) else Column(column)) for column in columns]
+        named = [column if isinstance(column, Column) else Column(column) for column in columns]
+        every = [_Laid(column, [self._text(row[index]) for row in rows]) for index, column in enumerate(named)]
+        kept = every
         dropped: list[Column] = []
-        while True:
-            kept = [(index, column) for index, column in enumerate(shown) if column not in dropped]
-            table = self._table(kept, rows, title)
-            least = [column for _, column in kept if column.importance is not None]
-            if not least or self._fits(table, kept, rows):
+        while _width(kept) > self.console.width and not self._one_line:
+            least = [each.column for each in kept if each.column.importance is not None]
+            if not least:
                 break
             dropped.append(min(least, key=lambda column: column.importance or 0))
-        self._print(table)
+            kept = [each for each in kept if each.column is not dropped[-1]]
+        folded = _width(kept) > self.console.width
+        if self._one_line or _width(kept, folded=folded) <= self.console.width:
+            self._print_rows(kept, title, folded=folded and not self._one_line)
+        else:
+            self._print_records(every, title)
+            return
         if dropped:
             names = ", ".join(column.heading for column in dropped)
             self.say(f"Left out for want of width: {names}. See --json, or widen the terminal.")
 
-    def _fits(self, table: Table, kept: Sequence[tuple[int, "Column"]], rows: Sequence[Sequence[object]]) -> bool:
-        """Whether no cell would be broken but those of columns that wrap, and those into lines of some length."""
-        options = self.console.options.update(max_width=ANY_WIDTH)
-        natural = Measurement.get(self.console, options, table).maximum
-        spare = 0
-        for index, column in kept:
-            if column.wraps:
-                longest = max(len(column.heading), *(len(str(row[index])) for row in rows))
-                spare += max(0, longest - column.wraps)
-        return natural - spare <= self.console.width
+    def _print_rows(self, kept: Sequence[_Laid], title: str | None, *, folded: bool) -> None:
+        if title is not None:
+            self.console.print(Text(title, style="italic"))
+        widths = _share(kept, ANY_WIDTH**2 if self._one_line else self.console.width, folded=folded)
+        self._print_cells([Text(each.column.heading, style="bold") for each in kept], widths)
+        for cells in zip(*(each.cells for each in kept), strict=True):
+            self._print_cells([Text(text, style=STATE_STYLES.get(text, "")) for text in cells], widths)
+
+    def _print_cells(self, cells: Sequence[Text], widths: Sequence[int]) -> None:
+        """Write a row: cells beside each other, each broken into lines of its column's width."""
+        broken = [cell.wrap(self.console, width, overflow="fold") for cell, width in zip(cells, widths, strict=True)]
+        for parts in zip_longest(*broken):
+            line = Text()
+            for part, width in zip(parts, widths, strict=True):
+                line.append_text(part or Text())
+                line.append(" " * (width + GAP - (cell_len(part.plain) if part else 0)))
+            line.rstrip()
+            # Not cropped: where a terminal is too narrow for an id, it breaks the line itself.
+            self.console.print(line, soft_wrap=True)
+
+    def _print_records(self, kept: Sequence[_Laid], title: str | None) -> None:
+        """Write each row as lines of name and value, for a terminal in which even folded cells have no room."""
+        if title is not None:
+            self.console.print(Text(title, style="italic"))
+        for number, cells in enumerate(zip(*(each.cells for each in kept), strict=True)):
+            if number:
+                self.console.print()
+            self._print_pairs([(each.column.heading, cell) for each, cell in zip(kept, cells, strict=True)])
+
+    def _print_pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
+        laid = _Laid(Column(""), [name for name, _ in pairs]), _Laid(Column("", wraps=1), [text for _, text in pairs])
+        widths = _share(laid, self.console.width, folded=False)
+        for name, text in pairs:
+            self._print_cells([Text(name, style="bold"), Text(text, style=STATE_STYLES.get(text, ""))], widths)
 
     def instant(self, instant: datetime | None) -> str:
         """Return an instant in the report's zone."""
@@ -269,17 +329,4 @@ class Report:
     def facts(self, pairs: Mapping[str, Any]) -> None:
         """Write name and value a line, leaving out what is None or empty."""
         shown = [(name, value) for name, value in pairs.items() if value not in (None, "", {}, False)]
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in shown:
-            table.add_row(f"[bold]{escape(name)}[/bold]", self._cell("yes" if value is True else value))
-        self._print(table)
-
-    def _table(self, kept: Sequence[tuple[int, Column]], rows: Sequence[Sequence[object]], title: str | None) -> Table:
-        table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-        for _, column in kept:
-            table.add_column(column.heading, overflow="fold", no_wrap=not column.wraps)
-        for row in rows:
-            table.add_row(*(self._cell(row[index]) for index, _ in kept))
-        return table
+        self._print_pairs([(name, self._text("yes" if value is True else value)) for name, value in shown])

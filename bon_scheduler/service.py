@@ -124,7 +124,8 @@ async def machinery(
     clock = clock or Clocks(SystemClock())
     lease = timedelta(seconds=settings.lease_seconds)
     schedules = schedules_of(settings, jobs)
-    worker = Worker(serves=serves, lease=lease, settings=settings.readable())
+    takes = sorted(job.name for job in jobs) if serves else ()
+    worker = Worker(serves=serves, lease=lease, settings=settings.readable(), jobs=takes)
     metrics = Metrics([job.name for job in jobs], version=worker.version)
     await require_endpoints(settings)
     async with AsyncExitStack() as stack:
@@ -217,7 +218,12 @@ async def _introduce(connection: Connection, settings: Settings, metrics: Metric
 
 
 async def _report_unusable(connection: Connection) -> None:
-    """Log what the role may not do in BON's tables, and which hide rows. Jobs that need them fail, others go on."""
+    """Log what BON's tables lack, what the role may not do in them, and which hide rows. Jobs that need them fail."""
+    if missing := await database.missing_columns(connection):
+        tables = sorted({row["table_name"] for row in missing if row["no_table"]})
+        columns = [f"{row['table_name']}.{row['column_name']}" for row in missing if not row["no_table"]]
+        where = await database.name_of(connection)
+        log.warning("tables.missing", database=where, tables=tables, columns=columns, remedy="See: bon-scheduler check")
     for refusal in await database.refusals(connection):
         log.error("privilege.missing", may_not=refusal.what, needed_by=refusal.users, remedy=refusal.grant)
     for table in await database.hidden_tables(connection):
@@ -292,6 +298,7 @@ async def serving(
             metrics=parts.metrics,
             worker=parts.worker,
             sends_mail=settings.smtp_host is not None,
+            tables=database.tables_of(parts.jobs),
         )
         async with (
             health.answering(probes, settings) as port,

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import structlog
 
 from bon_scheduler import ledger, mail, schedule, shaam
-from bon_scheduler.database import TRANSIENT_ERRORS, Pool, SchemaBehindError, require_schema
+from bon_scheduler.database import TRANSIENT_ERRORS, Pool, SchemaBehindError, existing_tables, name_of, require_schema
 from bon_scheduler.engine import Engine, Heartbeat, Quarantine, Reconciler
 from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger import Worker
@@ -28,6 +28,7 @@ __all__ = ["Probes"]
 T = TypeVar("T")
 log = structlog.get_logger()
 DATABASE_LIMIT_SECONDS = 3.0
+NO_TABLES = "none of BON's tables that its jobs need is"
 FRESH_SECONDS = 2.0
 """For so long figures of the database are not asked for again, whoever scrapes."""
 
@@ -72,7 +73,11 @@ class Probes:
     worker: Worker
     sends_mail: bool
     """Whether there is a mail server to be up."""
+    tables: frozenset[str] = frozenset()
+    """Those of BON's that its jobs need: without any of them this is another database than BON's."""
     started: float = field(default_factory=time.monotonic)
+    seen: set[str] = field(default_factory=set)
+    """Which of `tables` were there when it was last asked; it is asked until one is."""
     failing: dict[str, str] = field(default_factory=dict)
     """Which metrics could not be brought up to date at the last scrape, and why."""
     refresh_metrics: Shared[None] = field(init=False)
@@ -188,6 +193,10 @@ class Probes:
         try:
             async with asyncio.timeout(DATABASE_LIMIT_SECONDS), self._control() as connection:
                 await require_schema(connection)
+                if self.tables and not self.seen:
+                    self.seen.update(await existing_tables(connection, self.tables))
+                    if not self.seen:
+                        return {"status": "down", "reason": f"{NO_TABLES} in database {await name_of(connection)}"}
         except SchemaBehindError as error:
             return {"status": "down", "reason": str(error)}
         except TRANSIENT_ERRORS as error:

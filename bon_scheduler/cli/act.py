@@ -2,11 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from bon_scheduler import ledger, mail, service
+import asyncpg
+
+from bon_scheduler import database, ledger, mail, service
+from bon_scheduler.addresses import read_database_address
 from bon_scheduler.cli.ids import Kind, find_ids
 from bon_scheduler.cli.parsing import (
     DONE,
@@ -33,11 +36,31 @@ BECOMES = {Action.RETRY: "queued", Action.CANCEL: "cancelled", Action.RELEASE: "
 
 async def migrate(settings: Settings, report: Report) -> int:
     """Create or upgrade schema bon_scheduler."""
-    applied = await service.prepare(settings)
+    try:
+        applied = await service.prepare(settings)
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise await database.explain_refused(settings, error, migrating=True) from error
+    address = read_database_address(settings.listen_url)
+    async with database.connect(settings.listen_url) as connection:
+        name, missing = await database.name_of(connection), await database.missing_tables(connection)
+    where = str(replace(address, database=name))
     if report.as_json:
-        report.document({"applied": applied})
+        report.document({"applied": applied, "database": name, "at": where, "missing_tables": missing})
+        return DONE
+    if applied:
+        report.say(f"Applied in {where}: {', '.join(applied)}.")
     else:
-        report.say(f"Applied: {', '.join(applied)}." if applied else "Schema bon_scheduler is up to date.")
+        report.say(f"Schema bon_scheduler is up to date in {where}.")
+    if missing:
+        which = (
+            "none of BON's tables is"
+            if len(missing) == len(database.COLUMNS)
+            else f"{', '.join(missing)} of BON are not"
+        )
+        report.say(
+            f"Warning: {which} there yet, and jobs do nothing without them. They may come later; where BON's are in "
+            "another database, correct DATABASE_URL and migrate that."
+        )
     return DONE
 
 

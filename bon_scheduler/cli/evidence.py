@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bon_scheduler import ledger
-from bon_scheduler.cli.ids import Kind, find_ids, find_run_id, shorten
+from bon_scheduler.cli.ids import Kind, find_ids, find_run_id, mark, shorten
 from bon_scheduler.cli.parsing import DONE, reading
 from bon_scheduler.config import Settings
 from bon_scheduler.report import Column, Report
@@ -30,7 +30,7 @@ async def show_rows(settings: Settings, report: Report, *, run: str) -> int:
     report.table(
         columns,
         [(row["business_id"], *_cells(report, row)) for row in rows],
-        empty=f"Run {short[run_id]} has changed no invoice.",
+        empty=f"Run {mark(short[run_id])} has changed no invoice.",
     )
     return DONE
 
@@ -51,7 +51,7 @@ async def history(settings: Settings, report: Report, *, business: str) -> int:
 def _list(report: Report, rows: Sequence[Mapping[str, Any]], short: Mapping[Any, str], empty: str) -> None:
     report.table(
         COLUMNS,
-        [(report.instant(row["recorded_at"]), short[row["run_id"]], *_cells(report, row)) for row in rows],
+        [(report.instant(row["recorded_at"]), mark(short[row["run_id"]]), *_cells(report, row)) for row in rows],
         empty=empty,
     )
 

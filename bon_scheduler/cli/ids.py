@@ -2,6 +2,7 @@
 Ids as people write and read them: the first characters of a UUID, as many as name one row.
 
 A run, a delivery or a business may be named by any beginning of its id that no other has, of four characters at least.
+Where a beginning is shown it ends with "…", except within a command; commands take it with that or without.
 """
 
 import re
@@ -14,9 +15,9 @@ from bon_scheduler import ledger
 from bon_scheduler.cli.usage import UsageError
 from bon_scheduler.jobs import Connection
 
-__all__ = ["Kind", "find_ids", "find_run_id", "shorten"]
+__all__ = ["Kind", "find_ids", "find_run_id", "mark", "shorten"]
 
-SHORTEST, USUAL, DIGITS = 4, 8, 32
+SHORTEST, USUAL, DIGITS, WHOLE = 4, 8, 32, 36
 BEGINNING = re.compile(r"[0-9a-fA-F-]{4,36}")
 MOST_NAMED = 4
 
@@ -65,7 +66,7 @@ async def find_ids(connection: Connection, kind: Kind, texts: Sequence[str]) -> 
     """
     ids: dict[UUID, None] = {}
     faults = []
-    for text in texts:
+    for text in (typed.removesuffix("…") for typed in texts):
         try:
             ids[UUID(text)] = None
             continue
@@ -78,7 +79,7 @@ async def find_ids(connection: Connection, kind: Kind, texts: Sequence[str]) -> 
             ids[found[0]] = None
         elif found:
             some = ", ".join(str(each) for each in found[:MOST_NAMED])
-            faults.append(f'"{text}" begins the ids of several: {some}{", …" if len(found) > MOST_NAMED else ""}')
+            faults.append(f'"{text}" begins the ids of several: {some}{" and more" if len(found) > MOST_NAMED else ""}')
         else:
             faults.append(f'No {kind}\'s id begins with "{text}"')
     if faults:
@@ -114,6 +115,11 @@ async def shorten(connection: Connection, kind: Kind, ids: Collection[UUID | Non
         shared = max((_shared(whole, other) for other in others), default=0)
         short[row["id"]] = whole[: max(USUAL, shared + 1)]
     return short
+
+
+def mark(short: str) -> str:
+    """Return what `shorten` made of an id with a sign that it goes on; a whole one and the dash as they are."""
+    return f"{short}…" if 1 < len(short) < WHOLE else short
 
 
 def _shared(one: str, other: str) -> int:

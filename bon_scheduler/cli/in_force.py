@@ -4,7 +4,7 @@ Whether anybody is at work, and the schedules in force: those of the service whi
 The service's are the ones its replicas recorded in the ledger. Where this shell has others, both are told.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
@@ -15,7 +15,19 @@ from bon_scheduler.jobs import Connection, Cron
 from bon_scheduler.ledger import Heartbeat, Pause
 from bon_scheduler.report import Report, format_distance
 
-__all__ = ["InForce", "own_schedules", "read_in_force", "tell_liveness", "tell_pause", "who_serves"]
+__all__ = [
+    "InForce",
+    "is_handled",
+    "own_schedules",
+    "read_in_force",
+    "tell_liveness",
+    "tell_pause",
+    "tell_unhandled",
+    "unhandled",
+    "who_serves",
+]
+
+MOST_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +91,39 @@ def who_serves(beats: Sequence[Heartbeat]) -> str | None:
         return "No `serve` is alive, and none has left a heartbeat: each ended in order, or none was started."
     last = min(serving, key=lambda beat: beat.silent)
     return f"No `serve` is alive. The last heartbeat was {_ago(last.silent)}, of process {last.pid} on {last.host}."
+
+
+def is_handled(job: str, beats: Sequence[Heartbeat]) -> bool | None:
+    """
+    Return whether a living `serve` takes runs of the job; None: none is alive.
+
+    One whose version does not say which it takes is believed to take those that this version has.
+    """
+    serving = [beat for beat in beats if beat.serves and beat.alive]
+    if not serving:
+        return None
+    ours = {each.name for each in declared.JOBS}
+    return any(job in (ours if beat.jobs is None else beat.jobs) for beat in serving)
+
+
+def unhandled(job: str, beats: Sequence[Heartbeat]) -> str | None:
+    """Return who does not handle the job, so that its runs wait: no worker that is alive, or no version here."""
+    handled = is_handled(job, beats)
+    if handled is None:
+        return None if job in {each.name for each in declared.JOBS} else "no version here has its handler"
+    if handled:
+        return None
+    serving = [beat for beat in beats if beat.serves and beat.alive]
+    named = ", ".join(f"{beat.version} on {beat.host}" for beat in serving[:MOST_NAMED])
+    rest = f" and {len(serving) - MOST_NAMED} more" if len(serving) > MOST_NAMED else ""
+    return f"no living worker handles it ({named}{rest})"
+
+
+def tell_unhandled(report: Report, jobs: Iterable[str], beats: Sequence[Heartbeat]) -> None:
+    """Say, after what a command lists, of which jobs no living worker takes runs."""
+    for job in sorted(set(jobs)):
+        if (why := unhandled(job, beats)) is not None:
+            report.say(f"\n{job}: {why}. Its runs wait until a `serve` that has its handler is started.")
 
 
 def _ago(silent: timedelta) -> str:

@@ -1,6 +1,6 @@
 """Commands that list what the ledger holds: jobs, runs. They change nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import islice
@@ -8,8 +8,15 @@ from typing import Any
 from uuid import UUID
 
 from bon_scheduler import declared, ledger
-from bon_scheduler.cli.ids import Kind, find_ids, shorten
-from bon_scheduler.cli.in_force import read_in_force, tell_liveness, tell_pause
+from bon_scheduler.cli.ids import Kind, find_ids, mark, shorten
+from bon_scheduler.cli.in_force import (
+    is_handled,
+    read_in_force,
+    tell_liveness,
+    tell_pause,
+    tell_unhandled,
+    unhandled,
+)
 from bon_scheduler.cli.parsing import (
     DONE,
     UsageError,
@@ -21,7 +28,7 @@ from bon_scheduler.cli.usage import STATES
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import AnyJob, Exclusive
-from bon_scheduler.ledger import Pause
+from bon_scheduler.ledger import MOST_COUNTED, Pause
 from bon_scheduler.report import Column, Report, format_counts, format_distance, format_span
 from bon_scheduler.schedule import describe_cron, fire_times
 
@@ -51,6 +58,15 @@ BUSINESS_COLUMNS = (
     *("run", "job", "at", "state"),
     *(Column("for it, or why not", wraps=12), Column("letters", wraps=7)),
 )
+FOR_ALL_COLUMNS = (
+    *("run", "job", "at", "state"),
+    *("runs", Column("why", wraps=24)),
+)
+OTHER_WORK = "its handler comes with other work"
+ELSEWHERE = "the service has its handler, this version has not"
+MOST_FOR_ALL = 5
+"""Of the runs that did nothing for any business."""
+WAITS = frozenset({"queued", "retrying"})
 BUSINESS_SPAN = "7d"
 """How far back `runs --business` looks without --since."""
 
@@ -76,7 +92,8 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
                 "job": name,
                 "summary": ours[name].summary
                 if name in ours
-                else broken.get(name, "its handler comes with other work"),
+                else broken.get(name, ELSEWHERE if is_handled(name, in_force.beats) else OTHER_WORK),
+                "handled": is_handled(name, in_force.beats),
                 "schedule": cron.expression if cron else None,
                 "limits": _limits(ours[name], cron is not None) if name in ours else [],
                 "schedule_in_words": describe_cron(cron.expression) if cron else None,
@@ -109,6 +126,8 @@ async def jobs(settings: Settings, report: Report, clock: Clock) -> int:
             "\nDead runs: see why with `bon-scheduler runs --state dead` and `bon-scheduler show RUN_ID`; mend the "
             "cause, then `bon-scheduler retry RUN_ID --reason …` or `bon-scheduler retry --dead --job JOB --reason …`."
         )
+    # Of a job that nobody has, as long as nobody asks for it, there is nothing to say.
+    tell_unhandled(report, (row["job"] for row in overview if row["waiting"] or row["job"] in ours), in_force.beats)
     tell_liveness(report, in_force.beats)
     return DONE
 
@@ -135,10 +154,15 @@ def _job_row(row: Mapping[str, Any], now: datetime) -> list[object]:
         if row["summary"].startswith("broken: ")
         else " ".join([*(["paused"] if row["paused"] else []), *upcoming]) or "—",
         f"{row['last_state']} {ended}".rstrip() if row["last_state"] else "—",
-        row["waiting"] or "—",
-        row["dead"] or "—",
+        _counted(row["waiting"]),
+        _counted(row["dead"]),
         ", ".join(row["limits"]) or "—",
     ]
+
+
+def _counted(runs: int) -> str:
+    """Return how many runs were counted; of more than are counted, that there are more."""
+    return f"{runs:,}{'+' if runs >= MOST_COUNTED else ''}" if runs else "—"
 
 
 def _limits(job: AnyJob, scheduled: bool) -> list[str]:
@@ -176,10 +200,12 @@ async def runs(settings: Settings, report: Report, clock: Clock, which: Which) -
         beats = await ledger.heartbeats(connection)
         if job is not None:
             await require_known(connection, job)
-        rows = await ledger.list_runs(connection, job=job, state=state, since=started, limit=which.limit)
+        rows = await ledger.list_runs(connection, job=job, state=state, since=started, limit=which.limit + 1)
+        rows, more = rows[: which.limit], len(rows) > which.limit
         short = await shorten(connection, Kind.RUN, [row["run_id"] for row in rows])
     if report.as_json:
-        report.document({"runs": rows})
+        unhandled_jobs = sorted({row["job"] for row in rows if row["state"] in WAITS and unhandled(row["job"], beats)})
+        report.document({"runs": rows, "more": more, "unhandled": unhandled_jobs})
         return DONE
     asked = [f"{name} {value}" for name, value in (("job", job), ("state", state), ("since", since)) if value]
     report.table(
@@ -187,33 +213,46 @@ async def runs(settings: Settings, report: Report, clock: Clock, which: Which) -
         [_run_row(row, short, report, clock.now()) for row in rows],
         empty=f"No run matches: {', '.join(asked)}." if asked else "No runs yet.",
     )
+    _tell_more(report, which, more)
+    tell_unhandled(report, (row["job"] for row in rows if row["state"] in WAITS), beats)
     tell_liveness(report, beats)
     return DONE
 
 
+def _tell_more(report: Report, which: Which, more: bool) -> None:
+    if more:
+        many = f"These are the newest {which.limit:,}, and there are more."
+        report.say(f"\n{many} List them with a higher --limit, or fewer with --job, --state or --since.")
+
+
 async def _runs_for_business(settings: Settings, report: Report, clock: Clock, which: Which) -> int:
-    """List what recent runs did for a business, letters included, and those that did nothing for anybody."""
-    span = parse_span(which.since or BUSINESS_SPAN)
+    """List what recent runs did for a business, letters included; apart, those that did nothing for anybody."""
+    since = clock.now() - parse_span(which.since or BUSINESS_SPAN)
     async with reading(settings) as connection:
         if which.job is not None:
             await require_known(connection, which.job)
         (business_id,) = await find_ids(connection, Kind.BUSINESS, [which.business or ""])
         rows = await ledger.runs_for_business(
-            connection, business_id, since=clock.now() - span, job=which.job, state=which.state, limit=which.limit
+            connection, business_id, since=since, job=which.job, state=which.state, limit=which.limit + 1
         )
+        rows, more = rows[: which.limit], len(rows) > which.limit
+        for_all = await ledger.stopped_for_all(connection, since=since, job=which.job, state=which.state)
         pause = (await ledger.paused_businesses(connection)).get(business_id)
         known = await ledger.knows_business(connection, business_id)
-        short = await shorten(connection, Kind.RUN, [row["run_id"] for row in rows])
+        short = await shorten(connection, Kind.RUN, [row["run_id"] for row in [*rows, *for_all]])
         letters = await shorten(connection, Kind.DELIVERY, [each for row in rows for each in row["delivery_ids"]])
         beats = await ledger.heartbeats(connection)
     if report.as_json:
-        report.document({"business_id": business_id, "paused": asdict(pause) if pause else None, "runs": rows})
+        paused = asdict(pause) if pause else None
+        found = {"runs": rows, "more": more, "stopped_for_all": for_all}
+        report.document({"business_id": business_id, "paused": paused, **found})
         return DONE
     report.table(
         BUSINESS_COLUMNS,
         [_business_row(row, short, letters, report, clock.now()) for row in rows],
         empty=f"No run of the last {which.since or BUSINESS_SPAN} did anything for business {business_id}.",
     )
+    _tell_more(report, which, more)
     if not known:
         report.say(f"\nBON has no business {business_id}.")
     if pause is not None:
@@ -222,8 +261,38 @@ async def _runs_for_business(settings: Settings, report: Report, clock: Clock, w
         for delivery, state in zip(row["delivery_ids"], row["letters"], strict=True):
             if state == "unknown":
                 report.say(f"\nSend the letter again, knowingly: bon-scheduler resend {letters[delivery]} --reason …")
+    _tell_stopped(report, for_all, short, clock.now())
+    tell_unhandled(report, (row["job"] for row in rows if row["state"] in WAITS), beats)
     tell_liveness(report, beats)
     return DONE
+
+
+def _tell_stopped(
+    report: Report, rows: Sequence[Mapping[str, Any]], short: Mapping[UUID | None, str], now: datetime
+) -> None:
+    """List, of each job, the newest run that did nothing for any business, and how many there are."""
+    if not rows:
+        return
+    report.table(
+        FOR_ALL_COLUMNS,
+        [
+            (
+                mark(short[row["run_id"]]),
+                row["job"],
+                report.day_and_time(row["at"], now),
+                row["state"],
+                f"{row['alike']:,}",
+                row["error"] or "—",
+            )
+            for row in rows[:MOST_FOR_ALL]
+        ],
+        title="\nStopped for all businesses, the newest of each job",
+    )
+    if any(row["alike"] > 1 for row in rows) or len(rows) > MOST_FOR_ALL:
+        jobs = f"and {len(rows) - MOST_FOR_ALL} more jobs; " if len(rows) > MOST_FOR_ALL else ""
+        report.say(
+            f"{jobs}list each with: bon-scheduler runs --state {max(rows, key=lambda row: int(row['alike']))['state']}"
+        )
 
 
 def _business_row(
@@ -234,12 +303,12 @@ def _business_row(
     now: datetime,
 ) -> list[object]:
     found = [
-        f"{state} ({letters[key]})" if state == "unknown" else state
+        f"{state} ({mark(letters[key])})" if state == "unknown" else state
         for key, state in zip(row["delivery_ids"], row["letters"], strict=True)
     ]
     did = describe(row)
     return [
-        short[row["run_id"]],
+        mark(short[row["run_id"]]),
         row["job"],
         report.day_and_time(row["at"], now),
         row["state"],
@@ -250,7 +319,7 @@ def _business_row(
 
 def _run_row(row: ledger.Row, short: Mapping[UUID | None, str], report: Report, now: datetime) -> list[object]:
     return [
-        short[row["run_id"]],
+        mark(short[row["run_id"]]),
         row["job"],
         report.day_and_time(row["fire_time"], now),
         f"{row['state']} (dry run)" if row["dry_run"] else row["state"],

@@ -68,4 +68,17 @@ def perform(
     configure_logging(settings.log_level, settings.log_format)
     if not logs and sys.stderr.isatty():
         silence_logging()
-    raise typer.Exit(run(call(settings, Report(as_json=as_json, zone=settings.bon_timezone))))
+    report = Report(as_json=as_json, zone=settings.bon_timezone)
+    raise typer.Exit(run(_explaining(settings, call(settings, report))))
+
+
+async def _explaining(settings: "Settings", command: Coroutine[Any, Any, int]) -> int:
+    """Await a command; raise RoleRefusedError, which names the role, where the database refuses the role something."""
+    import asyncpg
+
+    from bon_scheduler.database import explain_refused
+
+    try:
+        return await command
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise await explain_refused(settings, error) from error

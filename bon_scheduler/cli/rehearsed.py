@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
+from bon_scheduler.cli.ids import mark
 from bon_scheduler.report import Column, Report
 
 __all__ = ["number", "runs_of", "show_comparison"]
@@ -23,9 +24,9 @@ def show_comparison(report: Report, rows: Sequence[Mapping[str, Any]], short: Ma
         [
             (
                 row["job"],
-                short.get(row["rehearsal"], row["rehearsal"]),
+                _short(row["rehearsal"], short),
                 f"{row['candidates']:,}",
-                short.get(row["compared_with"], row["compared_with"]) if row["compared_with"] else "to come",
+                _short(row["compared_with"], short) if row["compared_with"] else "to come",
                 number(row["found"]),
                 row["verdict"],
             )
@@ -33,6 +34,10 @@ def show_comparison(report: Report, rows: Sequence[Mapping[str, Any]], short: Ma
         ],
         title="\nRehearsed",
     )
+
+
+def _short(run: UUID, short: Mapping[Any, str]) -> str:
+    return mark(short.get(run, str(run)))
 
 
 def number(value: int | None) -> str:

@@ -5,21 +5,23 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from bon_scheduler import declared, ledger, mail
+from bon_scheduler import ledger, mail
 from bon_scheduler.cli import rehearsed as rehearsing
-from bon_scheduler.cli.ids import Kind, find_ids, find_run_id, shorten
-from bon_scheduler.cli.in_force import tell_pause, who_serves
+from bon_scheduler.cli.ids import Kind, find_ids, find_run_id, mark, shorten
+from bon_scheduler.cli.in_force import tell_pause, unhandled, who_serves
 from bon_scheduler.cli.look import describe
 from bon_scheduler.cli.parsing import DONE, UsageError, reading
 from bon_scheduler.clock import Clock
 from bon_scheduler.config import Settings
 from bon_scheduler.database import write_json
-from bon_scheduler.ledger import OPEN_STATES, Obstacle, Pause
+from bon_scheduler.ledger import OPEN_STATES, Heartbeat, Obstacle, Pause
 from bon_scheduler.report import Column, Report, format_counts, format_distance, format_span
 
 __all__ = ["next_steps", "show"]
 
 MOST_NAMED = 3
+NOT_BEGUN = "Nobody has begun it."
+DRY_RUN = "A dry run has no attempts: whoever asked for it made it, and everything was rolled back."
 
 
 async def show(settings: Settings, report: Report, clock: Clock, *, run: str, business: str | None = None) -> int:
@@ -47,11 +49,12 @@ async def show(settings: Settings, report: Report, clock: Clock, *, run: str, bu
             **await shorten(connection, Kind.RUN, ids),
             **await shorten(connection, Kind.DELIVERY, [row["delivery_id"] for row in lists["deliveries"]]),
         }
-    obstacles = _obstacles(found, waits, pause, short, who_serves(beats))
+    obstacles = _obstacles(found, waits, pause, short, beats)
     if report.as_json:
         report.document({**found, **lists, "waits_for": obstacles})
         return DONE
     _show_facts(report, found, clock.now())
+    _show_attempts(report, found, lists["attempts"])
     _show_lists(report, lists, short)
     rehearsing.show_comparison(report, lists["rehearsals"], short)
     if only is not None and not (lists["businesses"] or lists["deliveries"]):
@@ -73,7 +76,7 @@ def _obstacles(
     waits: Obstacle | None,
     pause: Pause | None,
     short: Mapping[UUID | None, str],
-    nobody: str | None,
+    beats: Sequence[Heartbeat],
 ) -> list[str]:
     """Say what a run waits for, a sentence each."""
     if run["state"] not in OPEN_STATES:
@@ -85,14 +88,15 @@ def _obstacles(
     if waits is not None and waits.behind is not None:
         since = f" since {waits.behind_since:%Y-%m-%d %H:%M:%S} UTC" if waits.behind_since else ""
         behind = (
-            f"It waits for run {short[waits.behind]}, which must not run beside it and runs on {waits.behind_on}{since}"
+            f"It waits for run {mark(short[waits.behind])}, which must not run beside it "
+            f"and runs on {waits.behind_on}{since}"
         )
         found.append(f"{behind}: bon-scheduler show {short[waits.behind]}")
     if waits is not None and not waits.ready and waits.run_at is not None:
         found.append(f"It waits for its instant, {waits.run_at:%Y-%m-%d %H:%M:%S} UTC.")
-    if run["job"] not in {job.name for job in declared.JOBS}:
-        found.append(f"No version here has the handler of {run['job']}: it waits until one is deployed.")
-    if nobody is not None:
+    if waits is not None and (why := unhandled(run["job"], beats)) is not None:
+        found.append(f"It waits because {why}: start a `serve` of a version that has the handler of {run['job']}.")
+    if (nobody := who_serves(beats)) is not None:
         found.append(f"{nobody} Start one: bon-scheduler serve")
     return found
 
@@ -122,8 +126,12 @@ def next_steps(
     }.get(run["state"], [])
     unknown = [short[row["delivery_id"]] for row in lists["deliveries"] if row["state"] == "unknown"]
     steps += [f"Send a letter again, knowingly: bon-scheduler resend {key} --reason …" for key in unknown[:MOST_NAMED]]
+    if len(unknown) > MOST_NAMED:
+        steps.append(f"And {len(unknown) - MOST_NAMED:,} more letters that are unknown, listed above.")
     ill = [row for row in lists["caused"] if row["state"] in {"dead", "partial", "held"}]
     steps += [f"It caused a {row['state']} run: bon-scheduler show {short[row['run_id']]}" for row in ill[:MOST_NAMED]]
+    if len(ill) > MOST_NAMED:
+        steps.append(f"And {len(ill) - MOST_NAMED:,} more that it caused, listed above.")
     return steps
 
 
@@ -138,9 +146,7 @@ def _show_facts(report: Report, run: ledger.Row, now: datetime) -> None:
     report.facts(facts)
 
 
-def _show_lists(
-    report: Report, lists: Mapping[str, Sequence[Mapping[str, Any]]], short: Mapping[UUID | None, str]
-) -> None:
+def _show_attempts(report: Report, run: ledger.Row, attempts: Sequence[Mapping[str, Any]]) -> None:
     report.table(
         ["attempt", "outcome", "started", "took", Column("host", importance=1), Column("error", wraps=16)],
         [
@@ -152,11 +158,16 @@ def _show_lists(
                 row["host"],
                 row["error"] or "",
             )
-            for row in lists["attempts"]
+            for row in attempts
         ],
         title="\nAttempts",
-        empty="\nNobody has begun it.",
+        empty=f"\n{DRY_RUN if run['dry_run'] else NOT_BEGUN}",
     )
+
+
+def _show_lists(
+    report: Report, lists: Mapping[str, Sequence[Mapping[str, Any]]], short: Mapping[UUID | None, str]
+) -> None:
     tables: list[tuple[str, str, Sequence[Column | str], Callable[[Mapping[str, Any]], Sequence[object]]]] = [
         (
             "businesses",
@@ -169,7 +180,7 @@ def _show_lists(
             "Letters",
             ["delivery", "business", "day", "state", Column("reply", wraps=12)],
             lambda row: (
-                short[row["delivery_id"]],
+                mark(short[row["delivery_id"]]),
                 row["business_id"],
                 row["as_of"],
                 row["state"],
@@ -180,7 +191,12 @@ def _show_lists(
             "caused",
             "Caused",
             ["run", "job", "state", Column("counts", wraps=20)],
-            lambda row: (short[row["run_id"]], row["job"], row["state"], format_counts(row["counts"], brief=True)),
+            lambda row: (
+                mark(short[row["run_id"]]),
+                row["job"],
+                row["state"],
+                format_counts(row["counts"], brief=True),
+            ),
         ),
         (
             "actions",

@@ -7,6 +7,7 @@ from bon_scheduler.database import (
     MigrationBlockedError,
     OtherDatabaseError,
     PoolerError,
+    RoleRefusedError,
     SchemaBehindError,
 )
 from bon_scheduler.declared import BrokenJobsError
@@ -34,5 +35,6 @@ EXIT_STATUS: dict[type[Exception], int] = {
     QuarantinedError: 1,
     DatabaseUnavailableError: 1,
     SchemaBehindError: 1,
+    RoleRefusedError: 1,
     MigrationBlockedError: 1,
 }

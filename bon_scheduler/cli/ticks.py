@@ -101,7 +101,7 @@ def _show(report: Report, found: Audit) -> None:
     jobs = sorted({tick.job for tick in found.ticks})
     report.say(f"Ticks from {report.instant(found.since)} to {report.instant(found.until)}\n")
     report.table(SUMMARY_COLUMNS, [_summary(job, found) for job in jobs], empty=NOTHING_EXPECTED)
-    worth_naming = [*found.late, *found.of(*LISTED)]
+    worth_naming = [*found.of(*LISTED), *found.late]  # BEFORE the late, otherwise many of those hide a gap
     if worth_naming:
         report.table(
             DETAIL_COLUMNS, [_detail(report, tick) for tick in worth_naming[:MOST_SHOWN]], title="\nNot as scheduled"
@@ -114,7 +114,11 @@ def _show(report: Report, found: Audit) -> None:
         report.say(f"\n{'Every' if found.sound else 'Not every'} tick is accounted for.")
     if dead := found.of(Verdict.DEAD):
         report.say("Once the cause is mended, dead ticks run again with: bon-scheduler retry RUN_ID --reason …")
-        report.say(f"Dead, the latest first: {', '.join(str(tick.run_id) for tick in dead[: -MOST_NAMED - 1 : -1])}")
+        named = ", ".join(str(tick.run_id) for tick in dead[: -MOST_NAMED - 1 : -1])
+        rest = (
+            f", and {len(dead) - MOST_NAMED:,} more: bon-scheduler runs --state dead" if len(dead) > MOST_NAMED else ""
+        )
+        report.say(f"Dead, the latest first: {named}{rest}")
 
 
 def _summary(job: str, found: Audit) -> list[object]:

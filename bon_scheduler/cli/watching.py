@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.status import Status
 
 from bon_scheduler import ledger
-from bon_scheduler.cli.ids import Kind, shorten
+from bon_scheduler.cli.ids import Kind, mark, shorten
 from bon_scheduler.database import TRANSIENT_ERRORS, Pool
 from bon_scheduler.ledger import OPEN_STATES
 from bon_scheduler.report import Report, format_counts
@@ -96,7 +96,7 @@ async def _tell_interrupted(report: Report, pool: Pool, watched: Watched) -> Non
     if run is None:
         return
     kept = f"What it committed stays: {format_counts(run['counts'])}." if run["counts"] else "It committed no counts."
-    report.say(f"Interrupted. Run {short} of {run['job']} is {run['state']}. {kept}")
+    report.say(f"Interrupted. Run {mark(short)} of {run['job']} is {run['state']}. {kept}")
     if caused:
         states = ", ".join(f"{many:,} {state}" for state, many in sorted(Counter(r["state"] for r in caused).items()))
         waiting = any(each["state"] in OPEN_STATES for each in caused)

@@ -14,6 +14,7 @@ from .connections import (
 from .contract import (
     COLUMNS as COLUMNS,
     USES as USES,
+    tables_of as tables_of,
 )
 from .endpoints import (
     OtherDatabaseError as OtherDatabaseError,
@@ -40,6 +41,10 @@ from .migrations import (
 )
 from .outage import Outage as Outage
 from .patience import MigrationBlockedError as MigrationBlockedError
+from .refused import (
+    RoleRefusedError as RoleRefusedError,
+    explain_refused as explain_refused,
+)
 from .room import (
     Room as Room,
     how_much_room as how_much_room,
@@ -53,8 +58,11 @@ from .usability import (
     Function as Function,
     OtherColumn as OtherColumn,
     Refusal as Refusal,
+    existing_tables as existing_tables,
     hidden_tables as hidden_tables,
     missing_columns as missing_columns,
+    missing_tables as missing_tables,
+    name_of as name_of,
     other_columns as other_columns,
     own_functions as own_functions,
     own_refusals as own_refusals,

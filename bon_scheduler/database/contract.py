@@ -5,12 +5,12 @@ What the service does in BON's tables, column by column, and what it takes each 
 the statements themselves: a role with these privileges executes each of them, and with one less it does not.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-__all__ = ["COLUMNS", "USES", "WORDS", "Kind", "Privilege", "Uses", "privileges"]
+__all__ = ["COLUMNS", "USES", "WORDS", "Kind", "Privilege", "Uses", "privileges", "tables_of"]
 
 
 class Kind(StrEnum):
@@ -180,6 +180,11 @@ USES: Mapping[str, Mapping[str, Uses]] = {
     "commands": {"businesses": Uses(("id",))},
 }
 """By job, then by table of schema `public`; `metrics` and `commands` are those of the service itself."""
+
+
+def tables_of(jobs: Iterable[str]) -> frozenset[str]:
+    """Return the tables of BON's that some of these jobs need."""
+    return frozenset(table for job in jobs for table in USES.get(job, ()))
 
 
 def privileges(user: str) -> Iterator[Privilege]:

@@ -220,7 +220,8 @@ async def require_schema(connection: Connection) -> int:
     version = await connection.fetchval(NEWEST_VERSION) if await connection.fetchval(HAS_HISTORY) else 0
     if version < NEEDED:
         state = "is missing" if not version else f"is at version {version}"
+        name = await connection.fetchval("select current_database()")
         raise SchemaBehindError(
-            f"Schema bon_scheduler {state}; this version needs {NEEDED}. Run: bon-scheduler migrate"
+            f"Schema bon_scheduler {state} in database {name}; this version needs {NEEDED}. Run: bon-scheduler migrate"
         )
     return int(version)

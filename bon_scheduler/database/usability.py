@@ -5,6 +5,7 @@ Reads catalogues only. Names are looked up without `to_regclass`, which a role w
 """
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import asyncpg
@@ -17,8 +18,11 @@ __all__ = [
     "Function",
     "OtherColumn",
     "Refusal",
+    "existing_tables",
     "hidden_tables",
     "missing_columns",
+    "missing_tables",
+    "name_of",
     "other_columns",
     "own_functions",
     "own_refusals",
@@ -37,6 +41,13 @@ MISSING_COLUMNS = """
                           and a.attnum > 0
                           and not a.attisdropped)
      order by 1, 2
+"""
+# $1 tables: text[]. Those that schema `public` has.
+EXISTING_TABLES = """
+    select c.relname::text
+      from pg_class c
+     where c.relname = any ($1) and c.relnamespace = (select oid from pg_namespace where nspname = 'public')
+     order by 1
 """
 # $1 tables: text[], $2 columns: text[] beside them. A domain is what it is made of.
 TYPES = """
@@ -138,6 +149,21 @@ class Function:
 def _columns() -> tuple[list[str], list[str]]:
     pairs = [(table, column) for table, columns in COLUMNS.items() for column in columns]
     return [table for table, _ in pairs], [column for _, column in pairs]
+
+
+async def existing_tables(connection: Connection, tables: Collection[str]) -> list[str]:
+    """Return which of these tables of BON's exist."""
+    return [row[0] for row in await connection.fetch(EXISTING_TABLES, list(tables))]
+
+
+async def missing_tables(connection: Connection) -> list[str]:
+    """Return the tables of BON's that do not exist."""
+    return sorted(COLUMNS.keys() - set(await existing_tables(connection, list(COLUMNS))))
+
+
+async def name_of(connection: Connection) -> str:
+    """Return the name of the database that a connection leads to."""
+    return str(await connection.fetchval("select current_database()"))
 
 
 async def missing_columns(connection: Connection) -> list[asyncpg.Record]:

@@ -9,6 +9,7 @@ from .alive import (
     obstacle as obstacle,
     open_counts as open_counts,
     runs_for_business as runs_for_business,
+    stopped_for_all as stopped_for_all,
 )
 from .attempts import (
     Finished as Finished,
@@ -82,6 +83,7 @@ from .entries import (
     register_jobs as register_jobs,
 )
 from .history import (
+    MOST_COUNTED as MOST_COUNTED,
     OPEN_STATES as OPEN_STATES,
     Queue as Queue,
     Row as Row,

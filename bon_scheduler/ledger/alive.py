@@ -5,7 +5,7 @@ Changes nothing, and judges nobody: whoever takes over a worker's runs goes by `
 the database's clock.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -24,12 +24,13 @@ __all__ = [
     "obstacle",
     "open_counts",
     "runs_for_business",
+    "stopped_for_all",
 ]
 
 HEARTBEATS = """
     select host, pid, version, serves, bon_scheduler.shown(seen_at) as seen_at,
            greatest(extract(epoch from clock_timestamp() - seen_at), 0)::float8 as silent_seconds,
-           last_word is not null and clock_timestamp() - seen_at <= lease as alive, settings
+           last_word is not null and clock_timestamp() - seen_at <= lease as alive, settings, jobs
       from bon_scheduler.workers w
      order by serves desc, w.seen_at desc, id
 """
@@ -75,8 +76,7 @@ HELD_COUNTS = """
      order by j.name
 """
 # $1 business: uuid, $2 since: timestamptz, $3 job or null, $4 state or null, $5 limit: int. Runs that did something for
-# it, were asked for it, or did nothing for anybody because they are dead or held. Indexes: runs_newest,
-# business_outcomes_pkey, deliveries_run.
+# it or were asked for it. Indexes: runs_newest, business_outcomes_pkey, deliveries_run.
 RUNS_FOR_BUSINESS = """
     select r.id as run_id, r.job, bon_scheduler.shown(coalesce(r.fire_time, r.asked_for, r.enqueued_at)) as at,
            r.state::text as state, o.outcome,
@@ -94,10 +94,28 @@ RUNS_FOR_BUSINESS = """
        and not r.dry_run
        and (o.run_id is not null
             or r.business = $1::text
-            or exists (select from bon_scheduler.deliveries d where d.run_id = r.id and d.business_id = $1)
-            or (r.business is null and r.state in ('dead', 'held')))
+            or exists (select from bon_scheduler.deliveries d where d.run_id = r.id and d.business_id = $1))
      order by r.enqueued_at desc, r.id
      limit $5
+"""
+# $1 since: timestamptz, $2 job or null, $3 state or null. Of each job the newest run for all businesses that is dead or
+# held, so that it did nothing for any, and how many there are. Index: runs_by_job.
+STOPPED_FOR_ALL = """
+    select newest.id as run_id, j.name as job, bon_scheduler.shown(newest.at) as at, s.state::text as state,
+           newest.error, newest.alike
+      from bon_scheduler.jobs j
+     cross join unnest(array['dead', 'held']::bon_scheduler.run_state[]) as s (state)
+     cross join lateral (
+               select r.id, r.enqueued_at, coalesce(r.fire_time, r.asked_for, r.enqueued_at) as at,
+                      coalesce(r.error, r.reason) as error, count(*) over () as alike
+                 from bon_scheduler.runs r
+                where r.job = j.name and r.state = s.state and r.enqueued_at >= $1
+                  and r.business is null and not r.dry_run
+                order by r.enqueued_at desc
+                limit 1) as newest
+     where ($2::text is null or j.name = $2)
+       and ($3::text is null or s.state::text = $3)
+     order by newest.enqueued_at desc, newest.id
 """
 LOOK_SECONDS = 60.0
 """What a person asks of weeks may take longer than what a worker asks."""
@@ -117,6 +135,8 @@ class Heartbeat:
     """Whether it was heard within its lease."""
     settings: Mapping[str, str]
     """Those of its settings that anybody may read, by name."""
+    jobs: Sequence[str] | None
+    """Those it takes runs of; None: its version does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +165,7 @@ async def heartbeats(connection: Connection) -> list[Heartbeat]:
             timedelta(seconds=min(row["silent_seconds"], timedelta.max.total_seconds() // 2)),
             row["alive"],
             row["settings"] or {},
+            row["jobs"],
         )
         for row in rows
     ]
@@ -176,6 +197,13 @@ async def held_counts(connection: Connection) -> list[Row]:
 async def runs_for_business(
     connection: Connection, business_id: UUID, *, since: datetime, job: str | None, state: str | None, limit: int
 ) -> list[dict[str, Any]]:
-    """Return what runs did for a business, letters included, the newest first; and those that did nothing at all."""
+    """Return what runs did for a business, letters included, the newest first."""
     arguments = business_id, since, job, state, limit
     return [dict(row) for row in await connection.fetch(RUNS_FOR_BUSINESS, *arguments, timeout=LOOK_SECONDS)]
+
+
+async def stopped_for_all(
+    connection: Connection, *, since: datetime, job: str | None, state: str | None
+) -> list[dict[str, Any]]:
+    """Return of each job the newest dead and the newest held run that is for all businesses, and how many are alike."""
+    return [dict(row) for row in await connection.fetch(STOPPED_FOR_ALL, since, job, state, timeout=LOOK_SECONDS)]

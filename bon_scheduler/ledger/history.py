@@ -15,6 +15,7 @@ from bon_scheduler.jobs import Connection
 from bon_scheduler.ledger.entries import CALL_TIMEOUT_SECONDS
 
 __all__ = [
+    "MOST_COUNTED",
     "OPEN_STATES",
     "Queue",
     "Row",

@@ -8,7 +8,7 @@ that is silent for a lease is declared dead: it loses that id and, in the same t
 
 import os
 import socket
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from uuid import UUID, uuid4
@@ -36,10 +36,10 @@ __all__ = [
 ]
 
 # $1 worker, $2 host, $3 process id, $4 version, $5 whether it is a `serve`: boolean, $6 lease: interval,
-# $7 settings: text of a JSON object, because the heartbeat's connection knows no codecs.
+# $7 settings: text of a JSON object, because the heartbeat's connection knows no codecs, $8 jobs: text[].
 REGISTER_WORKER = """
-    insert into bon_scheduler.workers (id, host, pid, version, serves, lease, settings)
-    values ($1, $2, $3, $4, $5, $6, $7::text::jsonb)
+    insert into bon_scheduler.workers (id, host, pid, version, serves, lease, settings, jobs)
+    values ($1, $2, $3, $4, $5, $6, $7::text::jsonb, $8)
     on conflict (id) do update set seen_at = clock_timestamp(), last_word = gen_random_uuid()
 """
 # $1 worker.
@@ -84,6 +84,8 @@ class Worker:
     """Where its parts report whether the database answers them."""
     settings: Mapping[str, str] = field(default_factory=dict, hash=False)
     """What it was told that anybody may read, by name: operators compare it with their own."""
+    jobs: Sequence[str] = ()
+    """Those it takes runs of; one in the foreground takes its own run and what that causes, and names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ class Watch:
 async def register_worker(connection: Connection, worker: Worker) -> None:
     """Make this process a living worker."""
     told = orjson.dumps(dict(worker.settings)).decode()
-    values = worker.id, worker.host, worker.pid, worker.version, worker.serves, worker.lease, told
+    values = worker.id, worker.host, worker.pid, worker.version, worker.serves, worker.lease, told, list(worker.jobs)
     await connection.execute(REGISTER_WORKER, *values, timeout=CALL_TIMEOUT_SECONDS)
 
 

@@ -57,7 +57,7 @@ async def test_an_operator_retries_by_the_id_that_runs_lists(connection: Connect
     await make(connection, OTHER)
     listed = await run_command("runs", DATABASE_URL=database_url)
     short = listed.out.splitlines()[1].split()[0]
-    assert short == "12345678"
+    assert short == "12345678…"
     retried = await run_command("retry", short, "--reason", "mended", DATABASE_URL=database_url)
     assert (retried.status, retried.err) == (0, "")
     shown = await run_command("show", short, DATABASE_URL=database_url)

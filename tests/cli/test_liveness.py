@@ -1,11 +1,15 @@
 """Is anything alive: what `check`, `jobs`, `runs` and `show` tell of workers, of work left undone, of settings."""
 
 import signal
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
+from bon_scheduler import declared, service
 from bon_scheduler.cli.check import check_deployment
 from bon_scheduler.cli.checks.findings import Finding, Level
 from bon_scheduler.clock import SystemClock
+from bon_scheduler.ledger.alive import heartbeats
+from bon_scheduler.ledger.workers import Worker, register_worker
 from tests.conftest import Connection, MakeSettings
 from tests.process import run_command, serve
 from tests.waiting import until
@@ -90,6 +94,71 @@ async def test_what_is_dead_held_or_without_a_handler_is_graded(
         "generate-pdf: 2 runs waiting, and no version here has its handler": Level.WARNING,
     }
     assert "retry --dead --job draft-cleanup" in (found["draft-cleanup: 1 dead run"].remedy or "")
+
+
+async def live(connection: Connection, jobs: Sequence[str]) -> Worker:
+    """A living `serve` that takes runs of these jobs."""
+    worker = Worker(serves=True, version="0.0.9", lease=timedelta(minutes=10), jobs=jobs)
+    await register_worker(connection, worker)
+    return worker
+
+
+async def test_a_job_that_no_living_worker_handles_is_named_by_every_screen(
+    connection: Connection, database_url: str
+) -> None:
+    """A `serve` of a version that lacks the job lives; this shell's version has it."""
+    worker = await live(connection, ["session-cleanup"])
+    run = str(await connection.fetchval("select bon_scheduler.enqueue('draft-cleanup')"))
+    why = f"no living worker handles it (0.0.9 on {worker.host})"
+    checked = (await run_command("check", "--json", DATABASE_URL=database_url)).document
+    (found,) = [each for each in checked["findings"] if each["name"] == "runs"]
+    assert (found["level"], found["what"]) == ("warning", f"draft-cleanup: 1 run waiting, and {why}")
+    shown = await run_command("show", run, DATABASE_URL=database_url)
+    assert f"It waits because {why}" in shown.out
+    for command in (["jobs"], ["runs"]):
+        assert f"draft-cleanup: {why}. Its runs wait" in (await run_command(*command, DATABASE_URL=database_url)).out
+    listed = (await run_command("jobs", "--json", DATABASE_URL=database_url)).document["jobs"]
+    handled = {row["job"]: row["handled"] for row in listed}
+    assert (handled["draft-cleanup"], handled["session-cleanup"]) == (False, True)
+    document = (await run_command("runs", "--json", DATABASE_URL=database_url)).document
+    assert document["unhandled"] == ["draft-cleanup"]
+
+
+async def test_what_a_living_worker_handles_is_no_fault_though_this_version_lacks_it(
+    connection: Connection, database_url: str, make_settings: MakeSettings
+) -> None:
+    await live(connection, [*(job.name for job in declared.JOBS), "generate-pdf"])
+    run = str(await connection.fetchval("select bon_scheduler.enqueue('generate-pdf')"))
+    (found,) = await look(make_settings, "runs")
+    assert found.level is Level.OK
+    for command in (["jobs"], ["runs"], ["show", run]):
+        out = (await run_command(*command, DATABASE_URL=database_url)).out
+        assert ("handle" in out) is False, (command, out)
+    listed = (await run_command("jobs", "--json", DATABASE_URL=database_url)).document["jobs"]
+    (job,) = [row for row in listed if row["job"] == "generate-pdf"]
+    assert (job["handled"], job["summary"]) == (True, "the service has its handler, this version has not")
+
+
+async def test_of_a_worker_that_does_not_say_what_it_handles_nothing_bad_is_said(
+    connection: Connection, make_settings: MakeSettings
+) -> None:
+    """As one of the version before, beside which the schema was upgraded."""
+    await live(connection, [])
+    await connection.execute("update bon_scheduler.workers set jobs = null")
+    await connection.execute("select bon_scheduler.enqueue('draft-cleanup')")
+    (found,) = await look(make_settings, "runs")
+    assert found.level is Level.OK
+
+
+async def test_a_service_says_which_jobs_it_handles_and_a_run_in_the_foreground_none(
+    connection: Connection, make_settings: MakeSettings
+) -> None:
+    async with service.machinery(make_settings(), serves=True):
+        (beat,) = await heartbeats(connection)
+        assert beat.jobs == sorted(job.name for job in declared.JOBS)
+    async with service.machinery(make_settings()):
+        (beat,) = await heartbeats(connection)
+        assert (beat.serves, beat.jobs) == (False, [])
 
 
 async def test_commands_tell_the_services_schedules_and_settings_and_where_this_shell_differs(

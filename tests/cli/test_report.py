@@ -25,7 +25,8 @@ def test_an_id_stays_in_one_line_whatever_stands_beside_it(
     report.console.width = WIDTH
     report.table(headings, rows)
     out = capsys.readouterr().out
-    assert any(str(run_id) in line and str(caused_by) in line for line in out.splitlines())
+    for each in (run_id, caused_by):
+        assert any(str(each) in line for line in out.splitlines())
     assert out.count("x") == (columns - 2) * other.count("x")
     assert "…" not in out
 
@@ -49,6 +50,26 @@ def test_what_matters_least_is_left_out_of_a_narrow_terminal_and_named(
     assert narrow.splitlines()[0].split() == ["job", "took", "counts"]
     assert max(map(len, narrow.splitlines()[:-1])) <= 60
     assert "Left out for want of width: host." in narrow
+
+
+@pytest.mark.parametrize("width", [90, 60, 40])
+def test_what_does_not_fit_is_folded_between_words_and_then_listed_a_line_each(
+    capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    run_id, invoice = uuid4(), uuid4()
+    columns: list[Column | str] = ["when", "run", "job", "invoice", Column("items", importance=1)]
+    report = Report(as_json=False)
+    report.console.width = width
+    report.table(
+        columns, [("2026-11-27 06:00:00+02:00", f"{str(run_id)[:9]}…", "overdue-detection", invoice, "7 items")] * 2
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= max(width, 4 + 2 + 36 + 5)
+    for whole in (f"{str(run_id)[:9]}…", "overdue-detection", str(invoice), "2026-11-27", "06:00:00+02:00"):
+        assert sum(whole in line for line in lines) == 2, (whole, lines)
+    assert (lines[0].split() == columns[:4]) is (width == 90)
+    # A list has room for what a table leaves out.
+    assert sum("7 items" in line for line in lines) == (0 if width == 90 else 2)
 
 
 def test_nothing_to_list_is_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:

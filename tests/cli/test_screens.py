@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -68,7 +69,7 @@ async def test_a_run_behind_an_exclusive_one_says_what_it_waits_for(connection: 
     second = await make(connection, "queued")
     await connection.execute("update bon_scheduler.runs set concurrency_key = 'draft-cleanup'")
     shown = await run_command("show", second, DATABASE_URL=database_url)
-    assert f"It waits for run {first[:8]}, which must not run beside it" in shown.out
+    assert f"It waits for run {first[:8]}…, which must not run beside it" in shown.out
     assert f"show {first[:8]}" in shown.out
     document = (await run_command("show", second, "--json", DATABASE_URL=database_url)).document
     assert any(first[:8] in each for each in document["waits_for"])
@@ -86,14 +87,15 @@ async def test_one_command_says_what_recent_runs_did_for_a_business(connection: 
     await connection.execute(LETTER, other, "hmac:b", "sent", UUID(elsewhere))
     dead = await make(connection, "dead", "overdue-digest", error="no such column")
     listed = await run_command("runs", "--business", str(mine)[:8], DATABASE_URL=database_url)
-    lines = {line.split()[0]: line for line in listed.out.splitlines() if line}
+    lines = {line.split()[0].rstrip("…"): line for line in listed.out.splitlines() if line}
     assert "done: marked 3" in lines[marked[:8]]
-    assert f"unknown ({letter[:8]})" in lines[sent[:8]]
+    assert f"unknown ({letter[:8]}…)" in lines[sent[:8]]
     assert "no such column" in lines[dead[:8]]
     assert elsewhere[:8] not in lines
     assert f"resend {letter[:8]} --reason" in listed.out
     document = (await run_command("runs", "--business", str(mine), "--json", DATABASE_URL=database_url)).document
-    assert {row["run_id"] for row in document["runs"]} == {marked, sent, dead}
+    assert {row["run_id"] for row in document["runs"]} == {marked, sent}
+    assert [row["run_id"] for row in document["stopped_for_all"]] == [dead]
     shown = await run_command("show", marked, "--business", str(mine), DATABASE_URL=database_url)
     assert ("marked 3" in shown.out, "marked 7" in shown.out) == (True, False)
     nothing = await run_command("show", elsewhere, "--business", str(mine), DATABASE_URL=database_url)
@@ -101,6 +103,68 @@ async def test_one_command_says_what_recent_runs_did_for_a_business(connection: 
     quiet = await run_command("runs", "--business", str(uuid4()), "--state", "running", DATABASE_URL=database_url)
     assert "did anything for business" in quiet.out
     assert "BON has no business" in quiet.out
+
+
+async def test_unrelated_dead_runs_do_not_hide_those_of_a_business(connection: Connection, database_url: str) -> None:
+    mine = await arrange.business(connection)
+    sent = await make(connection, "succeeded", "send-overdue-digest")
+    await connection.execute("update bon_scheduler.runs set business = $2 where id = $1", UUID(sent), str(mine))
+    unrelated = [await make(connection, "dead", "draft-cleanup", error="no such column") for _ in range(25)]
+    await make(connection, "held", "overdue-detection", error="too many")
+    arguments = ("runs", "--business", str(mine))
+    listed = await run_command(*arguments, DATABASE_URL=database_url)
+    lines = listed.out.splitlines()
+    assert lines[1].startswith(sent[:8])
+    assert "more" not in lines[2]
+    (apart,) = [line for line in lines if "draft-cleanup" in line]
+    assert apart.split()[0] == f"{unrelated[-1][:8]}…"
+    assert " dead   25 " in apart
+    assert lines.index(apart) > 2
+    document = (await run_command(*arguments, "--json", DATABASE_URL=database_url)).document
+    assert ([row["run_id"] for row in document["runs"]], document["more"]) == ([sent], False)
+    assert {row["job"]: row["alike"] for row in document["stopped_for_all"]} == {
+        "draft-cleanup": 25,
+        "overdue-detection": 1,
+    }
+
+
+@pytest.mark.parametrize(("count", "limit", "cut"), [(3, 2, True), (2, 2, False)])
+async def test_a_list_that_a_limit_cuts_says_so(
+    connection: Connection, database_url: str, count: int, limit: int, cut: bool
+) -> None:
+    mine = await arrange.business(connection)
+    for _ in range(count):
+        await make(connection, "succeeded")
+    await connection.execute("update bon_scheduler.runs set business = $1", str(mine))
+    for command in (["runs"], ["runs", "--business", str(mine)], ["runs", "--job", "draft-cleanup"]):
+        told = (*command, "--limit", str(limit))
+        listed = await run_command(*told, DATABASE_URL=database_url)
+        assert ("These are the newest 2, and there are more. List them with a higher --limit" in listed.out) is cut
+        document = (await run_command(*told, "--json", DATABASE_URL=database_url)).document
+        assert (len(document["runs"]), document["more"]) == (limit, cut)
+
+
+async def test_a_queue_longer_than_is_counted_is_told_as_longer(connection: Connection, database_url: str) -> None:
+    query = "select bon_scheduler.enqueue('generate-pdf') from generate_series(1, 10001)"
+    await connection.execute(query)
+    await connection.execute("select bon_scheduler.enqueue('draft-cleanup') from generate_series(1, 1200)")
+    listed = await run_command("jobs", DATABASE_URL=database_url)
+    counts = {line.split()[0]: line for line in listed.out.splitlines() if line}
+    assert " 10,000+ " in counts["generate-pdf"]
+    assert " 1,200 " in counts["draft-cleanup"]
+
+
+async def test_what_a_screen_names_only_some_of_is_counted(connection: Connection, database_url: str) -> None:
+    business, run = await arrange.business(connection), await make(connection, "partial")
+    for number in range(5):
+        await connection.fetchval(LETTER, business, f"hmac:{number}", "unknown", UUID(run))
+        caused = await make(connection, "dead", "send-overdue-digest")
+        await connection.execute("update bon_scheduler.runs set caused_by = $2 where id = $1", UUID(caused), UUID(run))
+    shown = await run_command("show", run, DATABASE_URL=database_url)
+    assert "And 2 more letters that are unknown, listed above." in shown.out
+    assert "And 2 more that it caused, listed above." in shown.out
+    checked = await run_command("check", DATABASE_URL=database_url)
+    assert re.search(r"5 of the last seven days .*, and 2 more ", checked.out)
 
 
 async def test_piped_one_record_is_one_line_and_no_line_has_padding(connection: Connection, database_url: str) -> None:
@@ -113,6 +177,16 @@ async def test_piped_one_record_is_one_line_and_no_line_has_padding(connection: 
     assert "the first line and a second that is long" in mine
     assert mine.endswith("that is long")
     assert all(line == line.rstrip() for line in listed.out.splitlines())
+
+
+async def test_a_dry_run_is_not_said_to_be_not_begun(connection: Connection, database_url: str) -> None:
+    assert (await run_command("run-once", "session-cleanup", "--dry-run", DATABASE_URL=database_url)).status == 0
+    run_id = await connection.fetchval("select id from bon_scheduler.runs where dry_run")
+    shown = await run_command("show", str(run_id), DATABASE_URL=database_url)
+    assert "A dry run has no attempts" in shown.out
+    assert "Nobody has begun it." not in shown.out
+    waiting = await make(connection, "queued")
+    assert "Nobody has begun it." in (await run_command("show", waiting, DATABASE_URL=database_url)).out
 
 
 async def test_a_payload_is_json(connection: Connection, database_url: str) -> None:

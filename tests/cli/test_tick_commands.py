@@ -3,17 +3,23 @@
 import json
 import time
 from datetime import UTC, datetime, timedelta
+from uuid import uuid4
 
 import pytest
 
 from bon_scheduler import Cron
+from bon_scheduler.cli import ticks
+from bon_scheduler.clock import SystemClock
+from bon_scheduler.config import Settings
 from bon_scheduler.database.connections import Pool
-from bon_scheduler.schedule.audit import audit_ticks, unaccounted
+from bon_scheduler.report import Report
+from bon_scheduler.schedule.audit import Audit, AuditedTick, Verdict, audit_ticks, unaccounted
 from tests.conftest import Connection
 from tests.process import run_command
 from tests.replicas import JOB, QUARTERS, Replica
 
 QUARTER = timedelta(minutes=15)
+NOW = datetime(2026, 11, 27, 6, 0, tzinfo=UTC)
 INSERT_RUNS = """
     insert into bon_scheduler.runs (job, fire_time, origin, state, attempt, started_at, finished_at)
     select $1, fire_time, 'schedule', 'succeeded', 1, fire_time + interval '20 ms', fire_time + interval '1 s'
@@ -164,3 +170,26 @@ async def test_unaccounted_ticks_show_in_the_metrics_gauge(pool: Pool, connectio
     await (await Replica(pool, {JOB: Cron("* * * * *")}, begin).start()).look(begin)
     owed = await unaccounted(connection)
     assert owed[JOB] in range(58, 61)
+
+
+async def test_what_an_audit_lists_only_some_of_begins_with_gaps_and_is_counted(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = [
+        AuditedTick("a-test", NOW - n * QUARTER, Verdict.RAN, started_at=NOW - n * QUARTER + timedelta(minutes=5))
+        for n in range(60, 5, -1)
+    ]
+    dead = [AuditedTick("a-test", NOW - n * QUARTER, Verdict.DEAD, run_id=uuid4()) for n in range(5, 0, -1)]
+    found = Audit(NOW - timedelta(days=1), NOW, [*late, *dead, AuditedTick("a-test", NOW, Verdict.GAP)])
+
+    async def audited(*_: object) -> Audit:
+        return found
+
+    monkeypatch.setattr(ticks, "audit_ticks", audited)
+    assert await ticks.audit(settings, Report(as_json=False), SystemClock(), since="1d") == 1
+    lines = capsys.readouterr().out.splitlines()
+    (gap,) = [number for number, line in enumerate(lines) if " gap " in line]
+    assert gap < min(number for number, line in enumerate(lines) if " late " in line and "a-test" in line)
+    assert "and 11 more; all of them with --json" in lines
+    assert ", and 2 more: " in lines[-1]
+    assert lines[-1].endswith("runs --state dead")

@@ -180,6 +180,7 @@ CASES: Mapping[str, tuple[Arguments, int]] = MappingProxyType(
         "ledger.alive.LATEST_RUN": (("generate-pdf",), 100),
         "ledger.alive.OBSTACLE": ((WAITING,), 30),
         "ledger.alive.OPEN_COUNTS": (("generate-pdf",), 8_000),
+        "ledger.alive.STOPPED_FOR_ALL": (("2020-01-01", None, None), 400),
         "ledger.brakes.END_HELD": ((named("run", 5), "why"), 10),
         "ledger.brakes.RECORD_CHANGED": ((RUN,), 1_000),
         "ledger.history.COUNT_HELD": ((), 400),

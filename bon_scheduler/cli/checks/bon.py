@@ -1,5 +1,7 @@
 """BON's tables: there, of the types that statements take them for, and usable by the role that works."""
 
+from collections.abc import Collection
+
 from bon_scheduler.cli.checks.findings import Finding, Level, ok
 from bon_scheduler.database import (
     COLUMNS,
@@ -10,6 +12,7 @@ from bon_scheduler.database import (
     hidden_tables,
     missing_columns,
     missing_indexes,
+    missing_tables,
     other_columns,
     refusals,
     unindexed_searches,
@@ -25,6 +28,8 @@ HOT = (
     "and 0.30 times the WAL; a part of it gains next to nothing. A night with nothing to mark takes 0.2 s instead of "
     "0.06 s at 100,000 invoices. The room is for pages written from then on."
 )
+INDEXED = ("invoices", "emergency_allocation_numbers", "sessions")
+"""The tables on whose indexes there is advice."""
 MIGRATE_BON = "Run BON's own migrations on this database, or point DATABASE_URL at BON's."
 
 
@@ -55,6 +60,7 @@ async def check_privileges(connection: Connection) -> list[Finding]:
     """Ask for each privilege that some job needs."""
     role = await connection.fetchval("select quote_ident(current_user)")
     found = [refused(role, each) for each in await refusals(connection)]
+    found += await _unjudged(connection, "privileges", COLUMNS)
     return found or [ok("privileges", f"role {role} may do in BON's tables what {len(USES)} users of them need")]
 
 
@@ -68,10 +74,11 @@ async def check_hidden_rows(connection: Connection) -> list[Finding]:
     """Look for tables whose rows a policy may hide: each statement on one is an error, by row_security = off."""
     role = await connection.fetchval("select quote_ident(current_user)")
     remedy = f"alter role {role} bypassrls; -- as a superuser"
-    return [
+    found = [
         Finding("row security", Level.FAILURE, f"{table} hides rows from role {role}, so jobs that use it fail", remedy)
         for table in await hidden_tables(connection)
-    ] or [ok("row security", "hides no rows")]
+    ]
+    return found + await _unjudged(connection, "row security", COLUMNS) or [ok("row security", "hides no rows")]
 
 
 async def check_indexes(connection: Connection) -> list[Finding]:
@@ -92,7 +99,16 @@ async def check_indexes(connection: Connection) -> list[Finding]:
     if (advice := await costs_of_marking(connection)) is not None:
         what = f"marking an invoice overdue is no HOT update, it writes to each of its indexes: {advice.what}"
         found.append(Finding("indexes", Level.WARNING, what, "\n".join([HOT, *_lines(advice)])))
+    found += await _unjudged(connection, "indexes", INDEXED)
     return found or [ok("indexes", "the recommended ones exist, and marks can be HOT updates")]
+
+
+async def _unjudged(connection: Connection, name: str, tables: Collection[str]) -> list[Finding]:
+    """Return, as a warning, that a look found nothing to look at, because tables are missing."""
+    if not (absent := sorted(set(tables) & set(await missing_tables(connection)))):
+        return []
+    which = "none of BON's tables is there" if len(absent) == len(tables) else f"not there: {', '.join(absent)}"
+    return [Finding(name, Level.WARNING, f"could not be judged: {which}", "See `BON's tables`; then look again.")]
 
 
 def _lines(advice: Advice) -> list[str]:

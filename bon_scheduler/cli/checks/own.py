@@ -2,9 +2,9 @@
 
 from bon_scheduler import declared, ledger, mail, schedule, shaam
 from bon_scheduler.cli.checks.bon import refused
-from bon_scheduler.cli.checks.findings import Finding, Level, ok
+from bon_scheduler.cli.checks.findings import Finding, Level, ok, split_failure
 from bon_scheduler.config import Settings
-from bon_scheduler.database import SchemaBehindError, own_functions, own_refusals, require_schema
+from bon_scheduler.database import SchemaBehindError, name_of, own_functions, own_refusals, require_schema
 from bon_scheduler.engine import find_stood_aside
 from bon_scheduler.jobs import Connection
 
@@ -36,7 +36,7 @@ async def check_schema(connection: Connection) -> list[Finding]:
     try:
         version = await require_schema(connection)
     except SchemaBehindError as error:
-        return [Finding("schema", Level.FAILURE, str(error), "Run: bon-scheduler migrate")]
+        return [split_failure("schema", error)]
     return [ok("schema", f"bon_scheduler is at version {version}")]
 
 
@@ -50,11 +50,11 @@ async def check_own_tables(connection: Connection) -> list[Finding]:
 async def check_functions(connection: Connection) -> list[Finding]:
     """Look whether each function is there, may be executed and is this version's."""
     role = await connection.fetchval("select quote_ident(current_user)")
-    functions = await own_functions(connection)
+    functions, where = await own_functions(connection), await name_of(connection)
     findings = []
     for each in functions:
         if each.signature is None:
-            what, remedy = f"function {each.name} is missing", _again(each.name)
+            what, remedy = f"function {each.name} is missing", _again(where, each.name)
         elif not each.executable:
             what = f"role {role} may not execute function {each.name}"
             remedy = f"grant execute on function {each.signature} to {role};"
@@ -63,15 +63,15 @@ async def check_functions(connection: Connection) -> list[Finding]:
         findings.append(Finding("functions", Level.FAILURE, what, remedy))
     if others := [each.name for each in functions if each.signature is not None and not each.ours]:
         what = f"not as this version has them: {', '.join(others)}"
-        findings.append(Finding("functions", Level.WARNING, what, _again(*others)))
+        findings.append(Finding("functions", Level.WARNING, what, _again(where, *others)))
     return findings or [ok("functions", f"{len(functions)} executable, and as this version has them")]
 
 
-def _again(*names: str) -> str:
+def _again(where: str, *names: str) -> str:
     # `migrate` leaves alone what it applied before.
     listed = ", ".join(f"'{name}'" for name in names)
     statement = f"delete from bon_scheduler.functions where name in ({listed});"  # noqa: S608 - told, not executed
-    return f"Run: bon-scheduler migrate. Where that changes nothing, before it: {statement}"
+    return f"Run, on database {where}: bon-scheduler migrate. Where that changes nothing, before it: {statement}"
 
 
 async def check_place(connection: Connection, settings: Settings) -> list[Finding]:
@@ -140,12 +140,13 @@ async def check_letters(connection: Connection) -> list[Finding]:
     if not unknown:
         return [*findings, ok("deliveries", "none of the last seven days is uncertain")]
     named = ", ".join(str(letter.id) for letter in await mail.some_unknown(connection, MOST_NAMED))
+    rest = f", and {unknown - MOST_NAMED:,} more" if unknown > MOST_NAMED else ""
     return [
         *findings,
         Finding(
             "deliveries",
             Level.WARNING,
-            f"{unknown} of the last seven days may or may not have arrived, the latest: {named}",
+            f"{unknown} of the last seven days may or may not have arrived, the latest: {named}{rest}",
             "Ask the owner, or send it again knowingly: bon-scheduler resend DELIVERY_ID --reason …",
         ),
     ]

@@ -41,10 +41,10 @@ def check_protection(settings: Settings) -> list[Finding]:
 
 
 async def check_server(connection: Connection) -> list[Finding]:
-    """Ask for the version."""
+    """Ask for the version, and which database it is."""
     number = int(await connection.fetchval("select current_setting('server_version_num')")) // 10000
     if number in SUPPORTED_VERSIONS:
-        return [ok("database", f"PostgreSQL {number} answers")]
+        return [ok("database", f"PostgreSQL {number} answers; the database is {await database.name_of(connection)}")]
     what = f"PostgreSQL {number} is not one this version was tried on"
     return [Finding("database", Level.WARNING, what, "Use 15 to 18.")]
 

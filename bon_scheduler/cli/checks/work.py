@@ -1,10 +1,8 @@
 """Is the work done? Who is alive, what is overdue, dead, held, paused, or waits for a job that nobody handles."""
 
-from collections.abc import Mapping
-
-from bon_scheduler import declared, ledger, schedule
+from bon_scheduler import ledger, schedule
 from bon_scheduler.cli.checks.findings import Finding, Level, ok
-from bon_scheduler.cli.in_force import InForce, read_in_force, tell_pause, who_serves
+from bon_scheduler.cli.in_force import InForce, read_in_force, tell_pause, unhandled, who_serves
 from bon_scheduler.config import Settings
 from bon_scheduler.jobs import Connection
 
@@ -75,11 +73,12 @@ async def check_runs(connection: Connection) -> list[Finding]:
         if row["held"]:
             what, remedy = f"{job}: {_many(row['held'], 'held run')}", f"bon-scheduler show {job}"
             findings.append(Finding("runs", Level.WARNING, what, f"See why, and what lets it go on: {remedy}"))
-    ours = {job.name for job in declared.JOBS}
-    waiting: Mapping[str, int] = {row["name"]: row["waiting"] for row in await ledger.job_overview(connection)}
-    for job, many in waiting.items():
-        if many and job not in ours:
-            what = f"{job}: {_many(many, 'run')} waiting, and no version here has its handler"
+    beats = await ledger.heartbeats(connection)
+    for row in await ledger.job_overview(connection):
+        job, why = row["name"], unhandled(row["name"], beats)
+        waiting = (await ledger.open_counts(connection, job))[0] if row["waiting"] and why is not None else 0
+        if waiting:
+            what = f"{job}: {_many(waiting, 'run')} waiting, and {why}"
             remedy = f"Deploy the version that has it; or: bon-scheduler cancel --waiting --job {job} --reason …"
             findings.append(Finding("runs", Level.WARNING, what, remedy))
     return findings or [ok("runs", "none is dead, held or without a handler")]

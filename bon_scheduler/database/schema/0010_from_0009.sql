@@ -33,6 +33,8 @@ alter table runs alter column caused_by set (n_distinct = -0.01);
 
 alter table workers add column settings jsonb not null default '{}';
 comment on column workers.settings is 'By name, as text, what anybody may read: no secret, user, address or path.';
+alter table workers add column jobs text[];
+comment on column workers.jobs is 'Those it takes runs of; null: its version does not say.';
 
 alter table pauses add column until timestamptz;
 comment on table pauses is

@@ -33,12 +33,14 @@ create table workers (
     serves     boolean not null default false,
     last_word  uuid default gen_random_uuid(),
     lease      interval not null default '15 seconds',
-    settings   jsonb not null default '{}'
+    settings   jsonb not null default '{}',
+    jobs       text[]
 );
 comment on table workers is 'Processes that work on runs. One that leaves takes its row away.';
 comment on column workers.last_word is 'Another with each beat; null while the worker is taken for dead.';
 comment on column workers.lease is 'How long it may be silent; whoever watches with a longer lease waits for that.';
 comment on column workers.settings is 'By name, as text, what anybody may read: no secret, user, address or path.';
+comment on column workers.jobs is 'Those it takes runs of; null: its version does not say.';
 comment on column workers.seen_at is 'For people. Nothing is judged by it: the clock may have been set since.';
 
 create table one_claim ();
