@@ -139,11 +139,11 @@ def fault_of_counts(result: object) -> str | None:
         return f"{'None' if result is None else f'something of type {type(result).__name__}'}. {COUNTS_ARE}"
     for name, number in result.items():
         if not isinstance(name, str):
-            return f"a mapping that has a {type(name).__name__} as a name. {COUNTS_ARE}"
+            return f"a mapping that has a name of type {type(name).__name__}. {COUNTS_ARE}"
         if not 0 < len(name) <= LONGEST_NAME or not name.isprintable() or " " in name:
             return f"a mapping of which a name is empty, longer than {LONGEST_NAME} or has blanks. {COUNTS_ARE}"
         if not isinstance(number, int):
-            return f'a mapping that has a {type(number).__name__} as "{name}". {COUNTS_ARE}'
+            return f'a mapping whose "{name}" is of type {type(number).__name__}. {COUNTS_ARE}'
         if not 0 <= number <= LARGEST_COUNT:
             return f'a mapping whose "{name}" is below 0 or beyond 64 bits. {COUNTS_ARE}'
     return None
@@ -159,8 +159,8 @@ def require_job(job: object) -> None:
     """Raise MistakeError where a run is asked for of what is no job."""
     if not isinstance(job, Job):
         raise MistakeError(
-            f"A run was asked for of a {type(job).__name__}, which is no job. Import the job, and give it as it is: "
-            "ctx.enqueue(the_job, ThePayload(…), on=tx)."
+            f"A run was asked for with something of type {type(job).__name__} in place of a job. "
+            "Import the job, and give it as it is: ctx.enqueue(the_job, ThePayload(…), on=tx)."
         )
 
 

@@ -270,7 +270,7 @@ RETURNED = {
     "None": (None, "None"),
     "a float": (1.5, "something of type float"),
     "a generator": ((number for number in range(3)), "something of type generator"),
-    "a float in it": ({"notes": 1.5}, 'a mapping that has a float as "notes"'),
+    "a float in it": ({"notes": 1.5}, 'a mapping whose "notes" is of type float'),
     "a negative number": ({"notes": -1}, 'a mapping whose "notes" is below 0'),
     "a name with a blank": ({"notes deleted": 1}, "a name is empty, longer than 100 or has blanks"),
     "an empty name": ({"": 1}, "a name is empty"),
@@ -364,8 +364,8 @@ async def never_declared(ctx: JobContext, payload: Days) -> Counts:
 
 
 ASKED_FOR = {
-    "a name": ("never-declared", Days(days=1), "of a str, which is no job"),
-    "a function": (never_declared.handler, Days(days=1), "of a function, which is no job"),
+    "a name": ("never-declared", Days(days=1), "something of type str in place of a job"),
+    "a function": (never_declared.handler, Days(days=1), "something of type function in place of a job"),
     "a payload of another job": (never_declared, NoPayload(), "with a NoPayload as its payload. Give it a Days"),
     "a dict": (never_declared, {"days": 1}, "with a dict as its payload. Give it a Days"),
 }
