@@ -20,7 +20,7 @@ from typing import cast
 
 from bon_scheduler.config import Settings
 from bon_scheduler.environment import load_settings
-from bon_scheduler.jobs import AnyJob, Cron, Job, JobDeclarationError, declared_at, shown
+from bon_scheduler.jobs import AnyJob, Cron, Job, JobDeclarationError, declared_at, shown, unfilled
 from bon_scheduler.schedule import check_cron
 
 __all__ = ["FAULTS", "JOBS", "BrokenJobsError", "Fault", "read_settings", "require_sound", "schedules_of", "unlisted"]
@@ -219,7 +219,16 @@ def unlisted() -> list[Fault]:
 def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Read settings, knowing the jobs; raises SettingsError with every fault."""
     names = [job.name for job in JOBS] + [name for fault in FAULTS for name in fault.jobs]
-    return load_settings(environ, jobs=names, check_cron=check_cron)
+    return load_settings(environ, jobs=names, check_schedule=_check_override)
+
+
+def _check_override(name: str, expression: str) -> str | None:
+    """Return why an expression cannot be a job's schedule; None: it can."""
+    if what := check_cron(expression):
+        return what
+    job = next((each for each in JOBS if each.name == name), None)
+    what = unfilled(job.payload) if job is not None else None
+    return f'cannot be the schedule of "{name}": {what}' if what else None
 
 
 def schedules_of(settings: Settings, jobs: Sequence[AnyJob] = JOBS) -> dict[str, Cron]:

@@ -128,12 +128,12 @@ def _read_by_job(
 def _read_schedules(
     environ: Mapping[str, str],
     jobs: Collection[str],
-    check_cron: Callable[[str], str | None],
+    check_schedule: Callable[[str, str], str | None],
     faults: _Faults,
 ) -> dict[str, str]:
     schedules = _read_by_job("SCHEDULE_", environ, jobs, faults)
-    for variable, text in schedules.values():
-        if text and (what := check_cron(text)):
+    for job, (variable, text) in schedules.items():
+        if text and (what := check_schedule(job, text)):
             faults.add(variable, f'"{text}" {what}')
     return {job: text for job, (_, text) in schedules.items()}
 
@@ -150,20 +150,20 @@ def load_settings(
     environ: Mapping[str, str] | None = None,
     *,
     jobs: Collection[str] = (),
-    check_cron: Callable[[str], str | None] = lambda _: None,
+    check_schedule: Callable[[str, str], str | None] = lambda _, __: None,
 ) -> Settings:
     """
     Read settings from `environ` (the process's own by default).
 
-    `jobs` are the names a `SCHEDULE_<JOB_NAME>` may override; `check_cron` says what is wrong
-    with an expression, or None. Raises SettingsError naming every fault, not only the first.
+    `jobs` are the names a `SCHEDULE_<JOB_NAME>` may override; `check_schedule` says what is wrong
+    with an expression as the schedule of a job, or None. Raises SettingsError naming every fault, not only the first.
     """
     environ = os.environ if environ is None else environ
     faults = _Faults([])
     values: dict[str, Any] = dict(_read_values(environ, faults))
     _check_together(values, faults)
     values["deadman_urls"] = _read_deadman_urls(environ, jobs, faults)
-    values["schedules"] = _read_schedules(environ, jobs, check_cron, faults)
+    values["schedules"] = _read_schedules(environ, jobs, check_schedule, faults)
     try:
         settings = Settings(**values)
     except ValidationError as error:

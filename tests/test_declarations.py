@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 HEAD = """
 from dataclasses import dataclass
 from datetime import timedelta
-from pydantic import BaseModel
+from typing import Callable
+from pydantic import BaseModel, Field, field_validator, model_validator
 from bon_scheduler import CatchUp, Counts, Cron, Exclusive, JobContext, NoPayload, Payload, Retry, job
 
 class Model(BaseModel):
@@ -25,6 +26,7 @@ class Model(BaseModel):
 class Data:
     name: str
 """
+WITH_PAYLOAD = "async def a_test(ctx: JobContext, payload: P) -> Counts: return {}"
 SOUND = "async def a_test(ctx: JobContext, _: NoPayload) -> Counts: return {}"
 
 
@@ -69,6 +71,61 @@ MISTAKES = {
     "a dict": (of(function="async def a_test(ctx: JobContext, p: dict): return {}"), "dict, which is no Payload"),
     "maybe": (of(function="async def a_test(ctx: JobContext, p: NoPayload | None): return {}"), "is no Payload"),
     "an unknown name": (of(function='async def a_test(ctx: JobContext, p: "Later"): return {}'), '"Later" is not def'),
+    "a field without a default, and a schedule": (
+        of('class P(Payload): days: int\n@job("a-test", schedule=Cron("0 6 * * *"))', WITH_PAYLOAD),
+        "P.days has no default, and a run that a schedule asks for is given no payload. Give the field a default, "
+        "as in: days: int = …",
+    ),
+    "two of them": (
+        of('class P(Payload): days: int; name: str | None\n@job("a-test", schedule=Cron("0 6 * * *"))', WITH_PAYLOAD),
+        "P.days and P.name have no default",
+    ),
+    "defaults that it refuses, and a schedule": (
+        of(
+            "class P(Payload):\n"
+            "    days: int = 0\n"
+            '    @model_validator(mode="after")\n'
+            "    def check(self):\n"
+            '        raise ValueError("name days")\n'
+            '@job("a-test", schedule=Cron("0 6 * * *"))',
+            WITH_PAYLOAD,
+        ),
+        "P refuses its own defaults, and a run that a schedule asks for is given no payload: name days. Let it",
+    ),
+    "a default of another type": (
+        of('class P(Payload): days: int = "x"\n@job("a-test")', WITH_PAYLOAD),
+        "The default of P.days is not usable: input should be a valid integer",
+    ),
+    "a default out of bounds": (
+        of('class P(Payload): days: int = Field(0, ge=1)\n@job("a-test")', WITH_PAYLOAD),
+        "The default of P.days is not usable: input should be greater than or equal to 1",
+    ),
+    "a field that JSON cannot hold": (
+        of('class P(Payload): what: Callable[[], int]\n@job("a-test")', WITH_PAYLOAD),
+        "The fields of P have no JSON schema",
+    ),
+    "a field of an unknown type": (
+        of('class P(Payload): what: "Later"\n@job("a-test")', WITH_PAYLOAD),
+        "The fields of P have no JSON schema",
+    ),
+    "an alias": (
+        of('class P(Payload): days: int = Field(1, alias="theDays")\n@job("a-test")', WITH_PAYLOAD),
+        "P.days is stored by its name and read by its alias",
+    ),
+    "exclusive by business without one": (of('@job("a-test", exclusive=Exclusive.BUSINESS)'), "NoPayload names no bus"),
+    "one run at a time, and four": (of('@job("a-test", exclusive=Exclusive.JOB, at_once=4)'), "Leave one of them out"),
+    "attempts without end": (of('@job("a-test", retry=Retry(attempts=2**31))'), "from 1 to 1,000,000"),
+    "runs without end": (of('@job("a-test", at_once_here=2**31)'), "from 1 to 1,000,000"),
+    "a factor that is no number": (of('@job("a-test", retry=Retry(factor=float("nan")))'), "from 1 to 1000"),
+    "a factor without end": (of('@job("a-test", retry=Retry(factor=1e9))'), "from 1 to 1000"),
+    "a delay that is cut": (of('@job("a-test", retry=Retry(delay=timedelta(hours=1)))'), "Give longest=timedelta("),
+    "a wait of ages": (of('@job("a-test", retry=Retry(longest=timedelta.max))'), "Give 366 days at most"),
+    "a time-out of ages": (of('@job("a-test", timeout=timedelta.max)'), "Give 366 days at most"),
+    "a grace of ages": (of('@job("a-test", schedule=Cron("0 6 * * *", grace=timedelta.max))'), "366 days at most"),
+    "a grace of nothing": (
+        of('@job("a-test", schedule=Cron("0 6 * * *", grace=timedelta(milliseconds=1)))'),
+        "each fire time is noticed later",
+    ),
     "None as counts": (of(function="async def a_test(ctx: JobContext, _: NoPayload) -> None: ..."), "Return counts"),
 }
 
@@ -92,9 +149,34 @@ def test_a_mistake_is_told_with_its_place_its_job_and_the_remedy(mistake: str, t
     if mistake == "a class":
         assert "a_mistake" in told
     else:
-        assert told.startswith(f"{path}:{LINE}: ")
+        line = source[: source.rindex("@job")].count("\n") + 1
+        assert told.startswith(f"{path}:{line}: ")
     if '"a-test"' in source:
         assert 'job "a-test": ' in told
+
+
+SOUND_ONES = {
+    "a payload of defaults": of(
+        "class P(Payload): days: int = Field(30, ge=1); name: str | None = None\n"
+        '@job("a-test", schedule=Cron("0 6 * * *"))',
+        WITH_PAYLOAD,
+    ),
+    "a field without a default and no schedule": of('class P(Payload): days: int\n@job("a-test")', WITH_PAYLOAD),
+    "BON's spelling of a business": of(
+        'class P(Payload): businessId: str\n@job("a-test", exclusive=Exclusive.BUSINESS)', WITH_PAYLOAD
+    ),
+    "a default that JSON writes otherwise": of(
+        'class P(Payload): grace: timedelta = timedelta(days=1)\n@job("a-test")', WITH_PAYLOAD
+    ),
+    "an alias beside the name": of(
+        "class P(Payload, populate_by_name=True): days: int = Field(1, alias='theDays')\n@job('a-test')", WITH_PAYLOAD
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOUND_ONES)
+def test_a_sound_payload_is_accepted(name: str, tmp_path: Path) -> None:
+    execute(SOUND_ONES[name], tmp_path / "a_sound_one.py")
 
 
 def test_every_mistake_of_a_declaration_is_told_at_once(tmp_path: Path) -> None:
@@ -201,7 +283,8 @@ async def test_whatever_breaks_a_module_takes_only_its_jobs_away(handlers: Path,
     place = next(each for each in done.err.split() if ".py:" in each).rstrip(":")
     assert place.startswith(f"{handlers / name}:")
     assert abs(int(place.rpartition(":")[2]) - line) <= 4
-    assert sum(not row["summary"].startswith(("broken", "its")) for row in done.document["jobs"]) == 9
+    usable = {row["job"] for row in done.document["jobs"] if not row["summary"].startswith(("broken", "its"))}
+    assert usable == {job.name for job in declared.JOBS} - {"ledger-pruning"}
 
 
 async def test_what_imports_a_broken_module_is_named_with_it(handlers: Path, database_url: str) -> None:

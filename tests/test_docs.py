@@ -28,7 +28,7 @@ from tests.tools.reference import REFERENCE, ROLES, reference, roles
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md")]
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-LINK = re.compile(r"\]\(([^)#:]+)\)")
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 FAILS = re.compile(r"^-- fails with (\w{5})$", re.MULTILINE)
 LANGUAGES = {"bash", "sql", "js", "python", "text"}
 ELSEWHERE = re.compile(
@@ -111,16 +111,23 @@ def add_example(root: Path) -> None:
     listed.write_text(text.replace("= (\n", "= (\n    address_cleanup,\n"), "utf-8")
 
 
+def add_its_table(root: Path) -> None:
+    """Put the job's table where the tutorial says."""
+    (table,) = (block.text for block in blocks(ROOT / "docs" / "tutorial.md") if block.language == "sql")
+    with (root / "bon_scheduler" / "demo" / "bon.sql").open("a", encoding="utf-8") as bon:
+        bon.write(f"\n{table}")
+
+
 @pytest.fixture
 async def copy(connection: Connection, database_url: str, server_url: str, tmp_path: Path) -> Copy:
     """A copy of this checkout on a database with the demo's sample data, where a job has run."""
     root = tmp_path / "checkout"
     root.mkdir()
     left_out = shutil.ignore_patterns("__pycache__")
-    for name in ("handlers", "tests"):
+    for name in ("bon_scheduler", "docs", "handlers", "tests"):
         shutil.copytree(ROOT / name, root / name, ignore=left_out)
     shutil.copy(ROOT / "dev.py", root)
-    for name in ("bon_scheduler", "health", "requirements", "pyproject.toml", ".venv"):
+    for name in ("health", "requirements", "pyproject.toml", ".venv"):
         (root / name).symlink_to(ROOT / name)
     await load_sample(
         connection,
@@ -232,6 +239,7 @@ async def test_the_example_of_a_test_passes_and_fails_when_the_job_is_broken(cop
     (source,) = (block.text for block in blocks(ROOT / "docs" / "testing.md") if block.language == "python")
     file = source.partition("\n")[0].removeprefix("# ")
     (copy.root / file).write_text(source, "utf-8")
+    add_its_table(copy.root)
     script = f"{sys.executable} -m pytest -q -n 0 -p no:cacheprovider {file}"
     status, told = await copy.bash(script)
     assert status == 0, told

@@ -302,3 +302,10 @@ def test_a_key_that_anybody_would_try_is_refused_with_how_to_make_one(
 def test_no_random_key_is_refused() -> None:
     for _ in range(1000):
         read(SHAAM_ENCRYPTION_KEY=secrets.token_hex(32))
+
+
+def test_a_schedule_for_a_job_that_needs_a_payload_is_refused() -> None:
+    (told,) = faults(SCHEDULE_NOTIFY_REAUTH="0 6 * * *")
+    assert told.startswith('SCHEDULE_NOTIFY_REAUTH: "0 6 * * *" cannot be the schedule of "notify-reauth": ')
+    assert "no default, and a run that a schedule asks for is given no payload" in told
+    assert read(SCHEDULE_NOTIFY_REAUTH="").schedules == {"notify-reauth": ""}

@@ -2,7 +2,8 @@
 What the service does in BON's tables, column by column, and what it takes each column for.
 
 `check` asks the database whether the role that works may do it. `tests/database/test_contract.py` compares this with
-the statements themselves: a role with these privileges executes each of them, and with one less it does not.
+the statements themselves: a role with these privileges executes each of them, and with one less it does not. Where
+they differ, it says which line to write here. A job without SQL on BON's tables has no entry.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -94,8 +95,9 @@ WORDS: Mapping[tuple[str, str], frozenset[str]] = {
 class Uses:
     """What a job does in one table."""
 
-    reads: tuple[str, ...]
+    reads: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
+    inserts: tuple[str, ...] = ()
     deletes: bool = False
     locks: str | None = None
     """It locks rows and changes nothing in them: UPDATE of any column is enough, and this one is to be granted."""
@@ -192,6 +194,7 @@ def privileges(user: str) -> Iterator[Privilege]:
     for table, uses in USES[user].items():
         yield from (Privilege(table, "select", column) for column in uses.reads)
         yield from (Privilege(table, "update", column) for column in uses.changes)
+        yield from (Privilege(table, "insert", column) for column in uses.inserts)
         if uses.locks is not None:
             yield Privilege(table, "lock", uses.locks)
         if uses.deletes:

@@ -2,7 +2,7 @@
 
 import time
 import typing
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -13,7 +13,13 @@ from zoneinfo import ZoneInfo
 from bon_scheduler import ledger
 from bon_scheduler.database import Pool
 from bon_scheduler.engine.awaited import require_awaited
-from bon_scheduler.engine.mistakes import are_counts
+from bon_scheduler.engine.mistakes import (
+    MistakeError,
+    require_counts,
+    require_job,
+    require_request,
+    require_transaction,
+)
 from bon_scheduler.engine.timings import Timings
 from bon_scheduler.jobs import (
     BusinessOutcome,
@@ -22,7 +28,6 @@ from bon_scheduler.jobs import (
     Cron,
     Job,
     LostRunError,
-    NeverRetryError,
     P,
     Rehearsed,
     Usual,
@@ -87,7 +92,9 @@ class AttemptContext:
     def get(self, kind: type[T]) -> T:
         """Return the service's one object of that type."""
         if kind not in self.resources:
-            raise LookupError(f"no {kind.__name__} in this process; service.py provides what handlers get")
+            told = getattr(kind, "__name__", None) or f"something of type {type(kind).__name__}"
+            there = ", ".join(sorted(each.__name__ for each in self.resources))
+            raise MistakeError(f"ctx.get was asked for {told}, of which there is none here. There are: {there}.")
         return typing.cast("T", self.resources[kind])
 
     @asynccontextmanager
@@ -111,6 +118,7 @@ class AttemptContext:
                 async with connection.transaction():
                     yield connection
                     require_awaited()
+                    require_transaction(connection)
                     ended = self._finished.get(connection)
                     if ended is None or ended.may_be_undone:
                         # Last, just before the commit: nobody waits for the handler's work.
@@ -129,6 +137,7 @@ class AttemptContext:
 
     async def enqueue(self, job: Job[P], payload: P, *, on: Connection, dedupe_key: str | None = None) -> UUID | None:
         """Ask for a run caused by this one; None when the key is taken."""
+        require_request(job, payload)
         return await ledger.enqueue(
             on,
             Request(
@@ -145,10 +154,11 @@ class AttemptContext:
         self, job: Job[P], requests: Iterable[tuple[P, str]], *, on: Connection, priority: int = 0
     ) -> int:
         """Ask for a run for each (payload, dedupe key); return how many keys were new."""
+        require_job(job)
         return await ledger.enqueue_many(
             on,
             job.name,
-            ((payload.model_dump(mode="json"), key) for payload, key in requests),
+            _dumped(job, requests),
             priority=priority,
             asked_by=self.job_name,
             caused_by=self.run_id,
@@ -187,16 +197,19 @@ class AttemptContext:
         """End the run in the handler's last transaction; return the counts."""
         before = self._finished.get(on)
         if self.ended is not None or (before is not None and not before.may_be_undone):
-            raise NeverRetryError("ctx.finish was called twice. Call it once, in the handler's last transaction.")
+            raise MistakeError("ctx.finish was called twice. Call it once, in the handler's last transaction.")
         if not on.is_in_transaction():
-            raise NeverRetryError(
+            raise MistakeError(
                 "ctx.finish was called outside a transaction. Call it inside `async with ctx.transaction() as tx`, "
                 "with on=tx."
             )
-        if not are_counts(counts):
-            raise NeverRetryError(
-                'ctx.finish was not given counts. Give a mapping of names to whole numbers from 0, as {"deleted": 2}.'
-            )
+        require_counts(counts)
         self.why_undone = undone if isinstance(undone, str) else None
         self._finished[on] = await ledger.finish(on, self.ref, counts, undone=undone)
         return counts
+
+
+def _dumped(job: Job[P], requests: Iterable[tuple[P, str]]) -> Iterator[tuple[Mapping[str, typing.Any], str]]:
+    for payload, key in requests:
+        require_request(job, payload)
+        yield payload.model_dump(mode="json"), key

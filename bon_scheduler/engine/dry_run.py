@@ -23,7 +23,7 @@ from bon_scheduler.config import Settings, ShaamMode
 from bon_scheduler.database import Pool
 from bon_scheduler.engine.awaited import require_awaited
 from bon_scheduler.engine.context import AttemptContext
-from bon_scheduler.engine.mistakes import explain
+from bon_scheduler.engine.mistakes import explain, require_job, require_request, require_transaction
 from bon_scheduler.engine.outcome import invoke
 from bon_scheduler.engine.run_once import Order, RunReport
 from bon_scheduler.files import write_private
@@ -108,12 +108,14 @@ class DryContext(AttemptContext):
             await ledger.pretend(connection, self.ref, self.job_name)
             yield connection
             require_awaited()
+            require_transaction(connection)
             finished = self._finished.pop(connection, None) is not None
             self.ended = await ledger.fence(connection, self.ref, finished=finished) or self.ended
 
     async def enqueue(self, job: Job[P], payload: P, *, on: Connection, dedupe_key: str | None = None) -> UUID | None:
         """Remember to work this out; nothing is enqueued."""
         del on, dedupe_key
+        require_request(job, payload)
         self.asked_for.append((job, payload))
         return uuid4()
 
@@ -122,8 +124,11 @@ class DryContext(AttemptContext):
     ) -> int:
         """Remember to work these out."""
         del on, priority
+        require_job(job)
         before = len(self.asked_for)
-        self.asked_for.extend((job, payload) for payload, _ in requests)
+        for payload, _ in requests:
+            require_request(job, payload)
+            self.asked_for.append((job, payload))
         return len(self.asked_for) - before
 
     async def record(self, outcomes: Iterable[BusinessOutcome], *, on: Connection) -> None:

@@ -14,7 +14,7 @@ import asyncpg
 import structlog
 
 from bon_scheduler.engine.awaited import noticing_unawaited
-from bon_scheduler.engine.mistakes import are_counts, explain
+from bon_scheduler.engine.mistakes import EscapedError, MistakeError, explain, fault_of_counts
 from bon_scheduler.jobs import (
     AnyJob,
     Counts,
@@ -55,31 +55,27 @@ class Outcome:
     """Until the next attempt; None for none."""
 
 
-class _EscapedError(Exception):
-    """What a handler raised that is no Exception, described."""
-
-
 async def invoke(job: AnyJob, ctx: JobContext, payload: Payload) -> Counts:
     """Call the handler; whatever it raises is an Exception, but for the cancellation of this task."""
     try:
         with noticing_unawaited():
             counts = await job.handler(ctx, payload)
-    except (SystemExit, asyncio.CancelledError) as error:
+    except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise
         # As it is, it would end the event loop, or pass for a cancellation of ours.
-        raise _EscapedError(describe_error(error)) from error
+        raise EscapedError(explain(error, job)) from error
     if inspect.iscoroutine(counts):
         counts.close()
         raise NeverRetryError(
             f'The handler of "{job.name}" at {declared_at(job.handler)} returned {counts.__qualname__} and did not '
             'await it, so that it was not done. Write "return await".'
         )
-    if not are_counts(counts):
+    if (fault := fault_of_counts(counts)) is not None:
         raise NeverRetryError(
-            f'The handler of "{job.name}" did not return counts. It is to return a mapping of names to whole numbers '
-            'from 0, as in {"deleted": 2}, or what ctx.finish returned.'
+            f'The handler of "{job.name}" at {declared_at(job.handler)} did not return counts, but {fault}, '
+            "or what ctx.finish returned."
         )
     return counts
 
@@ -89,11 +85,13 @@ def judge(job: AnyJob, handler: asyncio.Task[Counts], wait: timedelta | None) ->
     error = handler.exception()
     if error is None:
         return Outcome("succeeded", handler.result())
+    if isinstance(error, MistakeError):
+        return Outcome("dead", error=explain(error, job))
     if (told := _as_told(error)) is not None:
         return told
     if isinstance(error, RetryLaterError):
         return Outcome("failed", error=describe_error(error), wait=None if wait is None else error.after or wait)
-    text = str(error) if isinstance(error, _EscapedError) else explain(error, job)
+    text = explain(error, job)
     log.warning("handler.raised", error=text, where=where(error))
     return Outcome("failed", error=text, wait=wait)
 

@@ -34,6 +34,9 @@ from .mistakes import (
     declared_at as declared_at,
     shown as shown,
 )
+from .payloads import (
+    unfilled as unfilled,
+)
 from .rehearsed import (
     Rehearsed as Rehearsed,
 )

@@ -22,6 +22,7 @@ from bon_scheduler.jobs.mistakes import (
     faults_of_options,
     payload_of,
 )
+from bon_scheduler.jobs.payloads import faults_of_payload
 from bon_scheduler.jobs.rehearsed import Rehearsed
 
 __all__ = [
@@ -341,8 +342,11 @@ def job(
         faults = [
             *faults_of_name(told),
             *faults_of_options({**options, **limits}, KINDS),
-            *faults_of_function(handler, Payload),
+            *(of_function := list(faults_of_function(handler, Payload))),
         ]
+        if not of_function:
+            by_business = exclusive is Exclusive.BUSINESS
+            faults += faults_of_payload(payload_of(handler), ticks=schedule is not None, by_business=by_business)
         if faults:
             raise JobDeclarationError(declared_at(handler), told if isinstance(told, str) else None, faults)
         alone = exclusive or (Exclusive.JOB if schedule else Exclusive.NO)

@@ -18,6 +18,8 @@ class RetryLaterError(Exception):
 
     def __init__(self, message: str, *, after: timedelta | None) -> None:
         super().__init__(message)
+        if after is not None:
+            _require_span(after)
         self.after = after
 
 
@@ -30,6 +32,7 @@ class NotNowError(Exception):
 
     def __init__(self, message: str, *, after: timedelta) -> None:
         super().__init__(message)
+        _require_span(after)
         self.after = after
 
 
@@ -41,8 +44,17 @@ class HeldError(Exception):
 
     def __init__(self, message: str, *, figures: Mapping[str, int]) -> None:
         super().__init__(message)
+        for name, number in figures.items():
+            if not isinstance(number, int):
+                raise TypeError(f'The figure "{name}" is of type {type(number).__name__}. Give whole numbers.')
         self.figures = figures
 
 
 class LostRunError(Exception):
     """The attempt no longer owns its run: what it was about to commit is rolled back."""
+
+
+def _require_span(after: object) -> None:
+    # BEFORE the runner reads it: what is raised here comes from the author's line.
+    if not isinstance(after, timedelta):
+        raise TypeError(f"after is of type {type(after).__name__}. Write after=timedelta(seconds=30), for example.")

@@ -6,6 +6,7 @@ Checked when `@job` is executed, so that a mistake is found before anything runs
 
 import functools
 import inspect
+import math
 import os
 import re
 import typing
@@ -27,6 +28,13 @@ __all__ = [
 NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
 LONGEST_NAME = 100
 LONGEST_SHOWN = 60
+MOST_TIMES = 1_000_000
+"""Attempts, and runs at once: the ledger keeps them as 32-bit integers."""
+LARGEST_FACTOR = 1000
+SHORTEST_GRACE = timedelta(seconds=1)
+"""Every fire time is noticed some milliseconds late."""
+LONGEST_SPAN = timedelta(days=366)
+"""What is longer is meant otherwise, and leads beyond the calendars of Python and PostgreSQL."""
 SIGNATURE = "async def {name}(ctx: JobContext, payload: NoPayload) -> Counts"
 
 
@@ -99,7 +107,9 @@ def faults_of_options(options: Mapping[str, object], kinds: Mapping[str, type]) 
     for name in ("at_once", "at_once_here"):
         limit = options[name]
         if limit is not None and not _is_number(limit):
-            yield f"Its {name} is {_kind(limit)}. Give a whole number from 1 on, or leave it out."
+            yield f"Its {name} is {_kind(limit)}. Give a whole number from 1 to {MOST_TIMES:,}, or leave it out."
+        elif isinstance(limit, int) and limit > 1 and exclusive == "job":
+            yield f"Its {name} is {limit}, and exclusive=Exclusive.JOB allows one run at a time. Leave one of them out."
     if not isinstance(options["sends_mail"], bool):
         yield f"Its sends_mail is {_kind(options['sends_mail'])}. Give True or False."
 
@@ -109,16 +119,30 @@ def _faults_of_cron(schedule: typing.Any, catch_up: type) -> Iterator[str]:  # n
         yield f'The expression of its Cron is {_kind(schedule.expression)}. Write Cron("0 6 * * *").'
     if not isinstance(schedule.catch_up, catch_up):
         yield f"The catch_up of its Cron is {_kind(schedule.catch_up)}. Write CatchUp.LATEST, .ALL or .SKIP."
-    yield from _faults_of_span("grace", schedule.grace, of=" of its Cron")
+    told = list(_faults_of_span("grace", schedule.grace, of=" of its Cron"))
+    if not told and schedule.grace < SHORTEST_GRACE:
+        told = [
+            f"The grace of its Cron is {schedule.grace}, and each fire time is noticed later. Give a second or more."
+        ]
+    yield from told
 
 
 def _faults_of_retry(retry: typing.Any) -> Iterator[str]:  # noqa: ANN401 - read attribute by attribute
     if not _is_number(retry.attempts):
-        yield f"The attempts of its Retry are {_kind(retry.attempts)}. Give a whole number from 1 on."
-    if not isinstance(retry.factor, int | float) or isinstance(retry.factor, bool) or retry.factor < 1:
-        yield f"The factor of its Retry is {_kind(retry.factor)}. Give a number from 1 on."
-    yield from _faults_of_span("delay", retry.delay, of=" of its Retry", zero=True)
-    yield from _faults_of_span("longest", retry.longest, of=" of its Retry", zero=True)
+        yield f"The attempts of its Retry are {_kind(retry.attempts)}. Give a whole number from 1 to {MOST_TIMES:,}."
+    factor = retry.factor if isinstance(retry.factor, int | float) and not isinstance(retry.factor, bool) else math.nan
+    if not 1 <= factor <= LARGEST_FACTOR:  # nan is neither
+        yield f"The factor of its Retry is {_kind(retry.factor)}. Give a number from 1 to {LARGEST_FACTOR}."
+    spans = {"delay": retry.delay, "longest": retry.longest}
+    told = [
+        fault for name, span in spans.items() for fault in _faults_of_span(name, span, of=" of its Retry", zero=True)
+    ]
+    yield from told
+    if not told and retry.delay > retry.longest:
+        yield (
+            f"The delay of its Retry is {retry.delay}, and no wait is longer than its longest, {retry.longest}. "
+            "Give longest=timedelta(…) too, not below the delay."
+        )
 
 
 def _faults_of_span(name: str, span: object, *, of: str = "", zero: bool = False) -> Iterator[str]:
@@ -127,10 +151,12 @@ def _faults_of_span(name: str, span: object, *, of: str = "", zero: bool = False
         yield f"{whose} is {_kind(span)}. Write {name}=timedelta(minutes=10), for example."
     elif span < timedelta(0) or (not span and not zero):
         yield f"{whose} is {span}. Give a longer one."
+    elif span > LONGEST_SPAN:
+        yield f"{whose} is {span}. Give {LONGEST_SPAN.days} days at most."
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_TIMES
 
 
 def faults_of_function(handler: object, payload_class: type) -> Iterator[str]:

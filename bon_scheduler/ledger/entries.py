@@ -252,7 +252,11 @@ async def enqueue_many(
     remaining = iter(requests)
     while part := list(islice(remaining, BULK)):
         payloads, keys = [payload for payload, _ in part], [key for _, key in part]
-        new += await connection.fetchval(ENQUEUE_MANY, job, payloads, keys, priority, asked_by, caused_by)
+        try:
+            new += await connection.fetchval(ENQUEUE_MANY, job, payloads, keys, priority, asked_by, caused_by)
+        except asyncpg.NoDataFoundError as error:
+            known = "It is known once it is in handlers.JOBS and `serve` was started, or: bon-scheduler migrate"
+            raise RefusedRequestError(f'bon_scheduler: unknown job "{job}". {known}') from error
     return new
 
 

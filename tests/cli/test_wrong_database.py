@@ -14,6 +14,7 @@ from bon_scheduler.config import Settings
 from bon_scheduler.database import connections
 from bon_scheduler.database.contract import COLUMNS
 from bon_scheduler.demo.sample import create_tables
+from tests.conftest import Connection
 from tests.process import run_command
 from tests.test_service import get, until_ready
 from tests.waiting import until
@@ -51,7 +52,7 @@ async def test_migrate_names_the_database_and_warns_that_bons_tables_are_not_the
     assert "Warning" not in (await run_command("migrate", DATABASE_URL=empty_database_url)).out
 
 
-async def create_tables_anew(connection: connections.Connection) -> None:
+async def create_tables_anew(connection: Connection) -> None:
     await connection.execute("drop schema public cascade; create schema public")
     await create_tables(connection)
 

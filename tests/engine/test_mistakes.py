@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from bon_scheduler import Counts, JobContext, NoPayload, Retry, job, service
+from bon_scheduler import Counts, JobContext, NoPayload, Payload, Retry, job, service
 from bon_scheduler.config import Settings
 from bon_scheduler.engine import Order
-from bon_scheduler.jobs import AnyJob
+from bon_scheduler.jobs import AnyJob, HeldError, NotNowError, RetryLaterError, declared_at
 from tests.conftest import Connection, RunJob
 
 Body = Callable[[JobContext], Awaitable[Counts]]
@@ -130,7 +130,9 @@ async def test_finish_twice_is_told_and_nothing_commits(error_of: ErrorOf) -> No
             await ctx.finish({"notes": 1}, on=tx)
             return await ctx.finish({"notes": 1}, on=tx)
 
-    assert "ctx.finish was called twice" in await error_of(body)
+    told = await error_of(body)
+    assert "ctx.finish was called twice" in told
+    assert f"(at {HERE}:{line_of(body, 4)})" in told
 
 
 async def test_finish_after_finish_has_committed_is_logged(run_job: RunJob, logged: Callable[[], str]) -> None:
@@ -156,7 +158,9 @@ async def test_finish_without_counts_is_told_and_nothing_commits(error_of: Error
             await tx.execute(ADD_NOTE)
             return await ctx.finish(counts, on=tx)
 
-    assert "ctx.finish was not given counts" in await error_of(body)
+    told = await error_of(body)
+    assert "ctx.finish was not given counts" in told
+    assert f"(at {HERE}:{line_of(body, 3)})" in told
 
 
 async def test_finish_outside_a_transaction_is_told(error_of: ErrorOf) -> None:
@@ -164,7 +168,9 @@ async def test_finish_outside_a_transaction_is_told(error_of: ErrorOf) -> None:
         async with ctx.connection() as connection:
             return await ctx.finish({"notes": 1}, on=connection)
 
-    assert "outside a transaction" in await error_of(body)
+    told = await error_of(body)
+    assert "outside a transaction" in told
+    assert f"(at {HERE}:{line_of(body, 2)})" in told
 
 
 @pytest.mark.parametrize(
@@ -257,3 +263,199 @@ async def test_debug_tells_how_long_connections_were_waited_for_and_no_sql(
     assert whole["statements"] >= 120
     assert whole["statements_ms"] > 0
     assert "insert" not in logged()
+
+
+RETURNED = {
+    "a text": ("done", "something of type str"),
+    "None": (None, "None"),
+    "a float": (1.5, "something of type float"),
+    "a generator": ((number for number in range(3)), "something of type generator"),
+    "a float in it": ({"notes": 1.5}, 'a mapping whose "notes" is of type float'),
+    "a negative number": ({"notes": -1}, 'a mapping whose "notes" is below 0'),
+    "a name with a blank": ({"notes deleted": 1}, "a name is empty, longer than 100 or has blanks"),
+    "an empty name": ({"": 1}, "a name is empty"),
+}
+
+
+@pytest.mark.parametrize("what", RETURNED)
+async def test_what_is_no_counts_is_told_with_its_type_and_the_handler(run_job: RunJob, what: str) -> None:
+    value, expected = RETURNED[what]
+
+    async def body(ctx: JobContext) -> Counts:
+        del ctx
+        return cast("Counts", value)
+
+    each = job_of(body)
+    report = await run_job(each, jobs=[each])
+    assert report.run["state"] == "dead"
+    begins = f'The handler of "a-test" at {declared_at(each.handler)} did not return counts, but '
+    assert begins in report.run["error"]
+    assert expected in report.run["error"]
+    assert 'as in {"deleted": 2}' in report.run["error"]
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt()], ids=["exit", "interrupt"])
+async def test_an_end_of_the_process_is_told_with_its_line_and_ends_nothing(
+    error_of: ErrorOf, settings: Settings, raised: BaseException
+) -> None:
+    async def body(ctx: JobContext) -> Counts:
+        del ctx
+        raise raised
+
+    told = await error_of(body)
+    assert "A handler does not end the process. To end its run for good, raise NeverRetryError" in told
+    assert f"(at {HERE}:{line_of(body, 2)})" in told
+    assert told == await dry_error_of(settings, body)
+
+
+async def dry_error_of(settings: Settings, body: Body) -> str:
+    order = Order(job=job_of(body), payload=NoPayload(), fire_time=datetime.now(UTC), asked_by="a test")
+    async with service.dry_runner(settings) as dry_runner:
+        report = await dry_runner.run(order)
+    assert report.run["state"] == "dead"
+    return cast("str", report.run["error"])
+
+
+async def test_each_error_of_a_group_is_told_with_its_line(error_of: ErrorOf) -> None:
+    async def fail() -> None:
+        raise ValueError("no")
+
+    async def body(ctx: JobContext) -> Counts:
+        del ctx
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+        return {}
+
+    assert f"ExceptionGroup of 1: ValueError: no (at {HERE}:{line_of(fail, 1)})" in await error_of(body)
+
+
+TWO_PARAMETERS = "select 1 where $1::int = 1 and $2::text = 'x'"
+
+
+@pytest.mark.parametrize(
+    ("statement", "arguments", "expected"),
+    [
+        (TWO_PARAMETERS, ["secret"], f"in TWO_PARAMETERS at {HERE}:"),
+        ("insert into notes values ('secret' || $1)", [], 'in "insert into notes …"'),
+        ("select 'secret', $1::int", [], 'in "select …"'),
+        ("/* secret */ select $1::int", [], "in its statement"),
+    ],
+)
+async def test_a_wrong_number_of_arguments_names_the_statement(
+    error_of: ErrorOf, statement: str, arguments: list[str], expected: str
+) -> None:
+    async def body(ctx: JobContext) -> Counts:
+        async with ctx.connection() as connection:
+            await connection.fetch(statement, *arguments)
+        return {}
+
+    told = await error_of(body)
+    assert "the server expects" in told
+    assert f"at {HERE}:{line_of(body, 2)}, {expected}" in told
+
+
+class Days(Payload):
+    days: int
+
+
+@job("never-declared")
+async def never_declared(ctx: JobContext, payload: Days) -> Counts:
+    return {"attempt": ctx.attempt + payload.days}
+
+
+ASKED_FOR = {
+    "a name": ("never-declared", Days(days=1), "something of type str in place of a job"),
+    "a function": (never_declared.handler, Days(days=1), "something of type function in place of a job"),
+    "a payload of another job": (never_declared, NoPayload(), "with a NoPayload as its payload. Give it a Days"),
+    "a dict": (never_declared, {"days": 1}, "with a dict as its payload. Give it a Days"),
+}
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("what", ASKED_FOR)
+async def test_a_run_that_cannot_be_is_told_where_it_is_asked_for(
+    error_of: ErrorOf, settings: Settings, what: str, several: bool
+) -> None:
+    asked: Any = ASKED_FOR[what][0]
+    payload: Any = ASKED_FOR[what][1]
+
+    async def body(ctx: JobContext) -> Counts:
+        async with ctx.transaction() as tx:
+            if several:
+                await ctx.enqueue_many(asked, [(payload, "a key")], on=tx)
+            await ctx.enqueue(asked, payload, on=tx)
+        return {}
+
+    told = await error_of(body)
+    assert ASKED_FOR[what][2] in told
+    assert f"(at {HERE}:{line_of(body, 3 if several else 4)})" in told
+    assert told == await dry_error_of(settings, body)
+
+
+async def test_many_runs_of_a_job_that_is_not_declared_are_refused_with_its_name(error_of: ErrorOf) -> None:
+    async def body(ctx: JobContext) -> Counts:
+        async with ctx.transaction() as tx:
+            await ctx.enqueue_many(never_declared, [(Days(days=1), "a key")], on=tx)
+        return {}
+
+    told = await error_of(body)
+    assert 'unknown job "never-declared". It is known once it is in handlers.JOBS' in told
+    assert f"(at {HERE}:{line_of(body, 2)})" in told
+
+
+async def test_what_this_process_does_not_have_is_told_with_what_it_has(error_of: ErrorOf) -> None:
+    async def body(ctx: JobContext) -> Counts:
+        return {"n": ctx.get(int)}
+
+    told = await error_of(body)
+    assert "ctx.get was asked for int, of which there is none here. There are: " in told
+    assert f"(at {HERE}:{line_of(body, 1)})" in told
+
+
+async def test_a_connection_that_was_given_back_is_told(error_of: ErrorOf) -> None:
+    async def body(ctx: JobContext) -> Counts:
+        async with ctx.connection() as connection:
+            pass
+        return {"n": await connection.fetchval("select 1")}
+
+    told = await error_of(body)
+    assert "released back to the pool. Use it inside of its `async with`" in told
+    assert f"at {HERE}:{line_of(body, 3)}" in told
+
+
+@pytest.mark.parametrize("statement", ["commit", "rollback"])
+async def test_a_transaction_that_a_handler_ends_itself_is_told(
+    run_job: RunJob, settings: Settings, statement: str
+) -> None:
+    async def body(ctx: JobContext) -> Counts:
+        async with ctx.transaction() as tx:
+            await tx.execute(statement)
+        return {}
+
+    each = job_of(body)
+    report = await run_job(each, jobs=[each])
+    assert report.run["state"] == "dead"
+    assert "The handler has ended its transaction by a statement of its own" in report.run["error"]
+    assert f"(at {HERE}:{line_of(body, 1)})" in report.run["error"]
+    if statement == "rollback":
+        assert report.run["error"] == await dry_error_of(settings, body)
+
+
+NOT_AS_TYPED: dict[str, tuple[Callable[[], Exception], str]] = {
+    "seconds": (lambda: NotNowError("no", after=cast("timedelta", 3)), "Write after=timedelta("),
+    "seconds of a retry": (lambda: RetryLaterError("no", after=cast("timedelta", 3)), "Write after=timedelta("),
+    "a text as figure": (lambda: HeldError("no", figures={"n": cast("int", "two")}), '"n" is of type str'),
+}
+
+
+@pytest.mark.parametrize("what", NOT_AS_TYPED)
+async def test_what_an_error_is_given_is_told_where_it_is_raised(error_of: ErrorOf, what: str) -> None:
+    make, expected = NOT_AS_TYPED[what]
+
+    async def body(ctx: JobContext) -> Counts:
+        del ctx
+        raise make()
+
+    told = await error_of(body)
+    assert expected in told
+    assert f"(at {HERE}:" in told

@@ -175,7 +175,7 @@ def _grants() -> Iterator[str]:
 
 
 def _named(wanted: Sequence[Privilege]) -> Iterator[str]:
-    for kind, kinds in (("select", {"select"}), ("update", {"update", "lock"})):
+    for kind, kinds in (("select", {"select"}), ("insert", {"insert"}), ("update", {"update", "lock"})):
         columns = sorted({each.column for each in wanted if each.kind in kinds and each.column is not None})
         if columns:
             yield f"{kind} ({', '.join(columns)})"
@@ -187,7 +187,11 @@ def _uses() -> Iterator[str]:
     yield "By job; `metrics` and `commands` are those of the service itself.\n"
     yield "| job | reads | changes | deletes from |\n|---|---|---|---|"
     for user, tables in USES.items():
-        changes = [f"{table} ({', '.join(uses.changes)})" for table, uses in tables.items() if uses.changes]
+        changes = [
+            f"{table} ({', '.join(dict.fromkeys(columns))})"
+            for table, uses in tables.items()
+            if (columns := (*uses.changes, *uses.inserts))
+        ]
         deletes = [table for table, uses in tables.items() if uses.deletes]
         yield f"| `{user}` | {', '.join(tables)} | {'; '.join(changes)} | {', '.join(deletes)} |"
 
