@@ -18,14 +18,20 @@ from pathlib import Path
 
 import pytest
 
+from bon_scheduler.cli.signals import ANSWERS_SECONDS, LEAVING_SECONDS
+from bon_scheduler.config import Settings
 from bon_scheduler.database import connections
 from bon_scheduler.demo.sample import create_tables
+from bon_scheduler.files import fault_of_shared_directory
 from tests.process import Finished, run_program, serve
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("bon_scheduler/", "handlers/", "health/")
 DEMO = "bon_scheduler/demo/"
 STAGE = re.compile(r"^FROM .*?(?=^FROM |\Z)", re.DOTALL | re.MULTILINE)
+GRACES = re.compile(r"(?:--stop-timeout|--time|-t|terminationGracePeriodSeconds:) (\d+)\b|Give it (\d+) s")
+MOUNTED = re.compile(r"(?:-v [\w/.-]+:|SPOOL_DIR=)(/\w+)")
+MADE = re.compile(r"install -d -o (\d+) -g (\d+) -m 0700 (/\w+)")
 RUN = re.compile(r"^RUN (.*?[^\\])$", re.DOTALL | re.MULTILINE)
 
 
@@ -112,3 +118,34 @@ async def test_what_the_image_holds_migrates_checks_serves_and_answers(
         answer = await installed.run("healthcheck", "--ready", HEALTH_PORT=str(service.port))
         assert (answer.status, answer.out) == (0, "ok: /readyz 200\n"), answer.err
         assert await service.stop() == 0
+
+
+def pages() -> dict[str, str]:
+    """The Dockerfile and the pages for operators, by their names."""
+    files = [ROOT / "Dockerfile", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    return {file.name: file.read_text("utf-8") for file in files}
+
+
+def test_every_page_names_one_grace_and_the_program_needs_no_longer() -> None:
+    found = {page: {int("".join(each)) for each in GRACES.findall(text)} for page, text in pages().items()}
+    named = {page: graces for page, graces in found.items() if graces}
+    assert {"Dockerfile", "image.md", "operations.md"} <= named.keys()
+    (grace,) = set.union(*named.values())
+    assert grace >= Settings.model_fields["shutdown_seconds"].default + LEAVING_SECONDS + ANSWERS_SECONDS
+
+
+def test_each_directory_that_is_mounted_is_in_the_image_and_its_users_alone() -> None:
+    """A new named volume takes owner and mode from what is there; without it, it is root's."""
+    made_before, _, _ = stages()[-1].partition("\nUSER 65532:65532\n")
+    made = {path: (int(user), int(group)) for user, group, path in MADE.findall(made_before)}
+    mounted = {path for text in pages().values() for path in MOUNTED.findall(text)}
+    assert made == dict.fromkeys(mounted, (65532, 65532))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives directories away")
+def test_a_volume_that_is_made_from_it_is_accepted_as_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (made,) = RUN.findall(stages()[-1])
+    subprocess.run(["sh", "-eu", "-c", made.replace("/spool", f"{tmp_path}/spool")], check=True)
+    monkeypatch.setattr(os, "geteuid", lambda: 65532)
+    assert fault_of_shared_directory(tmp_path / "spool") is None
+    assert (tmp_path / "spool").stat().st_mode & 0o7777 == 0o700
