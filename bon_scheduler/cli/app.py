@@ -350,9 +350,7 @@ def healthcheck(
 @app.command()
 def demo(
     port: Annotated[int, typer.Option(min=0, max=65535, help="For probes and metrics.")] = 8080,
-    keep: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the database and digests; go on with them.")
-    ] = None,
+    keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep what it makes, and go on with that.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Exit when the jobs have run.")] = False,
     as_json: AsJson = False,
 ) -> None:
