@@ -20,9 +20,11 @@ RUN /tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
 FROM ${BASE}
 ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 COPY --from=build /app /app
+# For SPOOL_DIR: a new named volume that is mounted here takes its owner and mode from it.
+RUN install -d -o 65532 -g 65532 -m 0700 /spool
 USER 65532:65532
 EXPOSE 8080
-# SIGTERM drains; Kubernetes sends it, and so does `docker stop`. Give it 90 s: terminationGracePeriodSeconds, --time.
+# SIGTERM drains; Kubernetes sends it, and so does `docker stop`. Give it 90 s: terminationGracePeriodSeconds, --stop-timeout.
 STOPSIGNAL SIGTERM
 # For engines that look (Docker, Compose, Swarm); Kubernetes asks /livez and /readyz itself.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["bon-scheduler", "healthcheck"]

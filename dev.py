@@ -17,6 +17,13 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 OLDEST = (3, 11)
+HELP = """\
+Of a checkout:
+  test         Run the tests; pytest's options may follow.
+  lint         Check style, types and imports, as CI does.
+
+All other commands are the program's:
+"""
 
 
 def _stop(why: str) -> None:
@@ -24,9 +31,11 @@ def _stop(why: str) -> None:
 
 
 def _install(requirements: Path) -> None:
-    """Bring `.venv` to what `requirements` names, unless it has that or more already."""
+    """Bring `.venv` to what `requirements` names, unless that is done and nothing has changed since."""
     stamp = VENV / f"installed-{requirements.stem}"
-    wanted = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()
+    # The tests' requirements include the demo's: both are looked at, in case that one alone is changed.
+    texts = [path.read_bytes() for path in sorted({requirements.with_stem("demo"), requirements})]
+    wanted = hashlib.sha256(b"".join([*texts, sys.version.encode()])).hexdigest()
     if PYTHON.exists() and stamp.exists() and stamp.read_text() == wanted:
         return
     print(f"Installing {requirements.name} into .venv …", file=sys.stderr, flush=True)
@@ -55,17 +64,18 @@ def main() -> None:
     if sys.version_info < OLDEST:
         _stop(f"needs Python 3.11 or newer, this is {sys.version.split()[0]}; try: python3.11 dev.py …")
     command, *rest = sys.argv[1:] or ["--help"]
-    developing = command in {"test", "lint"}
+    # The tests' packages include the demo's: whoever has them needs no second environment.
+    developing = command in {"test", "lint"} or (VENV / "installed-dev").exists()
     requirements = ROOT / "requirements" / ("dev.txt" if developing else "demo.txt")
     try:
-        # The tests' packages include the demo's: whoever has them needs no second environment.
-        if developing or not (VENV / "installed-dev").exists():
-            _install(requirements)
+        _install(requirements)
     except subprocess.CalledProcessError as error:
         _stop(f"could not install {requirements.name} (exit {error.returncode}); is PyPI reachable?")
     os.chdir(ROOT)
     if command == "lint":
         sys.exit(_lint())
+    if command == "--help":
+        print(HELP, flush=True)
     os.environ["BON_SCHEDULER_STARTED_AS"] = f"{Path(sys.executable).name} {sys.argv[0]}"  # what hints say to type
     module = ["pytest", *rest] if command == "test" else ["bon_scheduler", command, *rest]
     os.execv(PYTHON, [str(PYTHON), "-m", *module])

@@ -195,9 +195,11 @@ class Settings(BaseSettings):
     """How the connection is protected. `starttls` refuses a server without it."""
 
     brake_min_rows: int = Field(1000, ge=0, le=1_000_000_000)
-    """A run that would change or send more than this is compared with what is normal, and held where it is not."""
+    """A run that would change or send no more than this is never held. One that would is compared with what is normal:
+    `BRAKE_MAX_SHARE`."""
     brake_max_share: float = Field(0.5, gt=0, le=1)
-    """The largest share of all rows of a kind that is normal; so is up to ten times the median of the last 14 runs."""
+    """A run of more than `BRAKE_MIN_ROWS` is held in either of two cases: it would change or send a larger share than
+    this of all rows of their kind, or more than ten times the median of the last 14 runs."""
 
     shaam_mode: ShaamMode = ShaamMode.MOCK
     """Which of the authority's systems is called. `mock` calls nobody and changes nothing; where nothing says `mock`,
@@ -364,7 +366,9 @@ def mail_off(settings: Settings) -> SwitchedOff | None:
     return SwitchedOff(
         "mail",
         f"letters are logged, not sent: {'EMAIL_MODE is log' if chosen else 'SMTP_HOST is not set'}",
-        "Set SMTP_HOST, or EMAIL_MODE=log if none is to be sent.",
+        "If letters are to be sent, set EMAIL_MODE=smtp and SMTP_HOST."
+        if chosen
+        else "Set SMTP_HOST, or EMAIL_MODE=log if none is to be sent.",
         chosen,
     )
 
@@ -377,7 +381,9 @@ def shaam_off(settings: Settings) -> SwitchedOff | None:
     return SwitchedOff(
         "shaam",
         f"no token is refreshed: SHAAM_MODE is {'mock' if chosen else 'not set, and mock by default'}",
-        "Set SHAAM_MODE=production (or sandbox), or SHAAM_MODE=mock if the authority is not to be called.",
+        "If the authority is to be called, set SHAAM_MODE=production (or sandbox)."
+        if chosen
+        else "Set SHAAM_MODE=production (or sandbox), or SHAAM_MODE=mock if the authority is not to be called.",
         chosen,
     )
 

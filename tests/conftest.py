@@ -237,7 +237,7 @@ def run_job(make_settings: MakeSettings) -> RunJob:
     Run a job, and what it causes, in the foreground through the real ledger and runner.
 
     `run_job(job, payload, fire_time=…, now=…, jobs=…, SMTP_HOST=…)`: `now` is the machine's clock,
-    by default the fire time; further keyword arguments are environment variables.
+    and either is the other by default; further keyword arguments are environment variables.
     """
 
     async def run(
@@ -250,7 +250,7 @@ def run_job(make_settings: MakeSettings) -> RunJob:
         **environ: str,
     ) -> RunReport:
         settings = make_settings(**environ)
-        instant = fire_time or datetime.now(UTC)
+        instant = fire_time or now or datetime.now(UTC)
         async with service.machinery(settings, jobs=jobs, clock=SetClock(now or instant)) as parts:
             return await engine.run_once(
                 parts.pool,

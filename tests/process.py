@@ -94,11 +94,18 @@ class Service:
 
 
 @asynccontextmanager
-async def serve(*, program: Sequence[str] = ("bon_scheduler", "serve"), **environ: str) -> AsyncIterator[Service]:
-    """Start `serve`, or another program that serves, wait until it is ready, and see to it that it ends."""
+async def serve(
+    *, program: Sequence[str] = ("bon_scheduler", "serve"), command: Sequence[str] = (), **environ: str
+) -> AsyncIterator[Service]:
+    """
+    Start `serve`, or another program that serves, wait until it is ready, and see to it that it ends.
+
+    `program` is a module of this checkout and its arguments; `command`, if given, is what is started instead.
+    """
     environment = {"HEALTH_PORT": "0", "HEALTH_HOST": "127.0.0.1", **environ}
+    started_as = command or (sys.executable, "-m", *program)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", *program, env=environment_of(environment), stderr=asyncio.subprocess.PIPE
+        *started_as, env=environment_of(environment), stderr=asyncio.subprocess.PIPE
     )
     service = Service(process, [])
     reading = asyncio.create_task(_read_events(service))

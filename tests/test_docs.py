@@ -15,21 +15,26 @@ import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import asyncpg
 import pytest
 
+from bon_scheduler.database import connections
 from bon_scheduler.demo.sample import load_sample
 from bon_scheduler.shaam import TokenCipher
 from tests.conftest import Connection
+from tests.demo.test_keeping import STATE, demo
 from tests.tools.reference import REFERENCE, ROLES, reference, roles
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md")]
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 FAILS = re.compile(r"^-- fails with (\w{5})$", re.MULTILINE)
+PSQL = re.compile(r'^psql "\$DATABASE_URL" -c "([^"]*)"$', re.MULTILINE)
 LANGUAGES = {"bash", "sql", "js", "python", "text"}
 ELSEWHERE = re.compile(
     r"python3 dev\.py (?:demo|test(?! tests/handlers/test_address)|lint)"
@@ -183,6 +188,33 @@ async def test_what_is_typed_at_a_shell_works(page: Path, copy: Copy, connection
         if "address-cleanup" in script and page.name == "tutorial.md":
             expected = {"--dry-run": "deleted 7", "again": "deleted 0"}
             assert all(word in told for mark, word in expected.items() if mark in script), told
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TEST_POSTGRES") == "container", reason="the demo runs a server of its own")
+async def test_the_tutorials_demo_is_stopped_and_goes_on_with_the_readers_work(copy: Copy, tmp_path: Path) -> None:
+    """Step 5: the run waits for a `serve` that knows the job; the demo is started again for that."""
+    shutil.copy(ROOT / "handlers" / "__init__.py", copy.root / "handlers")  # as before the reader's job
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text("utf-8")
+    async with demo(tmp_path / "kept", cwd=copy.root) as first, connections.connect(first.url) as connection:
+        at_the_demo = Copy(copy.root, {**copy.environ, "DATABASE_URL": first.url})
+        add_example(copy.root)
+        for statement in PSQL.findall(tutorial):
+            await connection.execute(statement)
+        await fail_once(at_the_demo)
+        run_id = await latest_run(connection, "dead")
+        status, told = await at_the_demo.bash(f'python3 dev.py retry {run_id} --reason "took the line out"')
+        assert status == 0, told
+        assert await latest_run(connection, "queued") == run_id
+    async with demo(tmp_path / "kept", cwd=copy.root) as second, connections.connect(second.url) as connection:
+
+        async def succeeded() -> bool:
+            return bool(await connection.fetchval(STATE, UUID(run_id)) == "succeeded")
+
+        await until(succeeded, seconds=30)
+        status, told = await at_the_demo.bash("python3 dev.py runs --job address-cleanup --json")
+        assert (status, '"succeeded"' in told) == (0, True), told
+        assert await connection.fetchval("select count(*) from address_drafts") == 7
 
 
 @pytest.mark.parametrize("page", pages_with("sql"), ids=lambda page: page.name)

@@ -107,11 +107,11 @@ async def pause(settings: Settings, report: Report, told: Target, *, reason: str
     _tell_pause(report, target, changed, pausing=True)
     if not report.as_json and isinstance(target, str):
         if changed:
-            report.say("Nothing of it is begun until then, whoever asks for it; its ticks are recorded as paused.")
+            report.say("While it is, nothing of it is begun, whoever asks for it; its ticks are recorded as paused.")
             ends = f"by itself at {until:%Y-%m-%d %H:%M:%S} UTC, or" if until else "only"
             report.say(f"The pause ends {ends} with: bon-scheduler resume {target} --reason …")
         if waiting:
-            report.say(f"{waiting:,} {'run waits' if waiting == 1 else 'runs wait'} until then.")
+            report.say(f"{waiting:,} {'run waits' if waiting == 1 else 'runs wait'} for the end of the pause.")
         if running:
             report.say(f"{running:,} {'is running and goes' if running == 1 else 'are running and go'} on to the end.")
     return DONE

@@ -350,7 +350,7 @@ def healthcheck(
 @app.command()
 def demo(
     port: Annotated[int, typer.Option(min=0, max=65535, help="For probes and metrics.")] = 8080,
-    keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the database and the digests.")] = None,
+    keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep what it makes, and go on with that.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Exit when the jobs have run.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -362,7 +362,7 @@ def demo(
     from bon_scheduler.cli.parsing import make_directory
     from bon_scheduler.config import LogFormat, LogLevel
     from bon_scheduler.demo.postgres import PostgresUnavailableError
-    from bon_scheduler.demo.run import run_demo
+    from bon_scheduler.demo.run import CannotGoOnError, run_demo
     from bon_scheduler.log import configure_logging
     from bon_scheduler.report import Report
 
@@ -374,6 +374,8 @@ def demo(
     except PostgresUnavailableError as error:
         complain(str(error))
         raise typer.Exit(1) from error
+    except CannotGoOnError as error:
+        raise UsageError(str(error)) from error
     except health.CannotListenError as error:
         raise UsageError(f"Cannot listen on --port {port}: {error.why}. Give another, or 0 for any.") from error
 

@@ -93,7 +93,7 @@ def _obstacles(
         )
         found.append(f"{behind}: bon-scheduler show {short[waits.behind]}")
     if waits is not None and not waits.ready and waits.run_at is not None:
-        found.append(f"It waits for its instant, {waits.run_at:%Y-%m-%d %H:%M:%S} UTC.")
+        found.append(f"It is not to begin before {waits.run_at:%Y-%m-%d %H:%M:%S} UTC.")
     if waits is not None and (why := unhandled(run["job"], beats)) is not None:
         found.append(f"It waits because {why}: start a `serve` of a version that has the handler of {run['job']}.")
     if (nobody := who_serves(beats)) is not None:

@@ -35,7 +35,7 @@ log = structlog.get_logger()
 FORCED = 1
 SAME_REQUEST_SECONDS = 1.0
 ANSWERS_SECONDS = 60.0
-"""Longer than a mail server or the authority is waited for, and the database for what they said."""
+"""Longer than a mail server or the authority is waited for, and the database for what they said; leaving is in it."""
 LOOK_SECONDS = 0.1
 LEAVING_SECONDS = 3.0
 """How long leaving may take once nothing is left to do."""
@@ -149,7 +149,7 @@ async def unless(stop: asyncio.Event, awaited: Awaitable[T]) -> T | None:
 def _force(unanswered: Callable[[], int]) -> None:
     if count := unanswered():
         log.warning("service.waits_for_answers", unanswered=count)
-        until = time.monotonic() + ANSWERS_SECONDS
+        until = time.monotonic() + ANSWERS_SECONDS - LEAVING_SECONDS
         while unanswered() and time.monotonic() < until:
             time.sleep(LOOK_SECONDS)
         time.sleep(LEAVING_SECONDS)

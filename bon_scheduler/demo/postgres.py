@@ -111,6 +111,7 @@ def running_postgres(
     binaries: Path,
     *,
     directory: Path | None = None,
+    port: int | None = None,
     settings: Mapping[str, str] = MappingProxyType({}),
     environ: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[str]:
@@ -118,19 +119,19 @@ def running_postgres(
     Run a server for the length of the context; yield the DSN of its superuser.
 
     Without `directory` everything is temporary. With it, data stays in a sub-directory named after
-    the server's major version and is used again; the log is beside it. `settings` are added to, and
-    win over, `SETTINGS`; `environ` is added to the server's environment. Enter it from the main thread,
-    before the event loop: the server ends when the *thread* that started it does. Raises
-    PostgresUnavailableError with the end of the server's log.
+    the server's major version and is used again; the log is beside it. `port` is taken if nobody has it, otherwise
+    one that is free. `settings` are added to, and win over, `SETTINGS`; `environ` is added to the server's
+    environment. Enter it from the main thread, before the event loop: the server ends when the *thread* that
+    started it does. Raises PostgresUnavailableError with the end of the server's log.
     """
     with _kept(directory) if directory is not None else _scratch() as home:
         log = home / "postgres.log"
         data = home / f"postgres-{_major_version(binaries)}"
         if not (data / "PG_VERSION").exists():
             _initialise(binaries, data, log)
-        server, port = _start(binaries, data, log, {**SETTINGS, **settings}, environ)
+        server, found = _start(binaries, data, log, {**SETTINGS, **settings}, environ, port)
         try:
-            yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+            yield f"postgresql://postgres@127.0.0.1:{found}/postgres"
         finally:
             _stop(server)
 
@@ -217,11 +218,15 @@ def _initialise(binaries: Path, data: Path, log: Path) -> None:
 
 
 def _start(
-    binaries: Path, data: Path, log: Path, settings: Mapping[str, str], environ: Mapping[str, str]
+    binaries: Path,
+    data: Path,
+    log: Path,
+    settings: Mapping[str, str],
+    environ: Mapping[str, str],
+    wanted: int | None = None,
 ) -> tuple[subprocess.Popen[bytes], int]:
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-    for _ in range(PORT_ATTEMPTS):
-        port = _free_port()
+    for port in _ports(wanted):
         command = [str(binaries / "postgres"), "-D", str(data), "-p", str(port), *options]
         log_start_bytes = log.stat().st_size if log.exists() else 0
         server = _spawn(command, log, environ)
@@ -234,6 +239,14 @@ def _start(
             raise
         return server, port
     raise _unavailable(f"PostgreSQL found its port taken {PORT_ATTEMPTS} times", log)
+
+
+def _ports(wanted: int | None) -> Iterator[int]:
+    """Yield the port that is wanted, if one is, and then such as are free."""
+    if wanted is not None:
+        yield wanted
+    for _ in range(PORT_ATTEMPTS):
+        yield _free_port()
 
 
 def _free_port() -> int:

@@ -44,7 +44,7 @@ from bon_scheduler.demo.sample_invoices import (
 )
 from bon_scheduler.jobs import Connection
 
-__all__ = ["SampleFacts", "Spoil", "create_tables", "load_sample", "sample_refresh_token"]
+__all__ = ["SampleFacts", "Spoil", "create_tables", "load_sample", "sample_refresh_token", "spoiled_businesses"]
 
 COLUMNS = {
     "users": "id email name last_login_at created_at updated_at",
@@ -98,6 +98,11 @@ class SampleFacts:
 def sample_refresh_token(business: UUID) -> str:
     """Return a refresh token, in clear, for a business that no simulator has issued one."""
     return f"sample-refresh-{business}"
+
+
+def spoiled_businesses() -> dict[UUID, Spoil]:
+    """Return the businesses for which the authority is to fail, and how."""
+    return {BUSINESS_BY_KEY[key].id: spoil for key, spoil in SPOILED.items()}
 
 
 async def create_tables(connection: Connection) -> None:
@@ -168,7 +173,7 @@ def _facts(
         digest_recipients={i.owner.id: recipients_of(i.owner) for i in told},
         digest_invoices=len(told),
         shaam_due={BUSINESS_BY_KEY[key].id: tokens[BUSINESS_BY_KEY[key].id] for key in DUE_TOKENS},
-        spoiled={BUSINESS_BY_KEY[key].id: spoil for key, spoil in SPOILED.items()},
+        spoiled=spoiled_businesses(),
         consent_letters=sum(
             len(recipients_of(BUSINESS_BY_KEY[key])) for key, spoil in SPOILED.items() if spoil == "invalid_grant"
         ),

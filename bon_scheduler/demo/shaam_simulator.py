@@ -139,6 +139,12 @@ class ShaamSimulator:
         consents.append(_Consent(subject, len(consents)))
         return self._refresh_token(consents[-1])
 
+    def accept(self, subject: str, token: str) -> None:
+        """Honour a refresh token that an earlier simulator issued; this one needs another seed, to issue new ones."""
+        consents = self._consents.setdefault(subject, [])
+        consents.append(_Consent(subject, len(consents)))
+        self._issued[token] = (consents[-1], consents[-1].generation)
+
     def current(self, subject: str) -> str:
         """Return the latest consent's unspent refresh token. Raises KeyError if none was issued."""
         return self._refresh_token(self._consents[subject][-1])
@@ -286,13 +292,14 @@ async def shaam_simulator(
     client_secret: str,
     spoil: Mapping[str, Misbehaviour] | None = None,
     delay_seconds: float = 0,
+    seed: str = "bon",
 ) -> AsyncIterator[ShaamSimulator]:
     """
     Serve the token endpoint on a free port of 127.0.0.1 until the block ends.
 
-    The same subjects get the same tokens in every process; `spoil` says what goes wrong for whom.
+    The same subjects get the same tokens in every process of the same `seed`; `spoil` says what goes wrong for whom.
     """
-    simulator = ShaamSimulator(client_id, client_secret, dict(spoil or {}), delay_seconds=delay_seconds)
+    simulator = ShaamSimulator(client_id, client_secret, dict(spoil or {}), seed=seed, delay_seconds=delay_seconds)
     app = web.Application()
     app.router.add_post(PATH, simulator._answer)  # noqa: SLF001 - the route is this module's own
     # A client that gave up must not keep its handler, and with it the server's end, waiting.

@@ -20,6 +20,7 @@ from aiosmtpd.smtp import SMTP, Envelope, Session
 __all__ = ["SmtpSink", "smtp_sink"]
 
 HOST = "127.0.0.1"
+MESSAGE = re.compile(r"(\d{2,})-.+\.eml")
 
 
 @dataclass(slots=True)
@@ -29,6 +30,8 @@ class SmtpSink:
     directory: Path
     host: str
     port: int
+    earlier: int = 0
+    """The number of the last message that an earlier server left in the directory."""
     messages: list[EmailMessage] = field(default_factory=list)
 
 
@@ -42,7 +45,7 @@ class _Keeper:
         content = envelope.content or b""
         raw = content.encode() if isinstance(content, str) else content
         message = message_from_bytes(raw, policy=SMTP_POLICY)
-        number = len(self._sink.messages) + 1
+        number = self._sink.earlier + len(self._sink.messages) + 1
         self._sink.messages.append(message)
         _keep(self._sink.directory, f"{number:02d}-{_local_part(envelope)}", raw, message)
         return "250 2.0.0 Kept"
@@ -63,7 +66,8 @@ def _keep(directory: Path, name: str, raw: bytes, message: EmailMessage) -> None
 
 def _empty_sink(directory: Path) -> SmtpSink:
     directory.mkdir(parents=True, exist_ok=True)
-    return SmtpSink(directory, HOST, 0)
+    numbers = [int(found[1]) for path in directory.iterdir() if (found := MESSAGE.fullmatch(path.name))]
+    return SmtpSink(directory, HOST, 0, earlier=max(numbers, default=0))
 
 
 @asynccontextmanager
@@ -72,7 +76,7 @@ async def smtp_sink(directory: Path) -> AsyncIterator[SmtpSink]:
     Receive mail for the length of the context, on a free port.
 
     Messages are written to `directory` (made if it is not there) as `NN-<recipient>.eml`, numbered from
-    01, and their HTML part beside it as `.html`.
+    01, or from the last that is there; and their HTML part beside it as `.html`.
     """
     loop = asyncio.get_running_loop()
     sink = _empty_sink(directory)

@@ -311,3 +311,8 @@ async def test_a_schedule_that_cannot_be_read_is_named(connection: Connection, l
     [(name, what, _)] = await look.failures()
     assert name == "schedules"
     assert what.startswith("draft-cleanup: its schedule in the ledger cannot be read here")
+
+
+async def test_a_role_that_may_do_all_that_is_needed_is_told_for_whom(look: Look, role: Role) -> None:
+    [found] = await look.of("privileges")
+    assert found.what == f"role {role.name} may do in BON's tables what jobs, metrics and commands need"

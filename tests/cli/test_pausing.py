@@ -40,6 +40,7 @@ async def test_a_paused_job_without_a_schedule_is_not_begun_until_it_is_resumed(
     """Asked for by a program, by a person, by a retry, or caused by another run: all wait, and another job's do not."""
     said = await pause(database_url, DIGEST)
     assert "whoever asks for it" in said
+    assert "until then" not in " ".join(said.split())  # there is no instant that it could mean
     program = await connection.fetchval(ASK)
     retried = await connection.fetchval(ASK)
     await connection.execute("update bon_scheduler.runs set state = 'dead', attempt = 1 where id = $1", retried)

@@ -7,6 +7,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID, uuid4
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -285,3 +286,13 @@ async def test_while_a_service_is_alive_no_screen_says_otherwise(database_url: s
     async with serve(DATABASE_URL=database_url):
         for command in (["jobs"], ["runs"], ["timeline"]):
             assert "is alive" not in (await run_command(*command, DATABASE_URL=database_url)).out
+
+
+async def test_show_says_before_when_a_run_that_was_put_off_is_not_begun(
+    connection: Connection, database_url: str
+) -> None:
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    run_id = await connection.fetchval("select bon_scheduler.enqueue('session-cleanup', run_at => $1)", tomorrow)
+    shown = await run_command("show", str(run_id), DATABASE_URL=database_url)
+    here = tomorrow.astimezone(ZoneInfo("Asia/Jerusalem"))
+    assert f"It is not to begin before {here:%Y-%m-%d %H:%M:%S}" in shown.out

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from bon_scheduler.cli import signals
 from bon_scheduler.cli.signals import waking_on_signals
 from tests.conftest import Connection
 from tests.process import Service, serve, start_program
@@ -201,3 +202,17 @@ async def test_a_signal_wakes_the_event_loop_whichever_thread_it_arrives_in() ->
             assert time.monotonic() - started < 4
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("answered_after", [59.9, 3600.0])
+def test_a_forced_end_comes_within_a_minute_whenever_the_answers_come(
+    monkeypatch: pytest.MonkeyPatch, answered_after: float
+) -> None:
+    """Platforms kill after a grace that is worked out from it (docs/operations.md)."""
+    elapsed = [0.0]
+    ended: list[float] = []
+    monkeypatch.setattr(time, "monotonic", lambda: elapsed[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: elapsed.append(elapsed.pop() + seconds))
+    monkeypatch.setattr(signals, "end_now", lambda _: ended.append(elapsed[0]))
+    signals._force(lambda: elapsed[0] < answered_after)
+    assert ended[0] <= 60.1

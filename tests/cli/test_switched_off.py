@@ -78,6 +78,10 @@ async def test_the_service_says_at_start_what_is_off_and_its_metrics_do_not_call
     told = {line["name"]: (line["level"], line["what"]) for line in service.of("service.stands_aside")}
     assert {name: told[name][0] for name in ("mail", "shaam")} == {"mail": level, "shaam": level}
     assert "SHAAM_MODE" in told["shaam"][1]
+    # What is set already is no advice.
+    remedies = {line["name"]: line["remedy"] for line in service.of("service.stands_aside")}
+    assert ("EMAIL_MODE=log" in remedies["mail"]) is (modes is BY_DEFAULT)
+    assert ("SHAAM_MODE=mock" in remedies["shaam"]) is (modes is BY_DEFAULT)
     assert told["schedule session-cleanup"][0] == "info"
     assert "draft-cleanup" in told["paused"][1]
     assert told["paused"][0] == told["held"][0] == "warning"

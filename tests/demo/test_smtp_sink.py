@@ -42,6 +42,15 @@ async def test_a_message_is_kept_whole_and_as_a_page_under_a_harmless_name(
     assert (directory / f"{name}.html").read_text().strip() == HTML
 
 
+async def test_messages_are_numbered_after_those_that_an_earlier_server_left(tmp_path: Path) -> None:
+    for name in ("09-oren.eml", "112-oren.eml", "90th-birthday.eml"):
+        (tmp_path / name).write_text("kept")
+    async with smtp_sink(tmp_path) as sink:
+        await aiosmtplib.send(digest("oren@gan.example"), hostname=sink.host, port=sink.port)
+    assert (tmp_path / "113-oren.eml").exists()
+    assert (tmp_path / "09-oren.eml").read_text() == "kept"
+
+
 async def test_a_client_that_stays_connected_does_not_hold_up_the_end(tmp_path: Path) -> None:
     async with asyncio.timeout(5):
         async with smtp_sink(tmp_path) as sink:

@@ -156,3 +156,19 @@ async def test_what_a_run_that_has_ended_caused_is_worked_through_as_well(
     report = await run_job(first, jobs=[first, middle, last])
     assert [(run["job"], run["state"]) for run in report.caused] == [("middle", "succeeded"), ("last", "succeeded")]
     assert await connection.fetchval("select count(*) from bon_scheduler.runs") == 3
+
+
+@pytest.mark.parametrize("given", ["now", "fire_time"])
+async def test_a_test_that_gives_one_instant_has_the_other_by_it(run_job: RunJob, given: str) -> None:
+    """`run_job` of a test: what is listed in docs/testing.md works one by one."""
+    instant = datetime(2025, 3, 28, 3, 30, tzinfo=UTC)
+    seen = []
+
+    @job("look-at-the-clock")
+    async def look(ctx: JobContext, _: NoPayload) -> Counts:
+        seen.append((ctx.fire_time, ctx.now))
+        return {}
+
+    report = await run_job(look, jobs=[look], **{given: instant})
+    assert report.run["state"] == "succeeded", report.run["error"]
+    assert seen == [(instant, instant)]
