@@ -76,6 +76,9 @@ class FatedConnection:
         self._connection = connection
         self._fate = fate
 
+    def is_closed(self) -> bool:
+        return bool(self._connection.is_closed())
+
     def is_in_transaction(self) -> bool:
         return bool(self._connection.is_in_transaction())
 
