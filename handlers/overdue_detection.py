@@ -16,10 +16,10 @@ from uuid import UUID
 
 from bon_scheduler import CatchUp, Counts, Cron, JobContext, Payload, Retry, job
 from bon_scheduler.jobs import Connection
+from handlers.at_once import FOUND_AT_ONCE, Piece, change_pieces, rows_of_piece
 from handlers.batches import Changed, Sweep, Swept, sweep
 from handlers.brake import Candidates, brake
 from handlers.overdue_digest import OverdueDigest, overdue_digest
-from handlers.ranges import Key, change_ranges
 
 IN_TIME = timedelta(minutes=2)
 """For each kind of change, and for what is left of it; what is left then goes with the next run."""
@@ -51,19 +51,31 @@ LEFT_OVERDUE = """
        and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
-# $1 as_of: date, $2 the instant that a rehearsal takes for now: timestamptz; null: the database's own. How many there
-# are of each due date, in order; a date as text, because it may be one that Python has not.
+# $1 as_of: date, $2 the instant that a rehearsal takes for now: timestamptz; null: the database's own.
 # Index: invoices_overdue_candidates_idx.
 COUNT_OVERDUE = """
-    select due_date::text, count(*) as number
+    select count(*)
       from public.invoices
      where status in ('finalized', 'sent', 'partially_paid')
        and due_date is not null
        and due_date < least($1, (coalesce($2, now()) at time zone 'UTC')::date + 1)
        and not is_overdue
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
-     group by invoices.due_date
-     order by invoices.due_date
+"""
+# $1 as_of: date, $2 how many in a piece, $3 how many at most. In no order: as a rule they are found in that of the
+# table, so that each of its pages is changed by one batch, and not by many. Index: invoices_overdue_candidates_idx.
+FIND_PIECES = """
+    select array_agg(id)::text as ids, count(*) as number
+      from (select id, (row_number() over () - 1) / $2 as piece
+              from public.invoices
+             where status in ('finalized', 'sent', 'partially_paid')
+               and due_date is not null
+               and due_date < least($1, (now() at time zone 'UTC')::date + 1)
+               and not is_overdue
+               and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
+             limit $3) as found
+     group by piece
+     order by piece
 """
 # No parameters. No index: it reads the invoices through. Read only where the brake may trip, and in a rehearsal.
 COUNT_UNMARKED = """
@@ -76,29 +88,14 @@ COUNT_UNMARKED = """
 LOCK = "select id from public.invoices where id = any ($1) for no key update skip locked"
 # Each statement that changes invoices keeps which they were, in the same step; it returns how many. $1 run.
 
-# $2 due dates from, $3 to: dates as text, $4 as_of: date. Index: invoices_overdue_candidates_idx.
-MARK_RANGE = """
-    with marked as (
-        update public.invoices
-           set is_overdue = true, updated_at = now()
-         where status in ('finalized', 'sent', 'partially_paid')
-           and due_date is not null
-           and due_date between $2::text::date and $3::text::date
-           and due_date < least($4, (now() at time zone 'UTC')::date + 1)
-           and not is_overdue
-           and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
-        returning id, business_id
-    )
-    insert into bon_scheduler.changed_rows (run_id, change, ids, businesses)
-    select $1, 'marked', array_agg(id), array_agg(business_id) from marked having count(*) > 0
-    returning cardinality(ids)
-"""
-# $2 invoices: uuid[], $3 as_of: date. Index: invoices_pkey.
+# $2 invoices: uuid[] as text, $3 as_of: date. They are joined: `= any` would change them in the order of their ids.
+# Index: invoices_pkey.
 MARK = """
     with marked as (
         update public.invoices
            set is_overdue = true, updated_at = now()
-         where id = any ($2)
+          from unnest($2::text::uuid[]) as given (given_id)
+         where id = given_id
            and status in ('finalized', 'sent', 'partially_paid')
            and due_date is not null
            and due_date < least($3, (now() at time zone 'UTC')::date + 1)
@@ -131,12 +128,12 @@ LEFT_SETTLED = """
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
 
-# $2 invoices: uuid[]. Index: invoices_pkey.
+# $2 invoices: uuid[] as text. Index: invoices_pkey.
 CLEAR_SETTLED = """
     with cleared as (
         update public.invoices
            set is_overdue = false, updated_at = now()
-         where id = any ($2)
+         where id = any ($2::text::uuid[])
            and is_overdue = true
            and status in ('paid', 'cancelled', 'credited')
            and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
@@ -170,12 +167,12 @@ LEFT_MOVED = """
        and id <> all ($1)
        and not exists (select from bon_scheduler.business_pauses p where p.business_id = invoices.business_id)
 """
-# $2 invoices: uuid[], $3 the later of as_of and today: date. Index: invoices_pkey.
+# $2 invoices: uuid[] as text, $3 the later of as_of and today: date. Index: invoices_pkey.
 CLEAR_MOVED = """
     with cleared as (
         update public.invoices
            set is_overdue = false, updated_at = now()
-         where id = any ($2)
+         where id = any ($2::text::uuid[])
            and is_overdue
            and status in ('finalized', 'sent', 'partially_paid')
            and (due_date is null or due_date >= $3)
@@ -218,14 +215,16 @@ async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Count
     """Mark invoices overdue, clear the mark of settled ones, and have the owners told."""
     as_of, latest = ctx.business_date, max(ctx.business_date, ctx.today)
     async with ctx.connection() as connection:
-        days = await days_overdue(connection, as_of)
-        await brake(ctx, candidates(days), on=connection)
+        pieces = await _find_pieces(connection, as_of)
+        all_of_them = _rows(pieces) < FOUND_AT_ONCE
+        found = _candidates(_rows(pieces)) if all_of_them else await unmarked_overdue(connection, as_of)
+        await brake(ctx, found, on=connection)
     sweeps = [
         _sweep(ctx, "cleared", (FIND_SETTLED, LEFT_SETTLED, CLEAR_SETTLED)),
         _sweep(ctx, "cleared", (FIND_MOVED, LEFT_MOVED, CLEAR_MOVED), latest),
     ]
-    # A dry run's ranges are rolled back, so that all of them would be found again.
-    if ctx.dry_run or not await _mark_ranges(ctx, days, as_of):
+    # What a dry run changes is rolled back, so that it would be found again.
+    if ctx.dry_run or not await _mark_pieces(ctx, pieces, as_of):
         sweeps.insert(0, _sweep(ctx, "marked", (FIND_OVERDUE, LEFT_OVERDUE, MARK), as_of))
     swept = Swept()
     for each in sweeps:
@@ -243,15 +242,14 @@ async def overdue_detection(ctx: JobContext, payload: OverdueDetection) -> Count
         return await ctx.finish(counts, on=tx, undone=swept.undone)
 
 
-async def days_overdue(connection: Connection, as_of: date, *, now: datetime | None = None) -> list[Key]:
-    """Count, by due date, the invoices that a run of this day would mark; `now`: as if it were then."""
-    return [(row["due_date"], row["number"]) for row in await connection.fetch(COUNT_OVERDUE, as_of, now)]
+async def unmarked_overdue(connection: Connection, as_of: date, *, now: datetime | None = None) -> Candidates:
+    """Count the invoices that a run of this day would mark; `now`: as if it were then."""
+    return _candidates(await connection.fetchval(COUNT_OVERDUE, as_of, now))
 
 
-def candidates(days: Sequence[Key]) -> Candidates:
-    """Return what the brake judges of them."""
+def _candidates(number: int) -> Candidates:
     return Candidates(
-        number=sum(number for _, number in days),
+        number=number,
         count="marked",
         kind="open invoices without the mark",
         which="are overdue",
@@ -259,11 +257,28 @@ def candidates(days: Sequence[Key]) -> Candidates:
     )
 
 
-async def _mark_ranges(ctx: JobContext, days: Sequence[Key], as_of: date) -> bool:
-    async def mark(first: str, last: str, tx: Connection) -> Counts:
-        return {"marked": await tx.fetchval(MARK_RANGE, ctx.run_id, first, last, as_of) or 0}
+async def _find_pieces(connection: Connection, as_of: date) -> list[Piece]:
+    rows = await connection.fetch(FIND_PIECES, as_of, rows_of_piece(), FOUND_AT_ONCE)
+    return [(row["ids"], row["number"]) for row in rows]
 
-    return await change_ranges(ctx, days, mark, ends=time.monotonic() + IN_TIME.total_seconds())
+
+def _rows(pieces: Sequence[Piece]) -> int:
+    return sum(number for _, number in pieces)
+
+
+async def _mark_pieces(ctx: JobContext, pieces: Sequence[Piece], as_of: date) -> bool:
+    """Mark these, and what there is beyond them; return whether all went."""
+
+    async def mark(ids: str, tx: Connection) -> Counts:
+        return {"marked": await tx.fetchval(MARK, ctx.run_id, ids, as_of) or 0}
+
+    ends = time.monotonic() + IN_TIME.total_seconds()
+    while await change_pieces(ctx, pieces, mark, ends=ends):
+        if _rows(pieces) < FOUND_AT_ONCE:
+            return True
+        async with ctx.connection() as connection:
+            pieces = await _find_pieces(connection, as_of)
+    return False
 
 
 def _sweep(
@@ -275,7 +290,8 @@ def _sweep(
     async def change(tx: Connection, ids: Sequence[UUID], with_care: bool) -> Changed:
         if with_care:
             ids = [row["id"] for row in await tx.fetch(LOCK, ids)]
-        number = await tx.fetchval(statement, ctx.run_id, ids, *arguments) or 0
+        given = "{" + ",".join(map(str, ids)) + "}"
+        number = await tx.fetchval(statement, ctx.run_id, given, *arguments) or 0
         return Changed({None: Counter({counted_as: number})}, number)
 
     return Sweep(name=counted_as, find=find, left=left, change=change, arguments=arguments)

@@ -18,7 +18,7 @@ from bon_scheduler.jobs import AnyJob, Connection, Rehearsed
 from bon_scheduler.log import describe_error
 from handlers.brake import Candidates, Judgement, judge
 from handlers.draft_cleanup import draft_cleanup, stale_drafts
-from handlers.overdue_detection import candidates, days_overdue, overdue_detection
+from handlers.overdue_detection import overdue_detection, unmarked_overdue
 from handlers.overdue_digest import letters_owed, overdue_digest
 from handlers.session_cleanup import expired_sessions, session_cleanup
 
@@ -50,7 +50,7 @@ async def _sessions(connection: Connection, fire_time: datetime, _: Settings) ->
 
 async def _invoices(connection: Connection, fire_time: datetime, settings: Settings) -> Candidates:
     as_of = fire_time.astimezone(settings.bon_timezone).date()
-    return candidates(await days_overdue(connection, as_of, now=fire_time))
+    return await unmarked_overdue(connection, as_of, now=fire_time)
 
 
 async def _letters(connection: Connection, fire_time: datetime, settings: Settings) -> Candidates:

@@ -14,9 +14,9 @@ from uuid import UUID
 
 from bon_scheduler import CatchUp, Counts, Cron, JobContext, NoPayload, Retry, job
 from bon_scheduler.jobs import Connection
+from handlers.at_once import commit_at_once
 from handlers.batches import Changed, Sweep, Swept, sweep
 from handlers.brake import Candidates, brake
-from handlers.ranges import commit_range
 
 IN_TIME = timedelta(minutes=8)
 """What is left then goes the next night."""
@@ -119,7 +119,7 @@ async def _delete_ranges(ctx: JobContext, left: int, ends: float) -> bool:
                 last = await connection.fetchval(END_OF_RANGE, first, AT_ONCE - 1, ctx.fire_time) or "infinity"
         if last == first:
             return False  # there is more of this instant than fits, and it could not be deleted
-        complete &= await commit_range(ctx, partial(_delete_range, first, last, ctx.fire_time)) is not None
+        complete &= await commit_at_once(ctx, partial(_delete_range, first, last, ctx.fire_time))
         left -= AT_ONCE
     return complete
 

@@ -15,7 +15,7 @@ from bon_scheduler.declared import schedules_of
 from bon_scheduler.engine.run_once import RunReport
 from bon_scheduler.ledger import Action, change_all, rehearsals
 from handlers.draft_cleanup import draft_cleanup, stale_drafts
-from handlers.overdue_detection import candidates, days_overdue, overdue_detection
+from handlers.overdue_detection import overdue_detection, unmarked_overdue
 from handlers.overdue_digest import OverdueDigest, overdue_digest
 from handlers.rehearsal import rehearsal
 from handlers.session_cleanup import expired_sessions, session_cleanup
@@ -124,7 +124,7 @@ async def test_what_the_brake_counts_goes_by_the_databases_clock_unless_it_is_a_
         found = (
             await stale_drafts(connection, far, now=now),
             await expired_sessions(connection, far, now=now),
-            candidates(await days_overdue(connection, far.date(), now=now)),
+            await unmarked_overdue(connection, far.date(), now=now),
         )
         assert [each.number for each in found] == [number] * 3
 

@@ -16,7 +16,7 @@ import handlers
 import health
 from bon_scheduler.ledger.history import ACTIONS_ON
 from handlers.draft_cleanup import COUNT_STALE, FIND_STALE, LEFT_STALE
-from handlers.overdue_detection import COUNT_OVERDUE, FIND_OVERDUE, FIND_SETTLED, LEFT_OVERDUE, MARK_RANGE
+from handlers.overdue_detection import COUNT_OVERDUE, FIND_OVERDUE, FIND_PIECES, FIND_SETTLED, LEFT_OVERDUE
 from handlers.session_cleanup import COUNT_EXPIRED, DELETE_RANGE, END_OF_RANGE, FIND_EXPIRED, LEFT_EXPIRED
 from tests.conftest import Connection
 
@@ -89,11 +89,7 @@ def test_the_search_for_parameters_finds_them_however_they_are_written(condition
     [
         (FIND_OVERDUE, "('{}', 500, '2026-11-23')", "invoices_overdue_candidates_idx"),
         (LEFT_OVERDUE, "('{}', '2026-11-23')", "invoices_overdue_candidates_idx"),
-        (
-            MARK_RANGE,
-            "('00000000-0000-0000-0000-000000000000', '-infinity', '2026-11-23', '2026-11-23')",
-            "invoices_overdue_candidates_idx",
-        ),
+        (FIND_PIECES, "('2026-11-23', 1000, 200000)", "invoices_overdue_candidates_idx"),
         (FIND_SETTLED, "('{}', 500)", "invoices_overdue_reset_idx"),
         (FIND_STALE, "('{}', 500, '2026-11-23')", "invoices_draft_cleanup_idx"),
         (LEFT_STALE, "('{}', '2026-11-23')", "invoices_draft_cleanup_idx"),
@@ -109,7 +105,7 @@ def test_the_search_for_parameters_finds_them_however_they_are_written(condition
     ids=[
         "FIND_OVERDUE",
         "LEFT_OVERDUE",
-        "MARK_RANGE",
+        "FIND_PIECES",
         "FIND_SETTLED",
         "FIND_STALE",
         "LEFT_STALE",

@@ -159,7 +159,7 @@ CASES: Mapping[str, tuple[Arguments, int]] = MappingProxyType(
         "handlers.notify_reauth.READ_FLAGGED": ((named("business", 100),), 10),
         "handlers.overdue_detection.LEFT_OVERDUE": (("{}", "2999-01-01"), 6_000),
         "handlers.overdue_detection.MARK": ((RUN, INVOICES, "2999-01-01"), 3_000),
-        "handlers.overdue_detection.MARK_RANGE": ((RUN, "2000-01-01", "2999-01-01", "2999-01-01"), 12_000),
+        "handlers.overdue_detection.FIND_PIECES": (("2999-01-01", "1000", "200000"), 6_000),
         "handlers.overdue_detection.CLEAR_SETTLED": ((RUN, INVOICES), 3_000),
         "handlers.overdue_detection.CLEAR_MOVED": ((RUN, INVOICES, "2026-01-01"), 3_000),
         "handlers.overdue_detection.LOCK": ((INVOICES,), 1_100),
