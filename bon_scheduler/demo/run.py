@@ -38,7 +38,9 @@ from bon_scheduler.shaam import TokenCipher, UnreadableTokenError
 __all__ = ["CannotGoOnError", "run_demo"]
 
 JOBS = ("overdue-detection", "draft-cleanup", "session-cleanup", "shaam-token-refresh")
+# No parameters. Read through: the demo has a few.
 TOKENS = "select business_id, encrypted_refresh_token from public.business_shaam_credentials"
+# No parameters. Read through: the demo has a few.
 RUNS = "select count(*) from bon_scheduler.runs"
 CLIENT = {"SHAAM_CLIENT_ID": "demo-client", "SHAAM_CLIENT_SECRET": "demo-secret"}
 LOOK_AGAIN_SECONDS = 0.05

@@ -212,6 +212,8 @@ THROUGH: Mapping[str, str] = MappingProxyType(
         "handlers.session_cleanup.COUNT_SESSIONS": "counts all of BON's sessions, where the brake may trip",
         "shaam.ownership.LOOK_AT_ROWS": "a cursor over all credentials; each one's token is looked up",
         "shaam.ownership.LOCK": "reads nothing",
+        "demo.run.RUNS": "counts the demo's few runs",
+        "demo.run.TOKENS": "reads the demo's few credentials",
     }
 )
 """What has no bound here, and why."""
