@@ -266,3 +266,19 @@ def run_job(make_settings: MakeSettings) -> RunJob:
             )
 
     return run
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `long` what `samples` leaves out."""
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("samples"):
+            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for group in groups.values():
+        marker = group[0].get_closest_marker("samples")
+        number = marker.args[0] if marker else 0
+        kept = {round(place * (len(group) - 1) / max(number - 1, 1)) for place in range(number)}
+        for place, item in enumerate(group):
+            if place not in kept:
+                item.add_marker(pytest.mark.long)

@@ -162,6 +162,7 @@ BY_HAND = [
     [each[1:] for each in BY_HAND],
     ids=[each[0] for each in BY_HAND],
 )
+@pytest.mark.samples(2)
 async def test_a_run_that_no_job_could_judge_ends_at_once_with_the_reason_and_is_listed_beside_the_others(
     make_settings: MakeSettings,
     connection: Connection,

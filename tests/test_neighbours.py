@@ -66,6 +66,7 @@ async def damage(connection: Connection, job_name: str, how: str) -> None:
 @pytest.mark.parametrize(
     "how", [pytest.param(how, marks=() if how in IN_SHORT else pytest.mark.long) for how in UNREADABLE]
 )
+@pytest.mark.samples(1)
 async def test_a_schedule_that_cannot_be_read_stops_its_own_ticks_and_is_named_everywhere(
     make_settings: MakeSettings, connection: Connection, database_url: str, how: str
 ) -> None:

@@ -80,6 +80,7 @@ async def hostile(directory: Path, url: str, way: str, setting: tuple[str, str])
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setting", CASES, ids="-".join)
+@pytest.mark.samples(4)
 async def test_whatever_the_database_sets_the_jobs_do_what_they_do(
     connection: Connection, run_job: RunJob, tmp_path: Path, database_url: str, way: str, setting: tuple[str, str]
 ) -> None:
@@ -97,6 +98,7 @@ async def test_whatever_the_database_sets_the_jobs_do_what_they_do(
 
 @pytest.mark.parametrize("way", WAYS[:2])
 @pytest.mark.parametrize("setting", CASES, ids="-".join)
+@pytest.mark.samples(4)
 async def test_whatever_the_database_sets_the_service_works_and_commands_answer(
     make_settings: MakeSettings,
     connection: Connection,

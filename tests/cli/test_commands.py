@@ -129,6 +129,7 @@ async def contents(connection: Connection) -> dict[str, list[str]]:
         (["no-such-command"], "No such command"),
     ],
 )
+@pytest.mark.samples(5)
 async def test_a_wrong_call_is_a_paragraph_with_the_remedy_and_status_2(
     database_url: str, arguments: list[str], says: str
 ) -> None:

@@ -110,6 +110,7 @@ async def test_nothing_is_changed_unless_all_can_be(connection: Connection, data
         (["cancel", "--waiting", "--job", "draft-clean", "--reason", "x"], 'Did you mean "draft-cleanup"?'),
     ],
 )
+@pytest.mark.samples(5)
 async def test_a_wrong_call_is_status_2_with_the_remedy(database_url: str, arguments: list[str], says: str) -> None:
     result = await run_command(*arguments, DATABASE_URL=database_url)
     assert result.status == 2

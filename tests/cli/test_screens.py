@@ -38,7 +38,7 @@ FIRED = datetime(2026, 11, 26, 4, 0, tzinfo=UTC)
 async def make(
     connection: Connection, state: str, job: str = "draft-cleanup", payload: object = None, error: str | None = None
 ) -> str:
-    fired = FIRED + timedelta(seconds=uuid4().int % 10_000)
+    fired = FIRED + timedelta(microseconds=uuid4().int % 10**10)
     run_id = await connection.fetchval(MAKE, job, state, payload or {}, error, fired)
     return str(run_id)
 

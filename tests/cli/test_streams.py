@@ -20,6 +20,7 @@ RUN = "select state::text, error from bon_scheduler.runs"
 @pytest.mark.parametrize(
     "streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "| true", "2>&1 >/dev/null | true", "2>/dev/full"]
 )
+@pytest.mark.samples(3)
 async def test_a_run_in_the_foreground_does_its_work_whatever_becomes_of_its_streams(
     connection: Connection, database_url: str, streams: str
 ) -> None:

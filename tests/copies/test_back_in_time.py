@@ -125,6 +125,7 @@ async def adopt(backup: Backup) -> None:
 
 
 @pytest.mark.parametrize(("what", "first"), RESTORES)
+@pytest.mark.samples(1)
 async def test_letters_do_not_go_out_again_until_a_person_says_so(backup: Backup, what: list[str], first: str) -> None:
     async with service.serving(settings(backup.url, **backup.environ)) as serving:
         await until(lambda: is_ready(serving))

@@ -97,7 +97,8 @@ async def fault(connection: Connection, role: str, sql: str) -> str | None:
         types = ["array" if of.kind == "array" else of.name for of in statement.get_parameters()]
         unknown = set(types) - {*SOME, "array"}
         assert not unknown, f"{HERE}: give SOME a value of type {', '.join(unknown)}"
-        await statement.fetch(*([] if each == "array" else SOME[each] for each in types))
+        some = SOME | ({"text": "{}"} if "::text::uuid[]" in sql else {})
+        await statement.fetch(*([] if each == "array" else some[each] for each in types))
     except asyncpg.InsufficientPrivilegeError as error:
         return str(error)
     except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError):

@@ -193,6 +193,7 @@ async def test_finish_outside_a_transaction_is_told(error_of: ErrorOf) -> None:
         ("select $1::inet", "secret", None),
     ],
 )
+@pytest.mark.samples(5)
 async def test_a_parameter_of_another_type_is_told_by_its_types_alone(
     error_of: ErrorOf, statement: str, value: object, types: str | None
 ) -> None:

@@ -83,6 +83,7 @@ async def refuse(connection: Connection, how: str, rows: list[UUID], table: str 
 
 @pytest.mark.parametrize("how", REFUSALS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.samples(12)
 async def test_a_row_that_the_database_refuses_to_change_stops_no_other(
     run_job: RunJob, connection: Connection, logged: Callable[[], str], kind: str, how: str
 ) -> None:
@@ -118,6 +119,7 @@ async def test_a_session_that_cannot_be_deleted_stops_no_other(run_job: RunJob, 
 
 @pytest.mark.parametrize("largest", [1, 2, 3, 5000])
 @pytest.mark.parametrize("bad", [{0}, {6}, {0, 1}, {5, 6}, {0, 2, 4, 6}, {0, 1, 2}])
+@pytest.mark.samples(8)
 async def test_whichever_rows_they_are_and_however_large_a_batch_is_each_is_found(
     run_job: RunJob, connection: Connection, monkeypatch: pytest.MonkeyPatch, largest: int, bad: set[int]
 ) -> None:

@@ -99,6 +99,7 @@ async def history(connection: Connection, job: str, count: str, numbers: list[in
         (12, 3, [9] * 14, True),
     ],
 )
+@pytest.mark.samples(20)
 async def test_it_trips_above_its_thresholds_and_not_at_them(
     run_job: RunJob, connection: Connection, kind: str, candidates: int, others: int, past: list[int], held: bool
 ) -> None:

@@ -67,6 +67,7 @@ async def assert_asked(bon: Bon, count: int) -> None:
         (40, 20, 10, True),
     ],
 )
+@pytest.mark.samples(3)
 async def test_more_than_ten_and_more_than_a_fifth_is_no_owners_fault(
     refresh: Refresh, bon: Bon, connection: Connection, spent: int, good: int, asked: int, braked: bool
 ) -> None:

@@ -162,6 +162,7 @@ async def test_a_mark_is_cleared_once_the_invoice_is_settled(run_job: RunJob, co
     ("due", "is_cleared"), [(YESTERDAY, False), (TODAY, True), (TODAY + timedelta(days=30), True), (None, True)]
 )
 @pytest.mark.parametrize("status", OPEN)
+@pytest.mark.samples(6)
 async def test_a_mark_is_cleared_once_the_due_date_is_moved_to_where_it_is_not_past(
     run_job: RunJob, connection: Connection, status: str, due: date | None, is_cleared: bool
 ) -> None:

@@ -238,6 +238,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hurry")
 @pytest.mark.parametrize("part", range(4))
+@pytest.mark.samples(1)
 async def test_no_token_is_lost_that_could_be_kept(
     pool: Pool, connection: Connection, make_settings: MakeSettings, tmp_path: Path, part: int
 ) -> None:
