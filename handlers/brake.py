@@ -1,8 +1,9 @@
 """
 The brake: before anything commits, what a run would do is compared with what is normal.
 
-It trips when the candidates are more than BRAKE_MIN_ROWS, and more than BRAKE_MAX_SHARE of all rows of their kind or
-more than ten times the median of the last 14 runs. The run is then `held`: nothing has changed, and a person decides.
+It trips when there are more than BRAKE_MIN_ROWS candidates and one of two holds: they are more than BRAKE_MAX_SHARE of
+all rows of their kind, or more than ten times the median of the last 14 runs. The run is then `held`: nothing has
+changed, and a person decides.
 """
 
 from dataclasses import dataclass
