@@ -75,6 +75,11 @@ def _keep(directory: int, letter: Letter, who: str, content: bytes) -> None:
     write_private(directory, f"{name}.eml", content)
 
 
+MOST_CAUSES = 10
+"""How long a chain of runs, each caused by the one before, is worked out: a real one may end by what was committed."""
+ENDLESS = f"not worked out: {MOST_CAUSES} runs before it caused one another"
+
+
 @dataclass(slots=True)
 class DryContext(AttemptContext):
     """A handler's `JobContext` in a dry run: an attempt's, of which every transaction is rolled back."""
@@ -181,15 +186,20 @@ class DryRunner:
         state, counts, error = await _attempt(job, first, payload)
         sample = _sampled(job, first, SAMPLE)
         caused: list[Row] = []
-        waiting = deque(first.asked_for)
+        waiting = deque((1, *asked_for) for asked_for in first.asked_for)
         while waiting:
-            job_asked_for, its_payload = waiting.popleft()
+            causes, job_asked_for, its_payload = waiting.popleft()
+            if causes > MOST_CAUSES:
+                caused.append(
+                    {"run_id": None, "job": job_asked_for.name, "state": "queued", "counts": {}, "error": ENDLESS}
+                )
+                continue
             ctx = self._context(job_asked_for, self.clock.now())
             outcome = await _attempt(job_asked_for, ctx, its_payload)
             names = ("run_id", "job", "state", "counts", "error")
             caused.append(dict(zip(names, (None, job_asked_for.name, *outcome), strict=True)))
             sample += _sampled(job_asked_for, ctx, SAMPLE - len(sample))
-            waiting.extend(ctx.asked_for)
+            waiting.extend((causes + 1, *asked_for) for asked_for in ctx.asked_for)
         async with self.pool.acquire() as connection:
             await ledger.record_dry_run(
                 connection,

@@ -324,3 +324,22 @@ async def test_what_the_ledger_would_refuse_of_a_run_it_refuses_of_a_dry_run(
     assert (dry.run["state"], real.run["state"]) == ("dead", "dead")
     assert dry.run["error"].split(":")[0] == real.run["error"].split(":")[0]
     assert await connection.fetchval("select count(*) from bon_scheduler.runs where state = 'running'") == 0
+
+
+@job("next-page")
+async def next_page(ctx: JobContext, _: NoPayload) -> Counts:
+    """Asks for its next run, as one does that goes on while there is more."""
+    async with ctx.transaction() as tx:
+        await ctx.enqueue(next_page, NoPayload(), on=tx)
+        return await ctx.finish({}, on=tx)
+
+
+async def test_a_job_that_asks_for_itself_is_worked_out_for_a_while_and_the_rest_is_said_to_be_left(
+    make_settings: MakeSettings, connection: Connection
+) -> None:
+    await connection.execute("insert into bon_scheduler.jobs (name) values ('next-page')")
+    async with service.dry_runner(make_settings()) as dry_runner:
+        order = Order(job=next_page, payload=NoPayload(), fire_time=datetime.now(UTC), asked_by="a test")
+        report = await dry_runner.run(order)
+    assert [run["state"] for run in report.caused] == ["succeeded"] * 10 + ["queued"]
+    assert report.caused[-1]["error"] == "not worked out: 10 runs before it caused one another"
