@@ -49,10 +49,17 @@ class PooledConnection(asyncpg.Connection):
             async with self.transaction():
                 return await super().execute(query, timeout=timeout)
         if query.startswith("BEGIN"):
+            await self._settle()
             # What the session's defaults are, another client may have said.
             plain = "set transaction isolation level read committed, read write;" if query == "BEGIN;" else ""
             query += plain + self.opening
         return await super().execute(query, *args, timeout=timeout)
+
+    async def _settle(self) -> None:
+        # A plan that was asked for holds a transaction open, with its snapshot: BEGIN would go on with that one.
+        if self._unsettled:
+            await super().execute("select")
+            self._unsettled = False
 
     def get_reset_query(self) -> str:
         """Return nothing: what this session left behind is not on the server that would be asked."""
@@ -77,7 +84,9 @@ class PooledConnection(asyncpg.Connection):
         return await super()._get_statement(*args, **{**options, "named": False})  # type: ignore[misc]
 
     async def _introspect_types(self, *args: object) -> object:
-        # asyncpg sets `jit` for the session meanwhile. Rolled back, that ends where it began.
+        # asyncpg sets `jit` for the session meanwhile. Rolled back, that ends where it began. It asks between the plan
+        # of a statement and its execution.
+        self._unsettled = True
         transaction = self.transaction()
         await transaction.start()
         try:
