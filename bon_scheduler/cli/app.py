@@ -7,7 +7,7 @@ What a command needs is imported when it runs: `--help` and a wrong call are ans
 import importlib.util
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -27,9 +27,6 @@ from bon_scheduler.cli.options import (
 from bon_scheduler.cli.streams import flushing, keep_streams
 from bon_scheduler.cli.telling import complain, require_text, tell
 from bon_scheduler.cli.usage import INTERRUPTED, STATES, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["app", "main"]
 

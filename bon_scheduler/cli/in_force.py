@@ -4,7 +4,7 @@ Whether anybody is at work, and the schedules in force: those of the service whi
 The service's are the ones its replicas recorded in the ledger. Where this shell has others, both are told.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
@@ -25,6 +25,7 @@ __all__ = [
     "tell_unhandled",
     "unhandled",
     "who_serves",
+    "why_waits",
 ]
 
 MOST_NAMED = 3
@@ -124,6 +125,16 @@ def tell_unhandled(report: Report, jobs: Iterable[str], beats: Sequence[Heartbea
     for job in sorted(set(jobs)):
         if (why := unhandled(job, beats)) is not None:
             report.say(f"\n{job}: {why}. Its runs wait until a `serve` that has its handler is started.")
+
+
+def why_waits(job: str, pause: Pause | None, beats: Sequence[Heartbeat]) -> Iterator[str]:
+    """Yield what a run of the job waits for, that is not begun as soon as it is due."""
+    if pause is not None:
+        yield f"{job} is paused {tell_pause(pause)}."
+    if (why := unhandled(job, beats)) is not None:
+        yield f"{why}."
+    if (nobody := who_serves(beats)) is not None:
+        yield nobody
 
 
 def _ago(silent: timedelta) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 
 from bon_scheduler import declared, engine, ledger, service
-from bon_scheduler.cli.in_force import tell_pause
+from bon_scheduler.cli.in_force import tell_pause, why_waits
 from bon_scheduler.cli.parsing import (
     BADLY,
     DONE,
@@ -216,12 +216,17 @@ async def enqueue(settings: Settings, report: Report, clock: Clock, told: Enqueu
             await require_known(connection, name)
         run_id = await ledger.enqueue(connection, request)
         holder = await ledger.holder_of_key(connection, name, key) if run_id is None and key is not None else None
+        pause = (await ledger.paused_jobs(connection)).get(name)
+        beats = await ledger.heartbeats(connection)
     answer = {"run_id": run_id or (holder or {}).get("run_id"), "duplicate": run_id is None}
     if report.as_json:
         report.document(answer)
     elif run_id is not None:
         report.say(str(run_id))
-    else:
+    if run_id is not None:
+        for why in why_waits(name, pause, beats):
+            complain(f"The run waits: {report.for_people(why)}")
+    elif not report.as_json:
         state = holder["state"] if holder else "unknown"
         complain(f'The key "{key}" is held by run {answer["run_id"]}, which is {state}: nothing was enqueued.')
     return DONE

@@ -43,7 +43,7 @@ SERVICE_CONNECT_SECONDS = 3
 """Of what connects again by itself: an attempt that a network swallows must not outlast the outage by more."""
 CLOSE_TIMEOUT_SECONDS = 3
 COMMAND_TIMEOUT_SECONDS = 900
-"""Longer than any job's own deadline; calls of the ledger give a shorter one each."""
+"""Of a connection that a command opens. In a pool, a handler's statement ends with its job's time-out alone."""
 CONTROL_TIMEOUT_SECONDS = 20
 CLIENT_CHECK_INTERVAL = "5s"
 """How often a server that works on a long statement looks whether the worker that asked is still there."""
@@ -157,7 +157,7 @@ async def _dial(
 
 
 def _options(
-    address: DatabaseAddress, *, command_seconds: float, session: Mapping[str, str] | None = None
+    address: DatabaseAddress, *, command_seconds: float | None, session: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     told = {"options": address.options} if address.options else {}
     ours = {"application_name": "bon_scheduler", "TimeZone": "UTC", **(session or {})}
@@ -193,10 +193,10 @@ async def open_pool(settings: Settings, *, worker: UUID | None = None) -> AsyncI
     session = _session(settings, worker)
     address = read_database_address(settings.database_url.get_secret_value())
     if settings.database_listen_url is None:
-        options = _options(address, command_seconds=COMMAND_TIMEOUT_SECONDS, session=session)
+        options = _options(address, command_seconds=None, session=session)
         options |= {"connection_class": SessionConnection, "init": _prepare_session}
     else:
-        options = _options(address, command_seconds=COMMAND_TIMEOUT_SECONDS)
+        options = _options(address, command_seconds=None)
         options |= {**POOLED, "init": _prepare_pooled(session)}
     async with _pool(address, settings.database_pool_size, options) as pool:
         yield pool

@@ -87,6 +87,8 @@ class DryContext(AttemptContext):
     asked_for: list[tuple[AnyJob, Payload]] = field(default_factory=list)
     outcomes: dict[UUID, BusinessOutcome] = field(default_factory=dict)
     done: Counter[str] = field(default_factory=Counter)
+    finished_with: Counts = field(default_factory=dict)
+    """What the handler gave to `finish`."""
 
     @property
     def dry_run(self) -> bool:
@@ -141,6 +143,11 @@ class DryContext(AttemptContext):
         outcomes = list(outcomes)
         await AttemptContext.record(self, outcomes, on=on)
         self._remember(outcomes)
+
+    async def finish(self, counts: Counts, *, on: Connection, undone: bool | str = False) -> Counts:
+        """Try to end the run in the handler's last transaction, and remember the counts."""
+        self.finished_with = await AttemptContext.finish(self, counts, on=on, undone=undone)
+        return counts
 
     def _remember(self, outcomes: Iterable[BusinessOutcome]) -> None:
         for new in outcomes:
@@ -251,8 +258,11 @@ async def _attempt(job: AnyJob, ctx: DryContext, payload: Payload) -> tuple[str,
         return "held", held.figures, str(held)
     except Exception as error:  # noqa: BLE001 - whatever a handler raises is what the dry run shows
         log.warning("dry_run.raised", job=job.name, error=explain(error, job), where=where(error))
-        return "dead", {}, explain(error, job)
-    return "partial" if _totals(ctx)["failed"] else "succeeded", counts, None
+        if ctx.ended is None:
+            return "dead", {}, explain(error, job)
+        counts = ctx.finished_with  # as of a run that was real: it has ended, whatever its handler does then
+    undone = ctx.ended == "partial" or _totals(ctx)["failed"]
+    return "partial" if undone else "succeeded", counts, ctx.why_undone
 
 
 def _totals(ctx: DryContext) -> Row:

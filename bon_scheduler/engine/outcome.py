@@ -60,7 +60,9 @@ async def invoke(job: AnyJob, ctx: JobContext, payload: Payload) -> Counts:
     try:
         with noticing_unawaited():
             counts = await job.handler(ctx, payload)
-    except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
+    except Exception:
+        raise
+    except BaseException as error:
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise

@@ -11,6 +11,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
+from bon_scheduler.ledger.workers import Worker, register_worker
 from bon_scheduler.report import Report
 from tests import arrange
 from tests.conftest import Connection
@@ -240,6 +241,23 @@ async def test_standard_output_of_enqueue_is_an_id_or_nothing(database_url: str)
     again = await run_command("enqueue", "generate-pdf", "--key", "a", DATABASE_URL=database_url)
     assert (again.status, again.out) == (0, "")
     assert first.out.strip() in again.err
+
+
+async def test_enqueue_says_what_the_run_waits_for(connection: Connection, database_url: str) -> None:
+    async def told(job: str) -> str:
+        asked = await run_command("enqueue", job, DATABASE_URL=database_url, BON_TIMEZONE="UTC")
+        assert str(UUID(asked.out.strip())) == asked.out.strip()
+        return " ".join(asked.err.split())
+
+    assert "The run waits: No `serve` is alive" in await told("session-cleanup")
+    assert "The run waits: no version here has its handler." in await told("generate-pdf")
+    older = Worker(serves=True, version="0.0.9", lease=timedelta(minutes=10), jobs=["session-cleanup"])
+    await register_worker(connection, older)
+    assert await told("session-cleanup") == ""
+    assert "The run waits: no living worker handles it (0.0.9 on " in await told("draft-cleanup")
+    await run_command("pause", "session-cleanup", "--reason", "a test", DATABASE_URL=database_url, OPERATOR="Dana Levi")
+    paused = await told("session-cleanup")
+    assert re.search(r"The run waits: session-cleanup is paused since \S+ \S+ by Dana Levi: a test;", paused)
 
 
 async def test_run_once_at_a_terminal_shows_the_table_and_the_log_with_v_alone(database_url: str) -> None:

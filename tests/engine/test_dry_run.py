@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import pytest
 
-from bon_scheduler import BusinessOutcome, Counts, JobContext, NoPayload, job, service
+from bon_scheduler import BusinessOutcome, Counts, JobContext, NoPayload, Retry, job, service
 from bon_scheduler.demo.smtp_sink import SmtpSink, smtp_sink
 from bon_scheduler.engine.run_once import Order
 from bon_scheduler.jobs import AnyJob
@@ -324,6 +324,48 @@ async def test_what_the_ledger_would_refuse_of_a_run_it_refuses_of_a_dry_run(
     assert (dry.run["state"], real.run["state"]) == ("dead", "dead")
     assert dry.run["error"].split(":")[0] == real.run["error"].split(":")[0]
     assert await connection.fetchval("select count(*) from bon_scheduler.runs where state = 'running'") == 0
+
+
+@job("returns-nothing")
+async def returns_nothing(ctx: JobContext, _: NoPayload) -> Counts:
+    """Ends its run, and forgets to return what with."""
+    async with ctx.transaction() as tx:
+        await ctx.finish({"deleted": 2}, on=tx)
+    return None  # type: ignore[return-value]
+
+
+@job("raises-then")
+async def raises_then(ctx: JobContext, _: NoPayload) -> Counts:
+    """Ends its run, and fails at something after."""
+    async with ctx.transaction() as tx:
+        await ctx.finish({"deleted": 2}, on=tx)
+    raise ValueError("afterwards")
+
+
+@job("leaves-some")
+async def leaves_some(ctx: JobContext, _: NoPayload) -> Counts:
+    """Says that it has left something undone."""
+    async with ctx.transaction() as tx:
+        return await ctx.finish({"deleted": 2}, on=tx, undone="the rest is tomorrow's")
+
+
+@job("ends-a-generator", retry=Retry(attempts=1))
+async def ends_a_generator(ctx: JobContext, _: NoPayload) -> Counts:
+    """Raises what is no Exception."""
+    raise GeneratorExit("of a library")
+
+
+@pytest.mark.parametrize(
+    "each", [returns_nothing, raises_then, leaves_some, ends_a_generator], ids=lambda each: each.name
+)
+async def test_it_ends_as_a_real_run_does(make_settings: MakeSettings, run_job: RunJob, each: AnyJob) -> None:
+    settings = make_settings()
+    real = (await run_job(each, jobs=[each])).run
+    async with service.dry_runner(settings) as dry_runner:
+        order = Order(job=each, payload=NoPayload(), fire_time=datetime.now(UTC), asked_by="a test")
+        dry = (await dry_runner.run(order)).run
+    ended = ("state", "counts", "error")
+    assert [dry[name] for name in ended] == [real[name] for name in ended]
 
 
 @job("next-page")
