@@ -127,9 +127,7 @@ Zone = Annotated[ZoneInfo, BeforeValidator(_zone), PlainSerializer(str)]
 class Settings(BaseSettings):
     """Everything the service can be told from outside, validated."""
 
-    model_config = SettingsConfigDict(
-        frozen=True, extra="ignore", arbitrary_types_allowed=True, use_attribute_docstrings=True
-    )
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", arbitrary_types_allowed=True)
 
     database_url: SecretStr
     """`postgresql://…`, as libpq writes it. In the password write `#`, `/`, `?`, `@`, `[` and `]` as `%23`, `%2F`,

@@ -274,6 +274,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("how", SPOILED)
+@pytest.mark.samples(4)
 async def test_whatever_breaks_a_module_takes_only_its_jobs_away(handlers: Path, database_url: str, how: str) -> None:
     name, before, after, told = SPOILED[how]
     line = spoil(handlers / name, before, after)

@@ -199,6 +199,7 @@ async def test_a_run_that_no_job_could_judge_ends_at_once_with_the_reason_and_is
 
 
 @pytest.mark.parametrize("run_at", ["infinity", "-infinity", "294000-01-01", "0044-03-15 BC"])
+@pytest.mark.samples(4)
 async def test_an_instant_that_never_comes_disturbs_nobody(
     make_settings: MakeSettings, connection: Connection, through: dict[str, str], run_at: str
 ) -> None:
@@ -224,6 +225,7 @@ async def test_an_instant_that_never_comes_disturbs_nobody(
 
 
 @pytest.mark.parametrize("number", [2**63, 2**64, -(2**70), 10**4000])
+@pytest.mark.samples(4)
 async def test_a_whole_number_reaches_the_handler_as_it_was_written(
     make_settings: MakeSettings, connection: Connection, through: dict[str, str], number: int
 ) -> None:

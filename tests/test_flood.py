@@ -65,4 +65,4 @@ async def test_a_flood_of_wake_ups_costs_a_few_claims_and_no_memory(database_url
         await connection.execute("drop role flooder")
     assert slowest < SOON_SECONDS
     assert growth < MOST_GROWTH
-    assert 10 < claims < MOST_CLAIMS_A_SECOND * (seconds + 1)
+    assert 0 < claims < MOST_CLAIMS_A_SECOND * (seconds + 1)

@@ -93,7 +93,7 @@ async def test_a_job_without_sql_needs_its_file_and_its_line(copy: Copy) -> None
     assert failed == [], told
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 async def test_what_a_job_with_a_table_of_its_own_lacks_is_one_failure_that_says_what_to_write(copy: Copy) -> None:
     add_example(copy.root)

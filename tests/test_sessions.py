@@ -98,7 +98,7 @@ async def test_whatever_the_database_sets_the_jobs_do_what_they_do(
 
 @pytest.mark.parametrize("way", WAYS[:2])
 @pytest.mark.parametrize("setting", CASES, ids="-".join)
-@pytest.mark.samples(4)
+@pytest.mark.samples(2)
 async def test_whatever_the_database_sets_the_service_works_and_commands_answer(
     make_settings: MakeSettings,
     connection: Connection,

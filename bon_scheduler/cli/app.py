@@ -134,11 +134,11 @@ def enqueue(
     as_json: AsJson = False,
 ) -> None:
     """Ask for a run; print its id, or which run already holds the key."""
-    from bon_scheduler.cli import work
+    from bon_scheduler.cli import asking
     from bon_scheduler.clock import SystemClock
 
-    told = work.Enqueue(name=job, payload=payload, key=key, after=after, priority=priority)
-    perform(as_json, lambda settings, report: work.enqueue(settings, report, SystemClock(), told))
+    told = asking.Enqueue(name=job, payload=payload, key=key, after=after, priority=priority)
+    perform(as_json, lambda settings, report: asking.enqueue(settings, report, SystemClock(), told))
 
 
 @app.command()

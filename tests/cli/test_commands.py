@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bon_scheduler.cli import work
+from bon_scheduler.cli import asking
 from bon_scheduler.clock import SystemClock
 from bon_scheduler.database import connections
 from bon_scheduler.database.migrations import NEEDED, require_schema
@@ -305,8 +305,8 @@ async def test_a_container_whose_user_has_no_name_may_ask(
 
     monkeypatch.setattr(getpass, "getuser", nameless)
     report = Report(as_json=False)
-    told = work.Enqueue(name="generate-pdf", payload="{}", key=None, after=None, priority=0)
-    await work.enqueue(make_settings(), report, SystemClock(), told)
+    told = asking.Enqueue(name="generate-pdf", payload="{}", key=None, after=None, priority=0)
+    await asking.enqueue(make_settings(), report, SystemClock(), told)
     assert await connection.fetchval("select asked_by from bon_scheduler.runs") == f"somebody on {socket.gethostname()}"
 
 

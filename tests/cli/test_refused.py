@@ -43,7 +43,7 @@ async def nobody(connection: Connection, database_url: str) -> AsyncIterator[Rol
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-@pytest.mark.samples(6)
+@pytest.mark.samples(3)
 async def test_a_role_without_privileges_is_named_and_led_to_its_grant_lines(nobody: Role, command: list[str]) -> None:
     refused = await run_command(*command, DATABASE_URL=nobody.url, HEALTH_PORT="0", HEALTH_HOST="127.0.0.1")
     assert (refused.status, refused.out) == (1, "")

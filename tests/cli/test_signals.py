@@ -69,6 +69,7 @@ async def test_an_idle_service_stops_at_once(database_url: str) -> None:
     [[signal.SIGHUP], [signal.SIGTERM, signal.SIGTERM], [signal.SIGHUP, signal.SIGTERM], [signal.SIGTERM] * 4],
     ids=lambda signals: "-".join(each.name for each in signals),
 )
+@pytest.mark.samples(2)
 async def test_a_terminal_that_closes_and_a_request_that_comes_twice_at_once_drain_as_one_sigterm(
     connection: Connection, database_url: str, signals: list[signal.Signals]
 ) -> None:

@@ -40,9 +40,19 @@ def test_help_and_wrong_calls_load_nothing_heavy(arguments: list[str], status: s
 
 @pytest.mark.parametrize(
     "arguments",
-    [["jobs"], ["runs"], ["timeline", "--days", "1"], ["audit"], ["runs", "--json"], ["show", "0000"]],
+    [
+        ["jobs"],
+        ["runs"],
+        ["timeline", "--days", "1"],
+        ["audit"],
+        ["runs", "--json"],
+        ["show", "0000"],
+        ["enqueue", "session-cleanup"],
+    ],
 )
-def test_commands_that_read_load_no_mailer_no_shaam_client_no_babel(database_url: str, arguments: list[str]) -> None:
+def test_commands_that_work_on_nothing_load_no_mailer_no_shaam_client_no_babel(
+    database_url: str, arguments: list[str]
+) -> None:
     program = LOADED.format(names=NOT_TO_READ)
     environ = {**os.environ, "DATABASE_URL": database_url}
     ended = subprocess.run(

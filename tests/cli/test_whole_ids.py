@@ -59,7 +59,7 @@ async def arrange_all(connection: Connection) -> Mapping[str, str]:
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
-@pytest.mark.samples(2)
+@pytest.mark.samples(1)
 async def test_no_screen_shows_an_id_that_lacks_characters(
     connection: Connection, database_url: str, columns: int
 ) -> None:

@@ -133,6 +133,7 @@ async def test_a_server_that_refuses_tls_is_told_nothing(
 
 
 @pytest.mark.parametrize("command", [["migrate"], ["check"], ["jobs"], ["run-once", "draft-cleanup"], ["serve"]])
+@pytest.mark.samples(3)
 async def test_no_command_hands_its_password_to_a_server_without_tls(outside: str, command: list[str]) -> None:
     async with pretending(outside, b"N") as pretender:
         ended = await run_command(*command, DATABASE_URL=pretender.url(), HEALTH_PORT="0")

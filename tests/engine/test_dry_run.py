@@ -350,7 +350,7 @@ async def leaves_some(ctx: JobContext, _: NoPayload) -> Counts:
 
 
 @job("ends-a-generator", retry=Retry(attempts=1))
-async def ends_a_generator(ctx: JobContext, _: NoPayload) -> Counts:
+async def ends_a_generator(_ctx: JobContext, _: NoPayload) -> Counts:
     """Raises what is no Exception."""
     raise GeneratorExit("of a library")
 

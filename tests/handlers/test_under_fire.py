@@ -236,6 +236,7 @@ MOMENTS: dict[str, tuple[AnyJob, dict[str, object], str]] = {
 
 @pytest.mark.parametrize("waits", ["20ms", "5s"])
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.samples(7)
 async def test_a_row_that_is_changed_between_being_found_and_being_changed_is_judged_again(
     run_job: RunJob,
     connection: Connection,

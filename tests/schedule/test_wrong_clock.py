@@ -22,6 +22,7 @@ AHEAD, BEHIND = timedelta(days=40), -timedelta(days=40)
 @needs_faketime
 @pytest.mark.parametrize("off_by", [AHEAD, BEHIND, timedelta(minutes=2)], ids=["ahead", "behind", "two minutes"])
 @pytest.mark.parametrize("arguments", [["draft-cleanup"], ["session-cleanup"], ["overdue-detection", "--dry-run"]])
+@pytest.mark.samples(5)
 async def test_a_persons_run_from_a_machine_with_a_wrong_clock_is_refused(
     connection: Connection, database_url: str, tmp_path: Path, arguments: list[str], off_by: timedelta
 ) -> None:

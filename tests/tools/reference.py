@@ -4,8 +4,11 @@ Write `docs/reference.md` and `docs/roles.md` from the code: settings, commands,
 Run as `python -m tests.tools.reference`.
 """
 
+import ast
+import inspect
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -43,12 +46,25 @@ def _settings() -> Iterator[str]:
     yield "may also be given as `NAME_FILE`, a text file that is not empty.\n"
     yield "| variable | default | values | |"
     yield "|---|---|---|---|"
+    meanings = _docstrings(Settings)
     for field, info in Settings.model_fields.items():
         name = BY_JOB.get(field, field.upper())
         star = " *" if name in SECRETS else ""
-        meaning = " ".join((info.description or "").split())
+        meaning = " ".join(meanings.get(field, "").split())
         yield f"| `{name}`{star} | {_default(info)} | {_values(info)} | {meaning} |"
     yield ""
+
+
+def _docstrings(model: type) -> dict[str, str]:
+    """Return what stands below each attribute. Read here alone: pydantic would read it at each start."""
+    (declared,) = ast.parse(inspect.getsource(model)).body
+    assert isinstance(declared, ast.ClassDef)
+    found = {}
+    for attribute, told in pairwise(declared.body):
+        match attribute, told:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = text
+    return found
 
 
 def _default(info: FieldInfo) -> str:
