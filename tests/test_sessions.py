@@ -196,3 +196,11 @@ async def test_too_many_connections_cost_no_attempt(make_settings: MakeSettings,
         "given_back",
         "succeeded",
     ]
+
+
+async def test_a_handlers_statement_has_no_time_out_but_its_jobs(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "COMMAND_TIMEOUT_SECONDS", 0.2)
+    async with connections.open_pool(make_settings()) as pool, pool.acquire() as connection:
+        await connection.execute("select pg_sleep(0.5)")
